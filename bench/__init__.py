@@ -1,0 +1,1 @@
+"""Benchmarks of nibblock, installed as `nibblock.bench`."""

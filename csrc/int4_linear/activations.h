@@ -1,0 +1,149 @@
+// Activations as integers: how the vector kernels of int4_linear take x.
+//
+// A row of x is cut into the blocks between two flushes, min(group, 128) long. Each block gets one scale,
+// max|x| / 32767 (or / 127), and its elements become int16 (int8) by rounding to nearest. With int16 the
+// rounding error is at most 2^-16 of the block's largest element, far below what rounding a weight to
+// bfloat16 costs, so this is the arithmetic behind compute="bf16" wherever VPDPWSSD or VPMADDWD is faster
+// than bfloat16 (on every x86 CPU without AMX: VDPBF16PS runs at a quarter of VPDPWSSD's rate here).
+//
+// Included by files compiled for one ISA each, hence static and in an anonymous namespace.
+#pragma once
+
+#include <stdlib.h>
+
+#include "int4_linear.h"
+
+// GCC keeps a register tile in registers only if its loops are gone before it looks at arrays.
+#define NB_UNROLL _Pragma("GCC unroll 16")
+#define NB_INLINE static inline __attribute__((always_inline))
+
+namespace nibblock {
+namespace {
+
+struct QuantizedRows {
+  int64_t rows, k_pad, block, blocks;
+  int64_t stride;      // bytes between rows of q; not a multiple of 4 KiB
+  uint8_t* q;          // int16 in the order of k, or int8 in the order k0 k4 k1 k5 k2 k6 k3 k7 of each 8
+  float* scale;        // [blocks][rows]: a row tile reads neighbours
+  int32_t* init;       // [blocks][rows] what the integer sum starts from: -zero * sum(q), 0 when affine
+  float* sum;          // [blocks][rows] scale * sum(q): what the offset multiplies when affine
+  uint8_t* nonfinite;  // [rows]
+  void* memory;
+};
+
+static inline int64_t flush_block(const Int4Geometry& g) { return g.group < kFlushK ? g.group : kFlushK; }
+
+static inline void* aligned_malloc(int64_t bytes) {
+  void* p = nullptr;
+  return posix_memalign(&p, 64, static_cast<size_t>(round_up(bytes > 0 ? bytes : 1, 64))) == 0 ? p : nullptr;
+}
+
+static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_t k, int64_t rows, int act_bits) {
+  a->rows = rows;
+  a->k_pad = g.k_pad;
+  a->block = flush_block(g);
+  a->blocks = a->block > 0 ? ceil_div(k, a->block) : 0;
+  a->stride = round_up(g.k_pad * act_bits / 8, 64);
+  if (a->stride % 4096 == 0) a->stride += 64;
+  const int64_t meta = round_up(rows * a->blocks * 4, 64);
+  char* mem = static_cast<char*>(aligned_malloc(rows * a->stride + 3 * meta + rows));
+  a->memory = mem;
+  if (!mem) return false;
+  a->q = reinterpret_cast<uint8_t*>(mem);
+  mem += rows * a->stride;
+  a->scale = reinterpret_cast<float*>(mem);
+  a->init = reinterpret_cast<int32_t*>(mem + meta);
+  a->sum = reinterpret_cast<float*>(mem + 2 * meta);
+  a->nonfinite = reinterpret_cast<uint8_t*>(mem + 3 * meta);
+  return true;
+}
+
+// buf[0 .. n) = x[at .. at + n) in float32, buf[n .. padded) = 0. O::load_f16 converts 8 halves.
+template <class O>
+static inline void load_block(const void* x, Dtype type, int64_t at, int64_t n, int64_t padded, float* buf) {
+  int64_t i = 0;
+  if (type == Dtype::kF32) {
+    memcpy(buf, static_cast<const char*>(x) + at * 4, static_cast<size_t>(n) * 4);
+    i = n;
+  } else {
+    uint16_t half[kFlushK];
+    memcpy(half, static_cast<const char*>(x) + at * 2, static_cast<size_t>(n) * 2);
+    if (type == Dtype::kBF16) {
+      for (; i < n; ++i) buf[i] = bits_to_f32(static_cast<uint32_t>(half[i]) << 16);
+    } else {
+      for (int64_t j = n; j < round_up(n, 8); ++j) half[j] = 0;
+      for (; i < n; i += 8) O::load_f16(half + i, buf + i);
+      i = n;
+    }
+  }
+  for (; i < padded; ++i) buf[i] = 0.0f;
+}
+
+// One row of x into row `m` of `a`. ACT is 16 or 8. Padded elements become 0.
+template <class O, int ACT>
+static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row, const QuantizedRows& a) {
+  const int64_t K = p.w.k;
+  const float levels = ACT == 16 ? 32767.0f : 127.0f;
+  const int32_t zero = p.w.bits == 8 ? 128 : 8;
+  uint8_t* out = a.q + row * a.stride;
+  uint32_t worst = 0;
+  for (int64_t b = 0; b < a.blocks; ++b) {
+    const int64_t k0 = b * a.block;
+    const int64_t len = K - k0 < a.block ? K - k0 : a.block;
+    const int64_t end = k0 + a.block < a.k_pad && b + 1 < a.blocks ? k0 + a.block : a.k_pad;
+    const int64_t padded = end - k0;  // at most kFlushK + 63: a short last block reaches up to k_pad
+    alignas(64) float buf[kFlushK + 64];
+    load_block<O>(p.x, p.xtype, m * p.x_stride + k0, len, padded, buf);
+
+    // The largest magnitude by its bit pattern: integer maxima vectorise, and NaN and infinity come out
+    // above every finite value.
+    uint32_t top = 0;
+    for (int64_t i = 0; i < padded; ++i) {
+      const uint32_t bits = f32_to_bits(buf[i]) & 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+    worst = top > worst ? top : worst;
+    float max = bits_to_f32(top);
+    float scale = 0.0f, inverse = 0.0f;
+    if (top != 0 && top < 0x7f800000u) {
+      scale = max / levels;
+      if (max < 1e-30f) {  // 32767 / max would overflow
+        for (int64_t i = 0; i < padded; ++i) buf[i] *= 1.8446744073709552e19f;
+        max *= 1.8446744073709552e19f;
+      }
+      inverse = levels / max;
+    } else {
+      for (int64_t i = 0; i < padded; ++i) buf[i] = 0.0f;
+    }
+
+    // Adding 1.5 * 2^23 rounds to an integer (ties to even) and leaves it in the low mantissa bits.
+    int32_t sum = 0;
+    if (ACT == 16) {
+      int16_t* q = reinterpret_cast<int16_t*>(out) + k0;
+      for (int64_t i = 0; i < padded; ++i) {
+        const int32_t v = static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
+        q[i] = static_cast<int16_t>(v);
+        sum += v;
+      }
+    } else {
+      alignas(64) int8_t q[kFlushK + 64];
+      for (int64_t i = 0; i < padded; ++i) {
+        const int32_t v = static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
+        q[i] = static_cast<int8_t>(v);
+        sum += v;
+      }
+      int8_t* o = reinterpret_cast<int8_t*>(out) + k0;
+      for (int64_t i = 0; i < padded; i += 8) {  // the byte order of a packed line, see int4_linear.h
+        o[i + 0] = q[i + 0], o[i + 1] = q[i + 4], o[i + 2] = q[i + 1], o[i + 3] = q[i + 5];
+        o[i + 4] = q[i + 2], o[i + 5] = q[i + 6], o[i + 6] = q[i + 3], o[i + 7] = q[i + 7];
+      }
+    }
+    a.scale[b * a.rows + row] = scale;
+    a.init[b * a.rows + row] = p.w.affine ? 0 : -zero * sum;
+    a.sum[b * a.rows + row] = scale * static_cast<float>(sum);
+  }
+  a.nonfinite[row] = worst >= 0x7f800000u;
+}
+
+}  // namespace
+}  // namespace nibblock

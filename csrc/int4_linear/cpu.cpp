@@ -1,0 +1,196 @@
+// int4_linear on the CPU: the scalar kernels, which are the oracle in C++, and the table of all kernels.
+//
+// The scalar bodies follow the formula with float64 sums and no blocking beyond one dequantised row at a
+// time. Every other kernel is tested against them and against NumPy. They also serve CPUs without AVX2.
+#include <stdlib.h>
+
+#include "int4_linear.h"
+
+namespace nibblock {
+namespace {
+
+constexpr Dtype kF32 = Dtype::kF32;
+
+// out[k] = w[n, k], k < f.k, in float32.
+void dequantize_row(const Int4LinearParams& p, int64_t n, float* out) {
+  static const Parallel serial = {nullptr, 1};
+  int4_dequantize(p.w, p.packed, &n, 1, out, kF32, serial);
+}
+
+}  // namespace
+
+Status int4_linear_scalar(const Int4LinearParams& p) {
+  const int64_t K = p.w.k;
+  Status status = kOk;
+  auto body = [&](int64_t begin, int64_t end) {
+    float* w = static_cast<float*>(malloc(static_cast<size_t>(K > 0 ? K : 1) * sizeof(float)));
+    if (!w) {
+      status = kOutOfMemory;
+      return;
+    }
+    for (int64_t n = begin; n < end; ++n) {
+      dequantize_row(p, n, w);
+      const double bias = p.bias ? load_as_f32(p.bias, p.bias_type, n) : 0.0;
+      float tile;
+      for (int64_t m = 0; m < p.m; ++m) {
+        double sum = p.add ? 0.0 : bias;
+        for (int64_t k = 0; k < K; ++k) {
+          sum += static_cast<double>(load_as_f32(p.x, p.xtype, m * p.x_stride + k)) * w[k];
+        }
+        if (p.add) {
+          tile = static_cast<float>(sum);
+          p.add->add(p.add, m, 1, n, 1, &tile, 1);
+          sum = tile + bias;
+        }
+        store_f32_as(p.y, p.xtype, m * p.y_stride + n, static_cast<float>(sum));
+      }
+    }
+    free(w);
+  };
+  parallel_for(*p.parallel, p.w.n, body);
+  return status;
+}
+
+Status int4_linear_dx_scalar(const Int4LinearParams& p) {
+  const int64_t N = p.w.n, K = p.w.k;
+  // One row of dx at a time would dequantise W for every m; one column block at a time needs all n. The
+  // float64 accumulators of a block of rows are kept instead.
+  constexpr int64_t kRows = 16;
+  Status status = kOk;
+  auto body = [&](int64_t begin, int64_t end) {
+    float* w = static_cast<float*>(malloc(static_cast<size_t>(K > 0 ? K : 1) * sizeof(float)));
+    double* acc = static_cast<double*>(malloc(static_cast<size_t>(K > 0 ? K : 1) * kRows * sizeof(double)));
+    if (!w || !acc) {
+      status = kOutOfMemory;
+      free(w);
+      free(acc);
+      return;
+    }
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t m0 = block * kRows, rows = p.m - m0 < kRows ? p.m - m0 : kRows;
+      for (int64_t i = 0; i < rows * K; ++i) acc[i] = 0.0;
+      for (int64_t n = 0; n < N; ++n) {
+        dequantize_row(p, n, w);
+        for (int64_t i = 0; i < rows; ++i) {
+          const double g = load_as_f32(p.x, p.xtype, (m0 + i) * p.x_stride + n);
+          for (int64_t k = 0; k < K; ++k) acc[i * K + k] += g * w[k];
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t k = 0; k < K; ++k) {
+          float sum = static_cast<float>(acc[i * K + k]);
+          if (p.add) p.add->add(p.add, m0 + i, 1, k, 1, &sum, 1);
+          store_f32_as(p.y, p.xtype, (m0 + i) * p.y_stride + k, sum);
+        }
+      }
+    }
+    free(w);
+    free(acc);
+  };
+  parallel_for(*p.parallel, ceil_div(p.m, kRows), body);
+  return status;
+}
+
+void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
+  const int64_t N = p.w.n, K = p.w.k;
+  bool nan = false;
+  for (int64_t k = 0; k < K && !nan; ++k) {
+    const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + k);
+    nan = v != v;
+  }
+  const Int4Geometry g = int4_geometry(p.w);
+  const float zero = p.w.bits == 8 ? 128.0f : 8.0f;
+  const float kInf = bits_to_f32(0x7f800000u);
+  float tile[kPanelRows];
+  for (int64_t n = 0; n < N; ++n) {
+    const uint8_t* panel = p.packed + (n / kPanelRows) * g.panel_stride;
+    const int64_t r = n % kPanelRows;
+    double sum = nan ? bits_to_f32(0x7fc00000u) : 0.0;
+    for (int64_t k = 0; k < K && !nan; ++k) {
+      const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + k);
+      if (v != kInf && v != -kInf) continue;  // every finite term is lost beside an infinity
+      const int64_t at_group = k / g.group * kPanelRows + r;
+      const float s = load_as_f32(panel + g.scales_at, p.w.scale_type, at_group);
+      const CodePlace at = code_place(p.w.bits, k, static_cast<int>(r));
+      const float code = static_cast<float>((panel[at.byte] >> at.shift) & (p.w.bits == 8 ? 255 : 15));
+      const float w = p.w.affine
+                          ? s * code + load_as_f32(panel + g.offsets_at, p.w.scale_type, at_group)
+                          : s * (code - zero);
+      sum += static_cast<double>(v) * w;
+    }
+    tile[r] = static_cast<float>(sum);
+    if (r + 1 < kPanelRows && n + 1 < N) continue;
+    if (p.add) p.add->add(p.add, m, 1, n - r, r + 1, tile, kPanelRows);
+    for (int64_t i = 0; i <= r; ++i) {
+      const float bias = p.bias ? load_as_f32(p.bias, p.bias_type, n - r + i) : 0.0f;
+      store_f32_as(p.y, p.xtype, m * p.y_stride + n - r + i, tile[i] + bias);
+    }
+  }
+}
+
+// --- the table ----------------------------------------------------------------------------------------
+
+namespace {
+
+bool any(const Int4LinearParams&) { return true; }
+bool is_int8(const Int4LinearParams& p) { return p.compute == Compute::kInt8; }
+// An AMX tile multiplies 16 rows in the time of one: below 5 rows the vector kernels, which run at the
+// speed of memory, are as fast and need no tile set-up.
+bool amx_bf16(const Int4LinearParams& p) { return p.m >= 5 && p.compute == Compute::kBF16; }
+bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p); }
+bool amx_dx(const Int4LinearParams& p) { return p.m >= 5; }
+
+const Int4LinearKernel kForward[] = {
+    {"int4_linear.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5, compute bf16", amx_bf16, int4_linear_amx_bf16},
+    {"int4_linear.cpu.amx.int8_tile", Isa::kAmx, "m >= 5, compute int8", amx_int8, int4_linear_amx_int8},
+    {"int4_linear.cpu.avx512_vnni.int8", Isa::kAvx512Vnni, "compute int8", is_int8,
+     int4_linear_avx512_vnni_int8},
+    {"int4_linear.cpu.avx512_vnni.int16", Isa::kAvx512Vnni, "any call", any, int4_linear_avx512_vnni},
+    {"int4_linear.cpu.avx512.int16", Isa::kAvx512, "any call", any, int4_linear_avx512},
+    {"int4_linear.cpu.avx2.int16", Isa::kAvx2, "any call", any, int4_linear_avx2},
+    {"int4_linear.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_scalar},
+};
+
+const Int4LinearKernel kDx[] = {
+    {"int4_linear_dx.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5", amx_dx, int4_linear_dx_amx_bf16},
+    {"int4_linear_dx.cpu.avx512.panel", Isa::kAvx512, "any call", any, int4_linear_dx_avx512},
+    {"int4_linear_dx.cpu.avx2.panel", Isa::kAvx2, "any call", any, int4_linear_dx_avx2},
+    {"int4_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_dx_scalar},
+};
+
+bool same(const char* a, const char* b) {
+  while (*a && *a == *b) ++a, ++b;
+  return *a == *b;
+}
+
+}  // namespace
+
+Int4LinearTable int4_linear_table() { return {kForward, static_cast<int>(sizeof kForward / sizeof *kForward)}; }
+Int4LinearTable int4_linear_dx_table() { return {kDx, static_cast<int>(sizeof kDx / sizeof *kDx)}; }
+
+const Int4LinearKernel* int4_linear_select(const Int4LinearTable& t, const Int4LinearParams& p) {
+  const Isa isa = cpu_isa();
+  for (int i = 0; i < t.count; ++i) {
+    if (t.rows[i].isa <= isa && t.rows[i].serves(p)) return &t.rows[i];
+  }
+  return nullptr;
+}
+
+Status int4_linear_run(const Int4LinearTable& t, const Int4LinearParams& p, const char* forced_id) {
+  const Int4LinearKernel* row = nullptr;
+  if (forced_id) {
+    for (int i = 0; i < t.count && !row; ++i) {
+      if (same(t.rows[i].id, forced_id)) row = &t.rows[i];
+    }
+    if (!row) return kUnknownKernel;
+    if (row->isa > cpu_isa()) return kIsaUnavailable;
+    if (!row->serves(p)) return kNotServed;
+  } else {
+    row = int4_linear_select(t, p);
+    if (!row) return kNoKernel;
+  }
+  if (p.m == 0) return kOk;
+  return row->run(p);
+}
+
+}  // namespace nibblock

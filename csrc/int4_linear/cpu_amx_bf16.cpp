@@ -1,0 +1,451 @@
+// int4_linear and its input gradient on AMX bfloat16 tiles, from 5 rows up.
+//
+// Both directions are one loop. An output unit is 32 columns wide (32 n forward, 32 k for dx), a step
+// sums over 32 (k forward, n for dx), and a step of a unit needs two weight tiles, made from 32 n x 32 k
+// packed codes, and two tiles of x (32 rows): four TDPBF16PS into a 2 x 2 block of accumulators.
+//   forward  weights are operand A (a tile row is one n), x is operand B in pairs of k. A block holds C^T
+//            [n][m] and is transposed on the way out. Dequantised rows are tile rows as they come
+//            (cpu_amx_tiles.h).
+//   dx       dy is operand A, plain rows; weights are operand B in pairs of n: two dequantised rows
+//            interleaved by VPUNPCKLWD/HWD. The columns of a tile come out in a fixed order of k, put
+//            right by VPERMT2PS in the epilogue.
+// The result equals that of dequantising the weight to bfloat16 (rounded once) and multiplying in
+// bfloat16 with float32 sums in the order of the steps: the same for any tile shape, chunk or thread.
+//
+// Budgets, in cycles of one core, per unit and step (32 x 32 weights; a TDP takes 16, a tile load from
+// L1 8, a tile store 16; L2 gives about 43 B a cycle, so 64 cycles of TDP can hide 2.7 KiB from L2):
+//   TDP        64 per 32 rows (2 x 2 tiles), 32 per 16 rows (2 x 1)
+//   tile loads 4 x 8 = 32 on the load ports, under the TDPs
+//   dequantise 56 / 64 / 80 at group 128 / 64 / 32 (dx 112, 8 bits 176), once per chunk of rows, issued between the
+//              TDPs of the chunk's first 32 rows, which hide most of it
+//   C          a sum block (4 KiB) is loaded and stored once per kBlockSteps steps: 16 cycles a step,
+//              overlapped in part
+// Blocks. L1 (48 KiB) holds 64 columns x 192 of dequantised weights, 24 KiB; 32 rows x 192 of x, 12 KiB;
+// two sum blocks, 8 KiB: 44 KiB, all contiguous, so LRU keeps the weights while x streams through. (At 512
+// instead of 192 neither would survive one pass of the other, and all four tile loads would come from L2:
+// 102 cycles instead of 64.) From L2 a step then takes 1 KiB of x (each slice serves two units) and
+// 1.4 KiB of sums, prefetched one block ahead, because a tile load that misses waits with 16 fills.
+// L2 (2 MiB) holds a chunk of at most 512 rows: its slice of x, 192 KiB, and the sums of a group of
+// columns, at most 768 KiB. x is read again for each group: 2 to 4 B a cycle from L3. Chunks are
+// large because each chunk dequantises all of W again: 56..80 cycles beside 64 for each 32 rows.
+// Expected share of the tile peak for 4096 x 4096, group 128 / 32 (TDP / (TDP + what is not hidden)):
+//   M = 16    waits for memory: 8.9 MB packed; 56..80 cycles a step against 16 of peak work, 28 % / 20 % cached
+//   M = 64    128 of about 128 + 40 + 40 cycles: 60 % / 55 % cached, bounded by memory when cold
+//   M = 256   512 of 512 + 40 + 8 x 10: 75 % / 70 %
+//   M = 1024  two chunks of 512: 80 % / 78 %
+// What a shared host leaves of L1 and L2 comes off that.
+#include "cpu_amx_tiles.h"
+
+namespace nibblock {
+namespace {
+
+// Steps per pass over L1, rows in a chunk and sizes in L2: tuned together, see above.
+constexpr int64_t kBlockSteps = 6;
+constexpr int64_t kSoleBlockSteps = 16;  // chunks of at most 32 rows reuse nothing: fewer passes
+constexpr int64_t kRing = 4;             // and keep only this many steps of weights
+constexpr int64_t kRows = 32;            // rows of x in a block
+constexpr int64_t kChunkBlocks = 16;     // blocks of rows in a chunk
+constexpr int64_t kUnit = 32;            // columns in a unit
+constexpr int64_t kPair = 2;             // units that share a slice of x in L1
+constexpr int64_t kStepBytes = 2 * amx::kTileBytes;
+constexpr int64_t kSumBytes = 4 * amx::kTileBytes;
+constexpr int64_t kResidentX = 1 << 20;    // x of a chunk below this stays in L2 as a whole
+constexpr int64_t kGroupSums = 768 << 10;  // sums of a chunk's group of columns
+constexpr int64_t kPackedX = 16 << 20;    // packed x held at a time, below malloc's limit for reuse
+constexpr int64_t kSerialPack = 1 << 16;  // elements of x below which one thread packs them
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct Problem {
+  const Int4LinearParams* p;
+  Int4Geometry g;
+  int64_t columns, summed;  // of the output; of x
+  int64_t units, steps;     // the same in 32s
+  int64_t code_bytes;       // of 32 k of a panel
+};
+
+// How one run over some blocks of rows is cut. Cuts never fall inside a sum.
+struct Plan {
+  int64_t first, blocks;   // blocks of 32 rows
+  int64_t chunks, groups;  // tasks = chunks x groups of columns
+  int64_t passes;          // over the steps
+  uint8_t* x;              // packed: [chunk][pass][block][step][2 tiles]
+};
+
+// Piece i of `total` cut into `parts`.
+static inline int64_t cut(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
+
+static inline int64_t block_tiles(const Problem& q, int64_t block) {
+  return q.p->m - block * kRows > 16 ? 2 : 1;
+}
+
+template <bool Dx>
+static inline const uint8_t* codes_at(const Problem& q, int64_t unit, int64_t step, int half) {
+  const int64_t panel = 2 * (Dx ? step : unit) + half, k_step = Dx ? unit : step;
+  if (panel >= q.g.panels) return nullptr;
+  return q.p->packed + panel * q.g.panel_stride + k_step * q.code_bytes;
+}
+
+// Where a task keeps what it makes; one per running task.
+struct Scratch {
+  uint8_t* weights;  // [kPair][kBlockSteps or kRing][2 tiles]
+  uint8_t* sums;     // [unit of the group][block of the chunk][4 tiles]
+  PanelScales scales[2];
+  int64_t scales_of[2];  // panel * groups + group in `scales`
+};
+
+template <bool Dx, int Bits>
+static inline void dequantize_step(const Problem& q, Scratch& s, int64_t unit, int64_t step,
+                                   uint8_t* out) {
+  const int64_t group = (Dx ? unit : step) * kStepK / q.g.group;
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* codes = codes_at<Dx>(q, unit, step, half);
+    if (!codes) {  // an odd number of panels: the last unit or step has only one
+      for (int r = 0; r < 16; ++r) {
+        uint8_t* row = Dx ? out + (r & 1) * amx::kTileBytes + (8 + (r >> 1)) * 64
+                          : out + amx::kTileBytes + r * 64;
+        _mm512_store_si512(row, _mm512_setzero_si512());
+      }
+      continue;
+    }
+    const int64_t panel = 2 * (Dx ? step : unit) + half;
+    PanelScales& scales = s.scales[half];
+    if (s.scales_of[half] != panel * q.g.groups + group) {
+      s.scales_of[half] = panel * q.g.groups + group;
+      load_panel_scales(q.p->w, q.g, q.p->packed + panel * q.g.panel_stride, group, &scales);
+    }
+    RowReader<Bits> reader;
+    reader.prepare(codes);
+    if (Dx) {
+      uint8_t* low = out + 8 * half * 64;
+      uint8_t* high = low + amx::kTileBytes;
+#pragma GCC unroll 8
+      for (int r = 0; r < 16; r += 2) {
+        const __m512i even = reader.row(scales, r), odd = reader.row(scales, r + 1);
+        _mm512_store_si512(low + 32 * r, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(high + 32 * r, _mm512_unpackhi_epi16(even, odd));
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) {
+        _mm512_store_si512(out + half * amx::kTileBytes + 64 * r, reader.row(scales, r));
+      }
+    }
+  }
+}
+
+// Tiles 0..3 are sums (weight tile i, x tile j at 2i + j), 4 and 5 weights, 6 and 7 x.
+template <bool Dx, int C, int W, int X>
+NB_AMX_INLINE void multiply() {
+  if (Dx) {
+    amx::dot_bf16<C, X, W>();
+  } else {
+    amx::dot_bf16<C, W, X>();
+  }
+}
+
+template <bool Dx, int Tiles>
+NB_AMX_INLINE void tile_step(const uint8_t* w, const uint8_t* x) {
+  amx::load<4>(w, 64);
+  amx::load<6>(x, 64);
+  multiply<Dx, 0, 4, 6>();
+  amx::load<5>(w + amx::kTileBytes, 64);
+  multiply<Dx, 2, 5, 6>();
+  if (Tiles == 2) {
+    amx::load<7>(x + amx::kTileBytes, 64);
+    multiply<Dx, 1, 4, 7>();
+    multiply<Dx, 3, 5, 7>();
+  }
+}
+
+// What to fetch while a block is computed. Fetching never faults, so the last block may name anything.
+struct Ahead {
+  const uint8_t* x;     // next block's slice of x: this half of each step's lines
+  const uint8_t* sums;  // next block's sums
+  int64_t unit, step;   // where the next weights to dequantise start
+};
+
+NB_AMX_INLINE void fetch(const uint8_t* p, int lines) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lines; ++i)
+    _mm_prefetch(reinterpret_cast<const char*>(p + 64 * i), _MM_HINT_T0);
+}
+
+template <bool Dx>
+NB_AMX_INLINE void fetch_codes(const Problem& q, const Ahead& next, int64_t step) {
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* codes = codes_at<Dx>(q, next.unit, next.step + step, half);
+    if (codes) fetch(codes, static_cast<int>(q.code_bytes / 64));
+  }
+}
+
+// One 32-column unit x one block of rows x steps [begin, end). Dequantises as it goes when Fused: one
+// step ahead of the tiles, so that the stores have left when the tile loads come.
+template <bool Dx, int Bits, int Tiles, bool Fused>
+static void run_block(const Problem& q, Scratch& s, uint8_t* weights, int64_t ring,
+                      const uint8_t* x, uint8_t* sums, int64_t unit, int64_t begin, int64_t end,
+                      const Ahead& next) {
+  const int64_t steps = end - begin;
+  if (begin == 0) {
+    amx::zero<0>(), amx::zero<2>();
+    if (Tiles == 2) amx::zero<1>(), amx::zero<3>();
+  } else {
+    amx::load<0>(sums, 64), amx::load<2>(sums + 2 * amx::kTileBytes, 64);
+    if (Tiles == 2)
+      amx::load<1>(sums + amx::kTileBytes, 64), amx::load<3>(sums + 3 * amx::kTileBytes, 64);
+  }
+  if (Fused && steps > 0) dequantize_step<Dx, Bits>(q, s, unit, begin, weights);
+  for (int64_t i = 0; i < steps; ++i) {
+    if (Fused) {
+      if (i + 1 < steps) {
+        dequantize_step<Dx, Bits>(q, s, unit, begin + i + 1,
+                                  weights + ((i + 1) & ring) * kStepBytes);
+      }
+      fetch_codes<Dx>(q, next, i);
+    }
+    tile_step<Dx, Tiles>(weights + (i & ring) * kStepBytes, x + i * kStepBytes);
+    fetch(next.x + i * kStepBytes, amx::kTileBytes / 64);
+    fetch(next.sums + i * (kSumBytes / kBlockSteps / 64 * 64), kSumBytes / kBlockSteps / 64);
+  }
+  amx::store<0>(sums, 64), amx::store<2>(sums + 2 * amx::kTileBytes, 64);
+  if (Tiles == 2)
+    amx::store<1>(sums + amx::kTileBytes, 64), amx::store<3>(sums + 3 * amx::kTileBytes, 64);
+}
+
+// C^T [n][m] -> y.
+static void write_forward(const Problem& q, int64_t unit, int64_t block, const uint8_t* sums) {
+  const Int4LinearParams& p = *q.p;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t n = unit * kUnit + 16 * i;
+    const __mmask16 mask = mask_below(n, p.w.n);
+    if (!mask) continue;
+    const __m512 bias = load_bias(p.bias, p.bias_type, n, mask);
+    for (int j = 0; j < block_tiles(q, block); ++j) {
+      const int64_t m = block * kRows + 16 * j;
+      const int rows = static_cast<int>(min64(16, p.m - m));
+      __m512i v[16];
+      transpose16(sums + (2 * i + j) * amx::kTileBytes, 64, v);
+      for (int r = 0; r < rows; ++r) {
+        store_outputs(p.y, p.xtype, (m + r) * p.y_stride + n,
+                      _mm512_add_ps(_mm512_castsi512_ps(v[r]), bias), mask);
+      }
+    }
+  }
+}
+
+// Column c of the low and high tile of a unit holds k: 8 bits take them as VPUNPCK leaves the order of k,
+// 4 bits as it leaves the order of a dequantised row.
+template <int Bits>
+static constexpr int dx_source(int k) {
+  return Bits == 4 ? (k & 16) + 4 * ((k >> 1) & 3) + 2 * ((k >> 3) & 1) + (k & 1)
+                   : ((k & 4) ? 16 : 0) + 4 * (k >> 3) + (k & 3);
+}
+
+template <int Bits>
+static void write_dx(const Problem& q, int64_t unit, int64_t block, const uint8_t* sums) {
+  const Int4LinearParams& p = *q.p;
+  alignas(64) int32_t from[32];
+  for (int k = 0; k < 32; ++k) from[k] = dx_source<Bits>(k);
+  const __m512i first = _mm512_load_si512(from), second = _mm512_load_si512(from + 16);
+  const int64_t k = unit * kUnit;
+  for (int j = 0; j < block_tiles(q, block); ++j) {
+    const int64_t m = block * kRows + 16 * j;
+    for (int r = 0; r < min64(16, p.m - m); ++r) {
+      const __m512 low = _mm512_load_ps(sums + j * amx::kTileBytes + 64 * r);
+      const __m512 high = _mm512_load_ps(sums + (2 + j) * amx::kTileBytes + 64 * r);
+      const int64_t at = (m + r) * p.y_stride + k;
+      store_outputs(p.y, p.xtype, at, _mm512_permutex2var_ps(low, first, high),
+                    mask_below(k, p.w.k));
+      store_outputs(p.y, p.xtype, at + 16, _mm512_permutex2var_ps(low, second, high),
+                    mask_below(k + 16, p.w.k));
+    }
+  }
+}
+
+template <bool Dx, int Bits>
+static void run_task(const Problem& q, const Plan& plan, int64_t task, Scratch& s) {
+  const int64_t chunk = task / plan.groups, group = task % plan.groups;
+  const int64_t b0 = cut(plan.blocks, plan.chunks, chunk),
+                b1 = cut(plan.blocks, plan.chunks, chunk + 1);
+  const int64_t pairs = ceil_div(q.units, kPair);
+  const int64_t u0 = kPair * cut(pairs, plan.groups, group);
+  const int64_t u1 = min64(q.units, kPair * cut(pairs, plan.groups, group + 1));
+  const bool sole = b1 - b0 == 1;
+  const int64_t ring = sole ? kRing - 1 : -1;
+  for (int64_t pass = 0; pass < plan.passes; ++pass) {
+    const int64_t begin = cut(q.steps, plan.passes, pass),
+                  end = cut(q.steps, plan.passes, pass + 1);
+    const int64_t slice = (end - begin) * kStepBytes;
+    const uint8_t* x = plan.x + (b0 * q.steps + begin * (b1 - b0)) * kStepBytes;
+    const bool last = pass + 1 == plan.passes;
+    for (int64_t pair = u0; pair < u1; pair += kPair) {
+      const bool wraps = pair + kPair >= u1;  // the weights after these are the next pass's first
+      for (int64_t b = b0; b < b1; ++b) {
+        for (int64_t u = pair; u < min64(pair + kPair, u1); ++u) {
+          auto sums_at = [&](int64_t unit, int64_t block) {
+            return plan.passes == 1 ? s.sums
+                                    : s.sums + ((unit - u0) * (b1 - b0) + block - b0) * kSumBytes;
+          };
+          uint8_t* sums = sums_at(u, b);
+          uint8_t* weights = s.weights + (u - pair) * (sole ? kRing : kBlockSteps) * kStepBytes;
+          const uint8_t* xs = x + (b - b0) * slice;
+          Ahead next;
+          next.x = (b + 1 < b1 ? xs + slice : x) + (u - pair) * amx::kTileBytes;
+          next.sums = u + 1 < min64(pair + kPair, u1) ? sums_at(u + 1, b)
+                      : b + 1 < b1                    ? sums_at(pair, b + 1)
+                                                      : sums_at(wraps ? u0 : pair + kPair, b0);
+          next.unit = wraps ? u0 + (u - pair) : min64(u + kPair, u1 - 1);
+          next.step = wraps ? end : begin;
+          const int64_t absolute = plan.first + b;
+          const bool two = block_tiles(q, absolute) == 2;
+          auto run = two ? b == b0 ? run_block<Dx, Bits, 2, true> : run_block<Dx, Bits, 2, false>
+                     : b == b0 ? run_block<Dx, Bits, 1, true>
+                               : run_block<Dx, Bits, 1, false>;
+          run(q, s, weights, ring, xs, sums, u, begin, end, next);
+          if (!last) continue;
+          if (Dx) {
+            write_dx<Bits>(q, u, absolute, sums);
+          } else {
+            write_forward(q, u, absolute, sums);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Block `block` of a plan x its steps of one pass, in tile order, zeros behind the last row and element.
+template <bool Dx, int Bits>
+static void pack_x(const Problem& q, const Plan& plan, int64_t block, int64_t pass) {
+  const Int4LinearParams& p = *q.p;
+  const int64_t chunk = ((block + 1) * plan.chunks - 1) / plan.blocks;
+  const int64_t b0 = cut(plan.blocks, plan.chunks, chunk),
+                b1 = cut(plan.blocks, plan.chunks, chunk + 1);
+  const int64_t begin = cut(q.steps, plan.passes, pass), end = cut(q.steps, plan.passes, pass + 1);
+  uint8_t* out =
+      plan.x + (b0 * q.steps + begin * (b1 - b0) + (block - b0) * (end - begin)) * kStepBytes;
+  const int64_t absolute = plan.first + block;
+  const int64_t tiles = block_tiles(q, absolute);
+  alignas(64) uint8_t rows[amx::kTileBytes];
+  for (int64_t step = begin; step < end; ++step, out += kStepBytes) {
+    const int64_t at = step * kStepK, count = q.summed - at;
+    for (int64_t j = 0; j < tiles; ++j) {
+      const int64_t m = absolute * kRows + 16 * j;
+      uint8_t* tile = out + j * amx::kTileBytes;
+      uint8_t* to = Dx ? tile : rows;
+      for (int r = 0; r < 16; ++r) {
+        const __m512i v = m + r < p.m
+                              ? load_row_bf16(p.x, p.xtype, (m + r) * p.x_stride + at, count)
+                              : _mm512_setzero_si512();
+        _mm512_store_si512(to + 64 * r, v);
+      }
+      if (Dx) continue;
+      compiler_barrier();
+      __m512i pairs[16];
+      transpose16(rows, 64, pairs);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 64 * pair_row<Bits>(i), pairs[i]);
+    }
+  }
+}
+
+static int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
+
+static Plan make_plan(const Problem& q, int64_t first, int64_t blocks) {
+  const int64_t threads = max64(1, q.p->parallel->threads);
+  const int64_t pairs = ceil_div(q.units, kPair);
+  Plan plan;
+  plan.first = first;
+  plan.blocks = blocks;
+  plan.chunks = ceil_div(blocks, kChunkBlocks);
+  // Few columns and many threads: smaller chunks, at the price of dequantising more often.
+  while (plan.chunks * pairs < threads && 2 * plan.chunks <= blocks) ++plan.chunks;
+  const int64_t chunk_blocks = ceil_div(blocks, plan.chunks);
+  int64_t group_pairs = 1;
+  if (chunk_blocks * q.steps * kStepBytes > kResidentX) {
+    group_pairs = max64(1, min64(8, kGroupSums / (chunk_blocks * kPair * kSumBytes)));
+  }
+  plan.groups = ceil_div(pairs, group_pairs);
+  const int64_t multiple =
+      threads / gcd(threads, plan.chunks);  // the same number of tasks per thread
+  plan.groups = min64(pairs, round_up(plan.groups, multiple));
+  plan.passes = max64(1, ceil_div(q.steps, chunk_blocks == 1 ? kSoleBlockSteps : kBlockSteps));
+  plan.x = nullptr;
+  return plan;
+}
+
+template <bool Dx, int Bits>
+static Status run_plan(const Problem& q, const Plan& plan) {
+  auto pack = [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      pack_x<Dx, Bits>(q, plan, t / plan.passes, t % plan.passes);
+  };
+  const int64_t packs = plan.blocks * plan.passes;
+  if (plan.blocks * kRows * q.summed <= kSerialPack) {
+    pack(0, packs);
+  } else {
+    parallel_for(*q.p->parallel, packs, pack);
+  }
+
+  const int64_t chunk_blocks = ceil_div(plan.blocks, plan.chunks);
+  const int64_t group_units = kPair * ceil_div(ceil_div(q.units, kPair), plan.groups);
+  const int64_t weight_bytes = kPair * kBlockSteps * kStepBytes;
+  const int64_t sum_bytes = (plan.passes == 1 ? 1 : group_units * chunk_blocks) * kSumBytes;
+  int failed = 0;
+  auto multiply_tasks = [&](int64_t begin, int64_t end) {
+    uint8_t* memory = static_cast<uint8_t*>(allocate(weight_bytes + sum_bytes));
+    if (!memory) {
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    Scratch s;
+    s.weights = memory;
+    s.sums = memory + weight_bytes;
+    s.scales_of[0] = s.scales_of[1] = -1;
+    amx::configure(amx::full_tiles());
+    for (int64_t t = begin; t < end; ++t) run_task<Dx, Bits>(q, plan, t, s);
+    amx::release();
+    free(memory);
+  };
+  parallel_for(*q.p->parallel, plan.chunks * plan.groups, multiply_tasks);
+  return failed ? kOutOfMemory : kOk;
+}
+
+template <bool Dx, int Bits>
+static Status run_all(const Int4LinearParams& p) {
+  Problem q;
+  q.p = &p;
+  q.g = int4_geometry(p.w);
+  q.columns = Dx ? p.w.k : p.w.n;
+  q.summed = Dx ? p.w.n : p.w.k;
+  q.units = ceil_div(q.columns, kUnit);
+  q.steps = ceil_div(q.summed, kStepK);
+  q.code_bytes = kStepK * kPanelRows * Bits / 8;
+  if (p.m <= 0 || q.columns <= 0) return kOk;
+
+  const int64_t blocks = ceil_div(p.m, kRows);
+  const int64_t most =
+      max64(kChunkBlocks, kPackedX / max64(1, q.steps * kStepBytes) / kChunkBlocks * kChunkBlocks);
+  uint8_t* x = static_cast<uint8_t*>(allocate(min64(blocks, most) * q.steps * kStepBytes));
+  if (!x) return kOutOfMemory;
+  Status status = kOk;
+  for (int64_t first = 0; first < blocks && status == kOk; first += most) {
+    Plan plan = make_plan(q, first, min64(most, blocks - first));
+    plan.x = x;
+    status = run_plan<Dx, Bits>(q, plan);
+  }
+  free(x);
+  return status;
+}
+
+}  // namespace
+
+Status int4_linear_amx_bf16(const Int4LinearParams& p) {
+  return p.w.bits == 8 ? run_all<false, 8>(p) : run_all<false, 4>(p);
+}
+
+Status int4_linear_dx_amx_bf16(const Int4LinearParams& p) {
+  return p.w.bits == 8 ? run_all<true, 8>(p) : run_all<true, 4>(p);
+}
+
+}  // namespace nibblock

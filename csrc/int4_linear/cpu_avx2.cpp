@@ -1,0 +1,12 @@
+// int4_linear for AVX2 + FMA + F16C. The bodies are in cpu_integer.h and cpu_dx.h.
+#include "vector_avx2.h"
+
+#include "cpu_dx.h"
+#include "cpu_integer.h"
+
+namespace nibblock {
+
+Status int4_linear_avx2(const Int4LinearParams& p) { return forward_any_bits<Avx2, 16>(p); }
+Status int4_linear_dx_avx2(const Int4LinearParams& p) { return input_gradient_any_bits<Avx2>(p); }
+
+}  // namespace nibblock

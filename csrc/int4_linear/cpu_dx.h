@@ -1,0 +1,211 @@
+// int4_linear input gradient in float32: one body for AVX2 and AVX-512.
+//
+//     dx[m, k] = sum_n dy[m, n] * w[n, k]
+//
+// The scale of a weight depends on n, which is summed over here, so the codes cannot be multiplied as
+// integers: blocks of W are dequantised to float32 and transposed from the packed order (16 rows n in a
+// vector) to the order of a product over n (neighbouring k in a vector), then multiplied with FMA.
+//
+// A task owns kColsF vectors of k and all rows of a chunk of dy. For every 64 n it dequantises
+// 64 n x (kColsF * kLanes) k into L1 (16 KiB with AVX-512) and runs register tiles of kRowsF x kColsF over
+// the rows. A 6 x 4 tile of AVX-512 loads 4 vectors and 6 broadcasts for 24 FMAs: 10 loads in 12 cycles.
+// Dequantising costs about 11 instructions for 16 weights, shared by all rows of the chunk.
+//
+// Determinism: each output is a sum over n in one order, in blocks of 64, whatever the tile it falls into.
+#pragma once
+
+#include "activations.h"
+
+namespace nibblock {
+namespace {
+
+constexpr int64_t kDxRowChunk = 512;
+constexpr int64_t kDxBlockN = 64;
+
+// Rows n0 .. n0 + 63 and columns k0 .. k0 + width of W, as out[n][k] with row stride `width`.
+template <class O, int BITS>
+static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, int64_t n0, int64_t k0, int64_t width,
+                             float* out) {
+  using I = typename O::I;
+  using F = typename O::F;
+  constexpr int kPerPanel = 16 / O::kLanes;
+  const F zero = O::set1f(BITS == 8 ? -128.0f : -8.0f);
+  const I mask = O::set1(BITS == 8 ? 255 : 15);
+  for (int64_t v = n0 / O::kLanes; v < (n0 + kDxBlockN) / O::kLanes; ++v, out += O::kLanes * width) {
+    if (v >= g.panels * kPerPanel) {
+      memset(out, 0, static_cast<size_t>(O::kLanes * width) * sizeof(float));
+      continue;
+    }
+    const uint8_t* panel = p.packed + (v / kPerPanel) * g.panel_stride;
+    const int half = static_cast<int>(v % kPerPanel);
+    for (int64_t k = k0; k < k0 + width; k += O::kLanes) {
+      F columns[16];
+      for (int64_t line = 0; line < O::kLanes / 8; ++line) {
+        const int64_t k8 = k + 8 * line;
+        // k_pad may reach past the last group (its codes are zero); stay inside the scales.
+        const int64_t group = k8 / g.group < g.groups ? k8 / g.group : g.groups - 1;
+        float s[16], o[16];
+        const int64_t i = group * kPanelRows + half * O::kLanes;
+        const uint8_t* sp = panel + g.scales_at;
+        const uint8_t* op = panel + g.offsets_at;
+        F scale, offset = zero;
+        if (p.w.scale_type == Dtype::kF32) {
+          scale = O::loadf(sp + i * 4);
+          if (p.w.affine) offset = O::loadf(op + i * 4);
+        } else {
+          for (int j = 0; j < O::kLanes; j += 8) O::load_f16(sp + (i + j) * 2, s + j);
+          scale = O::loadf(s);
+          if (p.w.affine) {
+            for (int j = 0; j < O::kLanes; j += 8) O::load_f16(op + (i + j) * 2, o + j);
+            offset = O::loadf(o);
+          }
+        }
+        I c[8];
+        if (BITS == 4) {
+          const I codes = O::load(panel + k8 / 8 * 64 + half * O::kBytes);
+          c[0] = O::and_(codes, mask);
+          c[2] = O::and_(O::template shr32<4>(codes), mask);
+          c[4] = O::and_(O::template shr32<8>(codes), mask);
+          c[6] = O::and_(O::template shr32<12>(codes), mask);
+          c[1] = O::and_(O::template shr32<16>(codes), mask);
+          c[3] = O::and_(O::template shr32<20>(codes), mask);
+          c[5] = O::and_(O::template shr32<24>(codes), mask);
+          c[7] = O::template shr32<28>(codes);
+        } else {
+          const I a = O::load(panel + k8 / 8 * 128 + half * O::kBytes);
+          const I b = O::load(panel + k8 / 8 * 128 + 64 + half * O::kBytes);
+          c[0] = O::and_(a, mask);
+          c[4] = O::and_(O::template shr32<8>(a), mask);
+          c[1] = O::and_(O::template shr32<16>(a), mask);
+          c[5] = O::template shr32<24>(a);
+          c[2] = O::and_(b, mask);
+          c[6] = O::and_(O::template shr32<8>(b), mask);
+          c[3] = O::and_(O::template shr32<16>(b), mask);
+          c[7] = O::template shr32<24>(b);
+        }
+        NB_UNROLL
+        for (int j = 0; j < 8; ++j) {
+          const F code = O::to_float(c[j]);
+          columns[8 * line + j] =
+              p.w.affine ? O::fmaf(code, scale, offset) : O::mulf(O::addf(code, offset), scale);
+        }
+      }
+      O::transpose_store(columns, out + (k - k0), width);
+    }
+  }
+}
+
+template <class O, int R>
+static void dx_tile(const float* g, int64_t g_stride, const float* w, float* acc, int64_t acc_stride, bool first) {
+  using F = typename O::F;
+  constexpr int C = O::kColsF;
+  F sum[R][C];
+  NB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) sum[r][c] = first ? O::set1f(0.0f) : O::loadf(acc + r * acc_stride + c * O::kLanes);
+  }
+  for (int64_t n = 0; n < kDxBlockN; ++n) {
+    F wv[C];
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) wv[c] = O::loadf(w + n * C * O::kLanes + c * O::kLanes);
+    NB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F gv = O::set1f(g[r * g_stride + n]);
+      NB_UNROLL
+      for (int c = 0; c < C; ++c) sum[r][c] = O::fmaf(gv, wv[c], sum[r][c]);
+    }
+  }
+  NB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) O::storef(acc + r * acc_stride + c * O::kLanes, sum[r][c]);
+  }
+}
+
+template <class O, int BITS>
+static Status input_gradient(const Int4LinearParams& p) {
+  constexpr int64_t width = O::kColsF * O::kLanes;
+  const Int4Geometry g = int4_geometry(p.w);
+  const int64_t N = p.w.n, K = p.w.k;
+  const int64_t n_pad = round_up(N, kDxBlockN);
+  int64_t g_stride = n_pad;
+  if (g_stride % 1024 == 0) g_stride += 16;  // rows 4 KiB apart would share a cache set
+  static const Parallel serial = {nullptr, 1};
+  for (int64_t m0 = 0; m0 < p.m; m0 += kDxRowChunk) {
+    const int64_t rows = p.m - m0 < kDxRowChunk ? p.m - m0 : kDxRowChunk;
+    float* grad = static_cast<float*>(aligned_malloc(rows * g_stride * 4));
+    if (!grad) return kOutOfMemory;
+    auto convert = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        for (int64_t n = 0; n < n_pad; n += kDxBlockN) {
+          const int64_t live = N - n < kDxBlockN ? N - n : kDxBlockN;
+          load_block<O>(p.x, p.xtype, (m0 + r) * p.x_stride + n, live, kDxBlockN, grad + r * g_stride + n);
+        }
+      }
+    };
+    parallel_for(rows * N < 65536 ? serial : *p.parallel, rows, convert);
+    const int64_t tiles = ceil_div(rows, O::kRowsF);
+    bool failed = false;
+    auto multiply = [&](int64_t begin, int64_t end) {
+      float* acc = static_cast<float*>(aligned_malloc((rows + kDxBlockN) * width * 4));
+      if (!acc) {
+        failed = true;
+        return;
+      }
+      float* w = acc + rows * width;
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t k0 = t * width;
+        if (N == 0) memset(acc, 0, static_cast<size_t>(rows * width) * sizeof(float));
+        for (int64_t n0 = 0; n0 < n_pad; n0 += kDxBlockN) {
+          dequantize_block<O, BITS>(p, g, n0, k0, width, w);
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+            const float* gr = grad + r0 * g_stride + n0;
+            float* ar = acc + r0 * width;
+            const bool first = n0 == 0;
+            static_assert(O::kRowsF == 6, "one case for each height");
+            switch (r1 - r0) {
+              case 1: dx_tile<O, 1>(gr, g_stride, w, ar, width, first); break;
+              case 2: dx_tile<O, 2>(gr, g_stride, w, ar, width, first); break;
+              case 3: dx_tile<O, 3>(gr, g_stride, w, ar, width, first); break;
+              case 4: dx_tile<O, 4>(gr, g_stride, w, ar, width, first); break;
+              case 5: dx_tile<O, 5>(gr, g_stride, w, ar, width, first); break;
+              default: dx_tile<O, 6>(gr, g_stride, w, ar, width, first); break;
+            }
+          }
+        }
+        const int64_t live = K - k0 < width ? K - k0 : width;
+        if (p.add) p.add->add(p.add, m0, rows, k0, live, acc, width);
+        for (int64_t r = 0; r < rows; ++r) {
+          char* y = static_cast<char*>(p.y) + ((m0 + r) * p.y_stride + k0) * dtype_size(p.xtype);
+          const float* a = acc + r * width;
+          if (p.xtype == Dtype::kF32) {
+            memcpy(y, a, static_cast<size_t>(live) * 4);
+          } else {
+            uint16_t half[width];
+            if (p.xtype == Dtype::kBF16) {
+              for (int64_t i = 0; i < live; ++i) half[i] = f32_to_bf16(a[i]);
+            } else {
+              for (int64_t i = 0; i < width; i += 8) O::store_f16(a + i, half + i);
+            }
+            memcpy(y, half, static_cast<size_t>(live) * 2);
+          }
+        }
+      }
+      free(acc);
+    };
+    parallel_for(rows * N * K < 131072 ? serial : *p.parallel, ceil_div(K, width), multiply);
+    free(grad);
+    if (failed) return kOutOfMemory;
+  }
+  return kOk;
+}
+
+template <class O>
+static Status input_gradient_any_bits(const Int4LinearParams& p) {
+  return p.w.bits == 4 ? input_gradient<O, 4>(p) : input_gradient<O, 8>(p);
+}
+
+}  // namespace
+}  // namespace nibblock

@@ -1,0 +1,350 @@
+// int4_linear forward on integer dot products: one body for AVX2, AVX-512 and AVX-512-VNNI.
+//
+//     y[m, n] = sum_blocks xscale[m, b] * scale[n, g] * (init + sum_k q[m, k] * code[n, k])
+//                          (+ offset[n, g] * xsum[m, b]) + bias[n]
+//
+// The ISA file that includes this defines the vector operations O:
+//     kLanes        16 or 8 rows n of a panel in one vector (a panel has 16: AVX2 takes it in halves)
+//     kRows, kCols  largest register tile: rows of x, vectors of rows of W
+//     I, F          integer and float vectors, and the static functions used below
+//
+// Three ways through the same tile:
+//   decode  one row tile (m <= kRows): codes are unpacked on the fly; every weight byte is read once, from
+//           kCols panels at a time, because one stream does not fill this kind of CPU's memory pipes.
+//   panel   more rows: the codes of one flush block x kCols vectors are unpacked once into L1 (128 k x 64 n
+//           x 2 B = 16 KiB) and reused by all row tiles of a chunk of rows.
+//
+// Budget on AVX-512-VNNI, int16: VPDPWSSD does 32 multiply-adds and issues twice a cycle: 64 a cycle and
+// core, against 16 for VDPBF16PS and 32 for fp32 FMA. A 6 x 4 tile loads 6 broadcasts and 4 vectors for 24
+// dot products: 10 loads in 12 cycles, 2 possible a cycle. The flush costs 4 instructions and one load and
+// store for each accumulator, every 128 k (64 dot products) or, with groups of 32, every 16.
+// Decode: 64 bytes of codes (128 weights) take 6 shifts and masks and 4 dot products, 5 cycles: 33 GB/s a
+// core at 2.6 GHz, above what the memory delivers.
+//
+// Determinism: an output's sum runs over k in one order whatever the tile it falls into.
+#pragma once
+
+#include "activations.h"
+
+namespace nibblock {
+namespace {
+
+constexpr int64_t kRowChunk = 512;  // rows quantised and multiplied at a time: bounds the workspace
+
+// Codes of 8 k for one vector of rows, as operands of the dot product: ACT == 16 gives 4 vectors of
+// 16-bit pairs, ACT == 8 gives 2 vectors of byte quadruples.
+template <class O, int BITS, int ACT>
+NB_INLINE void unpack8(const uint8_t* at, typename O::I* w) {
+  if (BITS == 4 && ACT == 16) {
+    const typename O::I line = O::load(at);
+    w[0] = O::and_(line, O::set1(0x000f000f));
+    w[1] = O::and_(O::template shr16<4>(line), O::set1(0x000f000f));
+    w[2] = O::and_(O::template shr16<8>(line), O::set1(0x000f000f));
+    w[3] = O::template shr16<12>(line);
+  } else if (BITS == 4) {
+    const typename O::I line = O::load(at);
+    w[0] = O::and_(line, O::set1(0x0f0f0f0f));
+    w[1] = O::and_(O::template shr16<4>(line), O::set1(0x0f0f0f0f));
+  } else if (ACT == 16) {
+    const typename O::I a = O::load(at), b = O::load(at + 64);
+    w[0] = O::and_(a, O::set1(0x00ff00ff));
+    w[1] = O::and_(b, O::set1(0x00ff00ff));
+    w[2] = O::template shr16<8>(a);
+    w[3] = O::template shr16<8>(b);
+  } else {
+    w[0] = O::load(at);
+    w[1] = O::load(at + 64);
+  }
+}
+
+// What a tile works on.
+struct TileArgs {
+  const uint8_t* w[8];   // decode: codes of each vector of rows; panel: w[0] is the unpacked block
+  const uint8_t* x;      // quantised rows
+  int64_t x_stride;      // bytes
+  int64_t lines;         // 8 k each
+  const float* xscale;   // [R], of this block
+  const int32_t* init;
+  const float* xsum;
+  const float* scale;    // [C * kLanes] of this block's group
+  const float* offset;   // the same, or null
+  float* acc;            // [R][C * kLanes] float sums
+};
+
+template <class O, bool AFFINE, int R, int C>
+NB_INLINE void flush(const TileArgs& a, typename O::I (&sum)[R][C]) {
+  NB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const typename O::F xscale = O::set1f(a.xscale[r]);
+    const typename O::F xsum = O::set1f(a.xsum[r]);
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) {
+      float* acc = a.acc + r * C * O::kLanes + c * O::kLanes;
+      typename O::F y = O::loadf(acc);
+      if (AFFINE) y = O::fmaf(O::loadf(a.offset + c * O::kLanes), xsum, y);
+      const typename O::F s = O::mulf(O::loadf(a.scale + c * O::kLanes), xscale);
+      O::storef(acc, O::fmaf(O::to_float(sum[r][c]), s, y));
+    }
+  }
+}
+
+// One block of k for R rows of x and C vectors of rows of W. PANEL: operands come unpacked.
+template <class O, int BITS, int ACT, bool PANEL, int R, int C>
+static void tile(const TileArgs& a) {
+  constexpr int kSteps = ACT == 16 ? 4 : 2;  // broadcasts of 4 bytes for each 8 k
+  typename O::I sum[R][C];
+  NB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) sum[r][c] = O::set1(a.init[r]);
+  }
+  const uint8_t* x = a.x;
+  if (PANEL) {
+    const uint8_t* w = a.w[0];
+    for (int64_t step = 0; step < a.lines * kSteps; ++step) {
+      typename O::I wv[C];
+      NB_UNROLL
+      for (int c = 0; c < C; ++c) wv[c] = O::load(w + c * O::kBytes);
+      NB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const typename O::I xv = O::broadcast(x + r * a.x_stride);
+        NB_UNROLL
+        for (int c = 0; c < C; ++c) sum[r][c] = O::template dot<ACT>(sum[r][c], wv[c], xv);
+      }
+      w += C * O::kBytes;
+      x += 4;
+    }
+  } else {
+    // With one row there are too few accumulators to cover the dot product's latency: two sets.
+    constexpr bool kTwoSets = R * C < 8;
+    typename O::I odd[R][C];
+    if (kTwoSets) {
+      NB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        NB_UNROLL
+        for (int c = 0; c < C; ++c) odd[r][c] = O::set1(0);
+      }
+    }
+    for (int64_t line = 0; line < a.lines; ++line) {
+      typename O::I wv[C][kSteps];
+      NB_UNROLL
+      for (int c = 0; c < C; ++c) {
+        const uint8_t* at = a.w[c] + line * (BITS == 4 ? 64 : 128);
+        O::prefetch(at + O::kPrefetch);
+        if (BITS == 8) O::prefetch(at + O::kPrefetch + 64);
+        unpack8<O, BITS, ACT>(at, wv[c]);
+      }
+      NB_UNROLL
+      for (int s = 0; s < kSteps; ++s) {
+        NB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename O::I xv = O::broadcast(x + r * a.x_stride + 4 * s);
+          NB_UNROLL
+          for (int c = 0; c < C; ++c) {
+            typename O::I& to = kTwoSets && (s & 1) ? odd[r][c] : sum[r][c];
+            to = O::template dot<ACT>(to, wv[c][s], xv);
+          }
+        }
+      }
+      x += 4 * kSteps;
+    }
+    if (kTwoSets) {
+      NB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        NB_UNROLL
+        for (int c = 0; c < C; ++c) sum[r][c] = O::add(sum[r][c], odd[r][c]);
+      }
+    }
+  }
+  if (a.offset) {
+    flush<O, true, R, C>(a, sum);
+  } else {
+    flush<O, false, R, C>(a, sum);
+  }
+}
+
+using TileFn = void (*)(const TileArgs&);
+
+template <class O, int BITS, int ACT, bool PANEL, int C, int R>
+struct RowTable {
+  static TileFn get(int rows) {
+    if (rows == R) return &tile<O, BITS, ACT, PANEL, R, C>;
+    return RowTable<O, BITS, ACT, PANEL, C, R - 1>::get(rows);
+  }
+};
+template <class O, int BITS, int ACT, bool PANEL, int C>
+struct RowTable<O, BITS, ACT, PANEL, C, 0> {
+  static TileFn get(int) { return nullptr; }
+};
+
+// Scales (or offsets) of the vectors [v0, v0 + count) for one group, as float32.
+template <class O>
+static inline void load_scales(const Int4LinearParams& p, const Int4Geometry& g, int64_t section, int64_t v0,
+                               int count, int64_t group, float* out) {
+  constexpr int kPerPanel = 16 / O::kLanes;
+  for (int c = 0; c < count; ++c) {
+    const int64_t v = v0 + c;
+    const uint8_t* at = p.packed + (v / kPerPanel) * g.panel_stride + section;
+    const int64_t i = group * kPanelRows + (v % kPerPanel) * O::kLanes;
+    if (p.w.scale_type == Dtype::kF32) {
+      O::storef(out + c * O::kLanes, O::loadf(at + i * 4));
+    } else {
+      for (int j = 0; j < O::kLanes; j += 8) O::load_f16(at + (i + j) * 2, out + c * O::kLanes + j);
+    }
+  }
+}
+
+// Bias, conversion to the type of x, and the store of one finished row of a tile.
+template <class O>
+static inline void store_row(const Int4LinearParams& p, int64_t m, int64_t n0, int64_t count, const float* acc) {
+  alignas(64) float out[64];
+  for (int64_t i = 0; i < count; i += O::kLanes) {
+    const int64_t live = count - i < O::kLanes ? count - i : O::kLanes;
+    typename O::F v = O::loadf(acc + i);
+    if (p.bias) {
+      alignas(64) float bias[16] = {};
+      for (int64_t j = 0; j < live; ++j) bias[j] = load_as_f32(p.bias, p.bias_type, n0 + i + j);
+      v = O::addf(v, O::loadf(bias));
+    }
+    O::storef(out + i, v);
+  }
+  char* y = static_cast<char*>(p.y) + (m * p.y_stride + n0) * dtype_size(p.xtype);
+  if (p.xtype == Dtype::kF32) {
+    memcpy(y, out, static_cast<size_t>(count) * 4);
+  } else if (p.xtype == Dtype::kBF16) {
+    uint16_t half[64];
+    for (int64_t i = 0; i < count; ++i) half[i] = f32_to_bf16(out[i]);
+    memcpy(y, half, static_cast<size_t>(count) * 2);
+  } else {
+    uint16_t half[64];
+    for (int64_t i = 0; i < round_up(count, 8); i += 8) O::store_f16(out + i, half + i);
+    memcpy(y, half, static_cast<size_t>(count) * 2);
+  }
+}
+
+// All of a chunk of rows for the vectors of rows [v0, v0 + C).
+template <class O, int BITS, int ACT, int C>
+static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const QuantizedRows& a, int64_t m0,
+                        int64_t v0, float* acc, uint8_t* panel) {
+  constexpr int kPerPanel = 16 / O::kLanes;
+  constexpr int kSteps = ACT == 16 ? 4 : 2;
+  constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
+  const int64_t tiles = ceil_div(a.rows, O::kRows);
+  const bool unpacked = tiles > 1;
+  alignas(64) float scale[C * O::kLanes], offset[C * O::kLanes];
+  TileArgs t;
+  t.x_stride = a.stride;
+  t.scale = scale;
+  t.offset = p.w.affine ? offset : nullptr;
+  constexpr int64_t acc_stride = C * O::kLanes;
+  memset(acc, 0, static_cast<size_t>(a.rows * acc_stride) * 4);
+  const uint8_t* codes[C];
+  NB_UNROLL
+  for (int c = 0; c < C; ++c) {
+    const int64_t v = v0 + c;
+    codes[c] = p.packed + (v / kPerPanel) * g.panel_stride + (v % kPerPanel) * O::kBytes;
+  }
+  for (int64_t b = 0; b < a.blocks; ++b) {
+    const int64_t k0 = b * a.block;
+    const int64_t k1 = k0 + a.block < a.k_pad ? k0 + a.block : a.k_pad;
+    const int64_t group = k0 / g.group;
+    load_scales<O>(p, g, g.scales_at, v0, C, group, scale);
+    if (p.w.affine) load_scales<O>(p, g, g.offsets_at, v0, C, group, offset);
+    t.lines = (k1 - k0) / 8;
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) t.w[c] = codes[c] + k0 / 8 * kLineBytes;
+    if (unpacked) {
+      uint8_t* out = panel;
+      for (int64_t line = 0; line < t.lines; ++line) {
+        NB_UNROLL
+        for (int c = 0; c < C; ++c) {
+          typename O::I w[kSteps];
+          O::prefetch(t.w[c] + line * kLineBytes + O::kPrefetch);
+          unpack8<O, BITS, ACT>(t.w[c] + line * kLineBytes, w);
+          NB_UNROLL
+          for (int s = 0; s < kSteps; ++s) O::store(out + (s * C + c) * O::kBytes, w[s]);
+        }
+        out += kSteps * C * O::kBytes;
+      }
+      t.w[0] = panel;
+    }
+    for (int64_t i = 0; i < tiles; ++i) {
+      // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
+      const int64_t r0 = a.rows * i / tiles, r1 = a.rows * (i + 1) / tiles;
+      t.x = a.q + r0 * a.stride + k0 * ACT / 8;
+      t.xscale = a.scale + b * a.rows + r0;
+      t.init = a.init + b * a.rows + r0;
+      t.xsum = a.sum + b * a.rows + r0;
+      t.acc = acc + r0 * acc_stride;
+      const int rows = static_cast<int>(r1 - r0);
+      const TileFn fn = unpacked ? RowTable<O, 8, ACT, true, C, O::kRows>::get(rows)
+                                 : RowTable<O, BITS, ACT, false, C, O::kRows>::get(rows);
+      fn(t);
+    }
+  }
+  const int64_t n0 = v0 * O::kLanes;
+  const int64_t count = p.w.n - n0 < C * O::kLanes ? p.w.n - n0 : C * O::kLanes;
+  if (p.add && count > 0) p.add->add(p.add, m0, a.rows, n0, count, acc, acc_stride);
+  for (int64_t r = 0; r < a.rows && count > 0; ++r) store_row<O>(p, m0 + r, n0, count, acc + r * acc_stride);
+}
+
+template <class O, int BITS, int ACT>
+static Status forward(const Int4LinearParams& p) {
+  const Int4Geometry g = int4_geometry(p.w);
+  constexpr int kPerPanel = 16 / O::kLanes;
+  const int64_t vectors = g.panels * kPerPanel;
+  // Wide tiles reuse each broadcast of x; narrow layers are cut finer so that the threads get equal shares.
+  const int cols = vectors >= 16 * O::kCols ? O::kCols : vectors >= 4 * kPerPanel ? 2 * kPerPanel : kPerPanel;
+  const int width = cols < O::kCols ? cols : O::kCols;
+  const int64_t tiles = ceil_div(vectors, width);
+  static const Parallel serial = {nullptr, 1};
+  for (int64_t m0 = 0; m0 < p.m; m0 += kRowChunk) {
+    const int64_t rows = p.m - m0 < kRowChunk ? p.m - m0 : kRowChunk;
+    QuantizedRows a;
+    if (!quantized_rows_alloc(&a, g, p.w.k, rows, ACT)) return kOutOfMemory;
+    auto quantize = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) quantize_row<O, ACT>(p, m0 + r, r, a);
+    };
+    // Below these sizes waking the other threads costs more than they save.
+    parallel_for(rows * p.w.k < 65536 ? serial : *p.parallel, rows, quantize);
+    bool failed = false;
+    auto multiply = [&](int64_t begin, int64_t end) {
+      float* acc = static_cast<float*>(aligned_malloc(rows * width * O::kLanes * 4 + kFlushK * 2 * width * O::kBytes));
+      if (!acc) {
+        failed = true;
+        return;
+      }
+      uint8_t* panel = reinterpret_cast<uint8_t*>(acc + rows * width * O::kLanes);
+      for (int64_t t = begin; t < end; ++t) {
+        int64_t v = t * width;
+        const int64_t stop = v + width < vectors ? v + width : vectors;
+        // The last tile of a row may be narrower: full, half, then single panels.
+        if (stop - v == 4) {
+          column_tile<O, BITS, ACT, 4>(p, g, a, m0, v, acc, panel);
+          v += 4;
+        }
+        if (stop - v >= 2) {
+          column_tile<O, BITS, ACT, 2>(p, g, a, m0, v, acc, panel);
+          v += 2;
+        }
+        if (O::kLanes == 16 && stop - v >= 1) column_tile<O, BITS, ACT, O::kLanes == 16 ? 1 : 2>(p, g, a, m0, v, acc, panel);
+      }
+      free(acc);
+    };
+    parallel_for(rows * p.w.n * p.w.k < 131072 ? serial : *p.parallel, tiles, multiply);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (a.nonfinite[r]) int4_linear_nonfinite_row(p, m0 + r);
+    }
+    free(a.memory);
+    if (failed) return kOutOfMemory;
+  }
+  return kOk;
+}
+
+template <class O, int ACT>
+static Status forward_any_bits(const Int4LinearParams& p) {
+  return p.w.bits == 4 ? forward<O, 4, ACT>(p) : forward<O, 8, ACT>(p);
+}
+
+}  // namespace
+}  // namespace nibblock

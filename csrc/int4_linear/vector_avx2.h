@@ -1,0 +1,79 @@
+// Vector operations for AVX2 + FMA + F16C. A panel's 16 rows are taken in two halves of 8 lanes.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace nibblock {
+namespace {
+
+struct Avx2 {
+  static constexpr int kLanes = 8, kBytes = 32;
+  static constexpr int kRows = 3, kCols = 4;      // integer tile: 12 accumulators of 16 registers
+  static constexpr int kRowsF = 6, kColsF = 2;    // float tile (dx)
+  static constexpr int64_t kPrefetch = 1024;
+  using I = __m256i;
+  using F = __m256;
+
+  static inline I load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static inline void store(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static inline I set1(int32_t v) { return _mm256_set1_epi32(v); }
+  static inline I and_(I a, I b) { return _mm256_and_si256(a, b); }
+  static inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  template <int S>
+  static inline I shr16(I a) {
+    return _mm256_srli_epi16(a, S);
+  }
+  template <int S>
+  static inline I shr32(I a) {
+    return _mm256_srli_epi32(a, S);
+  }
+  static inline I broadcast(const uint8_t* p) {
+    int32_t v;
+    __builtin_memcpy(&v, p, 4);
+    return _mm256_set1_epi32(v);
+  }
+  // In assembly to keep each multiply beside its addition: GCC 12 otherwise starts all products first and
+  // spills the accumulators.
+  template <int ACT>
+  static inline __attribute__((always_inline)) I dot(I acc, I w, I x) {
+    static_assert(ACT == 16, "VPMADDUBSW would saturate with 8-bit codes");
+    I product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(x));
+    return acc;
+  }
+  static inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static inline F set1f(float v) { return _mm256_set1_ps(v); }
+  static inline F loadf(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+  static inline void storef(void* p, F v) { _mm256_storeu_ps(static_cast<float*>(p), v); }
+  static inline F addf(F a, F b) { return _mm256_add_ps(a, b); }
+  static inline F mulf(F a, F b) { return _mm256_mul_ps(a, b); }
+  static inline F fmaf(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // 8 halves at a time, whatever the vector width.
+  static inline void load_f16(const void* p, float* out) {
+    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  static inline void store_f16(const float* in, void* p) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
+  }
+  // out[j * stride ..] = the 8 lanes of row j after transposing 8 vectors.
+  static inline void transpose_store(const F* v, float* out, int64_t stride) {
+    const F a0 = _mm256_unpacklo_ps(v[0], v[1]), a1 = _mm256_unpackhi_ps(v[0], v[1]);
+    const F a2 = _mm256_unpacklo_ps(v[2], v[3]), a3 = _mm256_unpackhi_ps(v[2], v[3]);
+    const F a4 = _mm256_unpacklo_ps(v[4], v[5]), a5 = _mm256_unpackhi_ps(v[4], v[5]);
+    const F a6 = _mm256_unpacklo_ps(v[6], v[7]), a7 = _mm256_unpackhi_ps(v[6], v[7]);
+    const F b0 = _mm256_shuffle_ps(a0, a2, 0x44), b1 = _mm256_shuffle_ps(a0, a2, 0xee);
+    const F b2 = _mm256_shuffle_ps(a1, a3, 0x44), b3 = _mm256_shuffle_ps(a1, a3, 0xee);
+    const F b4 = _mm256_shuffle_ps(a4, a6, 0x44), b5 = _mm256_shuffle_ps(a4, a6, 0xee);
+    const F b6 = _mm256_shuffle_ps(a5, a7, 0x44), b7 = _mm256_shuffle_ps(a5, a7, 0xee);
+    const F lo[4] = {b0, b1, b2, b3}, hi[4] = {b4, b5, b6, b7};
+    for (int j = 0; j < 4; ++j) {
+      storef(out + j * stride, _mm256_permute2f128_ps(lo[j], hi[j], 0x20));
+      storef(out + (j + 4) * stride, _mm256_permute2f128_ps(lo[j], hi[j], 0x31));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace nibblock

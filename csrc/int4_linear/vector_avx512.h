@@ -1,0 +1,100 @@
+// Vector operations for AVX-512 (F, BW, DQ, VL), without and with VNNI. One vector is a panel's 16 rows.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace nibblock {
+namespace {
+
+struct Avx512Base {
+  static constexpr int kLanes = 16, kBytes = 64;
+  static constexpr int kRows = 6, kCols = 4;    // integer tile: 24 accumulators of 32 registers
+  static constexpr int kRowsF = 6, kColsF = 4;  // float tile (dx)
+  static constexpr int64_t kPrefetch = 1024;
+  using I = __m512i;
+  using F = __m512;
+
+  static inline I load(const void* p) { return _mm512_loadu_si512(p); }
+  static inline void store(void* p, I v) { _mm512_storeu_si512(p, v); }
+  static inline I set1(int32_t v) { return _mm512_set1_epi32(v); }
+  static inline I and_(I a, I b) { return _mm512_and_si512(a, b); }
+  static inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  template <int S>
+  static inline I shr16(I a) {
+    return _mm512_srli_epi16(a, S);
+  }
+  template <int S>
+  static inline I shr32(I a) {
+    return _mm512_srli_epi32(a, S);
+  }
+  static inline I broadcast(const uint8_t* p) {
+    int32_t v;
+    __builtin_memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+  }
+  static inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static inline F set1f(float v) { return _mm512_set1_ps(v); }
+  static inline F loadf(const void* p) { return _mm512_loadu_ps(p); }
+  static inline void storef(void* p, F v) { _mm512_storeu_ps(p, v); }
+  static inline F addf(F a, F b) { return _mm512_add_ps(a, b); }
+  static inline F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
+  static inline F fmaf(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // 8 halves at a time, whatever the vector width.
+  static inline void load_f16(const void* p, float* out) {
+    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  static inline void store_f16(const float* in, void* p) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
+  }
+  // out[j * stride ..] = the 16 lanes of row j after transposing 16 vectors.
+  static inline void transpose_store(const F* v, float* out, int64_t stride) {
+    F a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+      a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // 128-bit lane q of b[i + j]: columns 4q + j, rows i .. i + 3
+      b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+      b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+      b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; ++j) {
+      const F even = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88), odd = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
+      const F even2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
+      const F odd2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xdd);
+      storef(out + j * stride, _mm512_shuffle_f32x4(even, even2, 0x88));
+      storef(out + (4 + j) * stride, _mm512_shuffle_f32x4(odd, odd2, 0x88));
+      storef(out + (8 + j) * stride, _mm512_shuffle_f32x4(even, even2, 0xdd));
+      storef(out + (12 + j) * stride, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+    }
+  }
+};
+
+struct Avx512 : Avx512Base {
+  template <int ACT>
+  static inline I dot(I acc, I w, I x) {
+    static_assert(ACT == 16, "without VNNI int8 activations gain nothing: VPMADDUBSW saturates");
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(w, x));
+  }
+};
+
+#ifdef __AVX512VNNI__
+struct Avx512Vnni : Avx512Base {
+  // In assembly because GCC 12 copies the accumulator before each of these intrinsics.
+  template <int ACT>
+  static inline __attribute__((always_inline)) I dot(I acc, I w, I x) {
+    if (ACT == 16) {
+      __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    } else {
+      __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    }
+    return acc;
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace nibblock

@@ -1,0 +1,138 @@
+#include "native.h"
+
+#include <stdlib.h>
+
+#include <algorithm>
+#include <memory>
+#include <thread>
+
+namespace nibblock {
+namespace native {
+namespace {
+
+void run_std_threads(const Parallel* self, int64_t tasks, void (*body)(void*, int64_t, int64_t),
+                     void* ctx) {
+  const int64_t parts = std::min<int64_t>(self->threads, tasks);
+  auto range = [&](int64_t i) { body(ctx, tasks * i / parts, tasks * (i + 1) / parts); };
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(parts));
+  for (int64_t i = 1; i < parts; ++i) threads.emplace_back(range, i);
+  range(0);
+  for (std::thread& t : threads) t.join();
+}
+
+[[noreturn]] void fail(PyObject* type, const std::string& op, const std::string& rest) {
+  PyErr_SetString(type, (op + ": " + rest).c_str());
+  throw py::error_already_set();
+}
+
+}  // namespace
+
+Parallel std_threads(int threads) { return {run_std_threads, threads}; }
+
+py::array aligned_bytes(int64_t bytes) {
+  void* data = aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(bytes, 1), 64)));
+  if (!data) throw std::bad_alloc();
+  py::capsule owner(data, [](void* p) { free(p); });
+  return py::array(py::dtype::of<uint8_t>(), {bytes}, {int64_t{1}}, data, owner);
+}
+
+void fail_value(const std::string& op, const std::string& rest) {
+  fail(PyExc_ValueError, op, rest);
+}
+void fail_type(const std::string& op, const std::string& rest) { fail(PyExc_TypeError, op, rest); }
+void fail_unavailable(const std::string& op, const std::string& rest) {
+  py::object type = py::module_::import("nibblock._errors").attr("BackendUnavailable");
+  fail(type.ptr(), op, rest);
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+std::string shape_text(const py::array& a) {
+  return shape_text(std::vector<int64_t>(a.shape(), a.shape() + a.ndim()));
+}
+
+std::string type_text(const py::handle& value) {
+  if (py::isinstance<py::array>(value)) return dtype_name(py::reinterpret_borrow<py::array>(value));
+  return Py_TYPE(value.ptr())->tp_name;
+}
+
+std::string dtype_name(const py::array& a) { return py::str(a.dtype()).cast<std::string>(); }
+
+py::array want_array(const std::string& op, const std::string& name, const py::object& value,
+                     const std::vector<std::string>& dtypes) {
+  std::string allowed;
+  for (const std::string& d : dtypes) allowed += (allowed.empty() ? "" : " or ") + d;
+  if (!py::isinstance<py::array>(value)) {
+    fail_type(op, name + " must be a NumPy array of " + allowed + ", got " + type_text(value));
+  }
+  py::array a = py::reinterpret_borrow<py::array>(value);
+  // A foreign byte order prints as '>f4' and so matches no name.
+  if (std::find(dtypes.begin(), dtypes.end(), dtype_name(a)) == dtypes.end()) {
+    fail_type(op, name + " must be " + allowed + ", got " + dtype_name(a));
+  }
+  return a;
+}
+
+void want_shape(const std::string& op, const std::string& name, const py::array& a,
+                const std::vector<int64_t>& shape) {
+  if (std::vector<int64_t>(a.shape(), a.shape() + a.ndim()) != shape) {
+    fail_value(op, name + " must be " + shape_text(shape) + ", got " + shape_text(a));
+  }
+}
+
+py::array contiguous(const py::array& a) { return py::array::ensure(a, py::array::c_style); }
+
+Dtype float_dtype(const std::string& name) {
+  if (name == "float32") return Dtype::kF32;
+  return name == "float16" ? Dtype::kF16 : Dtype::kBF16;
+}
+
+const char* float_dtype_name(Dtype t) {
+  return t == Dtype::kF32 ? "float32" : t == Dtype::kF16 ? "float16" : "bfloat16";
+}
+
+int want_threads(const std::string& op, int64_t threads) {
+  if (threads < 1 || threads > 1024) {
+    fail_value(op, "threads must be 1 to 1024, got " + std::to_string(threads));
+  }
+  return static_cast<int>(threads);
+}
+
+Dtype want_scale_dtype(const std::string& op, const std::string& name) {
+  if (name != "float32" && name != "float16") {
+    fail_type(op, "scale_dtype must be float32 or float16, got " + name);
+  }
+  return float_dtype(name);
+}
+
+Compute want_compute(const std::string& op, const std::string& name) {
+  if (name == "bf16") return Compute::kBF16;
+  if (name == "int8") return Compute::kInt8;
+  fail_value(op, "compute must be \"bf16\" or \"int8\", got \"" + name + "\"");
+}
+
+Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_features,
+                       int64_t group_size, int64_t bits, bool affine, Dtype scale_type) {
+  constexpr int64_t kLimit = int64_t{1} << 31;  // keeps every byte count far inside int64
+  if (out_features < 0 || out_features >= kLimit) {
+    fail_value(op, "out_features must be 0 to 2^31 - 1, got " + std::to_string(out_features));
+  }
+  if (in_features < 0 || in_features >= kLimit) {
+    fail_value(op, "in_features must be 0 to 2^31 - 1, got " + std::to_string(in_features));
+  }
+  if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128 &&
+      group_size != 256) {
+    fail_value(op, "group_size must be 32, 64, 128, 256 or -1 (whole row), got " +
+                       std::to_string(group_size));
+  }
+  if (bits != 4 && bits != 8) fail_value(op, "bits must be 4 or 8, got " + std::to_string(bits));
+  return {out_features, in_features, group_size, static_cast<int32_t>(bits), affine, scale_type};
+}
+
+}  // namespace native
+}  // namespace nibblock

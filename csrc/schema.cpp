@@ -1,0 +1,21 @@
+// Every operator's schema, one line each. Mutated arguments are marked (a!). The CPU bodies are registered
+// in csrc/<op>/torch_cpu.cpp; fakes and autograd live in python/nibblock/ops/<op>.py, because the stable
+// ABI has neither.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(nibblock, m) {
+  // clang-format off
+  m.def("int4_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute) -> Tensor");
+  m.def("_int4_linear_forward(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute) -> Tensor");
+  m.def("int4_linear_dx(Tensor grad, Tensor packed, int in_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute) -> Tensor");
+  m.def("int4_dequantize(Tensor packed, int out_features, int in_features, int group_size, int bits, bool affine, ScalarType scale_dtype, ScalarType dtype) -> Tensor");
+  m.def("int4_embedding(Tensor indices, Tensor packed, int num_embeddings, int embedding_dim, int group_size, int bits, bool affine, ScalarType scale_dtype, ScalarType dtype) -> Tensor");
+  m.def("block_sparse_linear(Tensor x, Tensor values, Tensor layout, Tensor? bias, Tensor? y0, int out_features, int block) -> Tensor");
+  m.def("_block_sparse_linear_forward(Tensor x, Tensor values, Tensor layout, Tensor? bias, Tensor? y0, int out_features, int block) -> Tensor");
+  m.def("block_sparse_linear_dx(Tensor grad, Tensor values, Tensor layout, int in_features, int block) -> Tensor");
+  m.def("block_weight_grad(Tensor grad, Tensor x, Tensor layout, int block, ScalarType dtype) -> Tensor");
+  m.def("int4_block_sparse_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
+  m.def("_int4_block_sparse_linear_forward(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
+  m.def("int4_block_sparse_linear_dx(Tensor grad, Tensor packed, int in_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
+  // clang-format on
+}

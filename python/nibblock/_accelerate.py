@@ -1,0 +1,375 @@
+"""`accelerate`: replaces the linears of a module tree by int4 ones, in place, and says what it did."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Callable, Optional, Union
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from nibblock._config import Int4Config
+from nibblock._progress import Progress, ProgressOption
+from nibblock._report import LayerReport, Report
+from nibblock.nn import Int4Embedding, Int4Linear, fuse_linears
+from nibblock.ops import _checks
+
+Where = Union[None, str, Iterable[str], Callable[[str, nn.Module], bool]]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass
+class _Layer:
+    """A linear or embedding of the model, with every place it stands in."""
+
+    name: str
+    module: nn.Module
+    places: list[tuple[nn.Module, str]]
+    reason: str = ""  # why it is kept; empty: it will be replaced
+
+
+def accelerate(
+    model: nn.Module,
+    config: Optional[Int4Config] = None,
+    where: Where = None,
+    skip: Union[str, Iterable[str]] = (),
+    fuse: bool = False,
+    progress: ProgressOption = None,
+) -> Report:
+    """Replaces the linears of `model` by `Int4Linear`s, in place.
+
+    Args:
+        model: any module tree. Not itself a linear: use `Int4Linear.from_linear` for a single one.
+        config: how weights are stored; `Int4Config()` when None.
+        where: None for every linear; a name pattern ("*.mlp.*"), a list of them, or a callable
+            (name, module) -> bool.
+        skip: names or name patterns that are left alone ("lm_head", "*.router").
+        fuse: True also lets sibling linears that read the same input (q/k/v, gate/up) run as one call;
+            names and state dict stay as they are.
+        progress: None for a bar on a terminal and one line elsewhere (standard error), False for silence,
+            or a callable (layers done, layers).
+    Returns:
+        A `Report`: a row for every linear (and embedding, with config.embeddings), with the reason for
+        each one that was kept. Kept are: linears whose class has a forward, parameters or parametrisations
+        of its own; projections of `nn.MultiheadAttention` and linears of `nn.TransformerEncoderLayer`,
+        whose fast paths read weights directly; weights tied to something that stays dense; weights on the
+        meta device or in another dtype than float32, bfloat16 and float16. Linears tied to each other stay
+        tied.
+    Raises:
+        TypeError: model is not a module, or config not an Int4Config. ValueError: model is itself a linear,
+        or a weight is not finite. The model is unchanged whenever something is raised.
+    Gradients: biases and everything dense stay trainable; int4 weights are frozen.
+    Determinism: the same bits at any number of threads.
+    Example:
+        >>> report = nibblock.accelerate(model, nibblock.Int4Config(group_size=64), skip=("lm_head",))
+        >>> print(report)
+    """
+    config = Int4Config() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, Int4Config):
+        raise TypeError(f"accelerate: config must be an Int4Config, got {type(config).__name__}")
+    if isinstance(model, (nn.Linear, nn.Embedding)):
+        raise ValueError(
+            f"accelerate: model must be a tree with layers to replace, got a single "
+            f"{type(model).__name__}; use Int4Linear.from_linear or Int4Embedding.from_embedding"
+        )
+    layers = _find_layers(model, config)
+    owners = _parameter_owners(model)
+    _decide(model, layers, owners, config, _selector(where), _patterns(skip))
+    chosen = [layer for layer in layers if not layer.reason]
+    report = Report(model_bytes_before=model_bytes(model))
+    before = {id(layer): _module_bytes(layer.module) for layer in layers}
+    # Everything is quantised before anything is swapped: an exception leaves the model as it was.
+    replacements = _quantize(chosen, owners, config, progress)
+    for layer in chosen:
+        new = replacements[id(layer.module)]
+        for parent, attribute in layer.places:
+            parent._modules[attribute] = new
+    _rename_tied_keys(model)
+    if fuse:
+        report.fused = fuse_linears(model)
+    report.model_bytes_after = model_bytes(model)
+    report.rows = [_row(layer, before[id(layer)], replacements) for layer in layers]
+    return report
+
+
+# --- finding and deciding -----------------------------------------------------------------------------
+
+
+def _patterns(value: Union[str, Iterable[str]]) -> list[str]:
+    patterns = [value] if isinstance(value, str) else list(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"accelerate: name patterns must be str, got {type(pattern).__name__}"
+            )
+    return patterns
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _selector(where: Where) -> Callable[[str, nn.Module], bool]:
+    if where is None:
+        return lambda name, module: True
+    if callable(where):
+        return where
+    patterns = _patterns(where)
+    return lambda name, module: _matches(name, patterns)
+
+
+def _find_layers(model: nn.Module, config: Int4Config) -> list[_Layer]:
+    kinds = (nn.Linear, nn.Embedding) if config.embeddings else (nn.Linear,)
+    layers: dict[int, _Layer] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if isinstance(module, kinds):
+            prefix, _, attribute = name.rpartition(".")
+            layer = layers.setdefault(id(module), _Layer(name, module, []))
+            layer.places.append((modules[prefix], attribute))
+    return list(layers.values())
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """For each Parameter: the (module's name, module, Parameter's name) of every module that holds it."""
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, module, key))
+    return owners
+
+
+def _unfit(layer: _Layer) -> str:
+    """Why this module cannot be replaced, whatever the caller wants; empty if it can."""
+    module = layer.module
+    kind = type(module)
+    base = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
+    if isinstance(module, (Int4Linear, Int4Embedding)):
+        return "already quantised"
+    for parent, _ in layer.places:
+        if isinstance(parent, nn.MultiheadAttention):
+            return "projection of nn.MultiheadAttention, which reads the weight directly"
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            return "linear of nn.TransformerEncoderLayer, whose fast path reads the weight directly"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "projection of an attention module that reads the weight directly"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised"
+    if kind.forward is not base.forward or "forward" in module.__dict__:
+        return f"{kind.__name__} has a forward of its own"
+    own = set(module._parameters) | set(module._buffers) | set(module._modules)
+    extra = sorted(own - {"weight", "bias"})
+    if extra:
+        return f"it holds more than a weight and a bias: {', '.join(extra)}"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a Parameter"
+    if weight.dtype not in _checks.FLOATS:
+        return f"its weight is {_checks.dtype_name(weight.dtype)}"
+    if weight.is_meta:
+        return "its weight is on the meta device"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    bias = module._parameters.get("bias")
+    if bias is not None and bias.dtype not in _checks.FLOATS:
+        return f"its bias is {_checks.dtype_name(bias.dtype)}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm rewrites its table"
+    return ""
+
+
+def _decide(model, layers, owners, config, wanted, skip) -> None:
+    for layer in layers:
+        if _matches(layer.name, skip):
+            layer.reason = "in skip"
+        else:
+            layer.reason = _unfit(layer)
+        if not layer.reason and not wanted(layer.name, layer.module):
+            layer.reason = "not selected by where"
+    # A weight is replaced in all modules that hold it, or in none: repeat until nothing changes, because
+    # keeping one layer may keep another.
+    by_module = {id(layer.module): layer for layer in layers}
+    changed = True
+    while changed:
+        changed = False
+        for layer in layers:
+            if layer.reason:
+                continue
+            for name, module, _ in owners[id(layer.module.weight)]:
+                if module is layer.module:
+                    continue
+                other = by_module.get(id(module))
+                if other is None or other.reason:
+                    hint = "; Int4Config(embeddings=True) holds both in 8 bits"
+                    tip = hint if other is None and type(module) is nn.Embedding else ""
+                    layer.reason = f"its weight is tied to {name}, which stays dense{tip}"
+                    changed = True
+                    break
+
+
+# --- replacing ----------------------------------------------------------------------------------------
+
+
+def _quantize(chosen, owners, config: Int4Config, option: ProgressOption) -> dict[int, nn.Module]:
+    replacements: dict[int, nn.Module] = {}
+    packed: dict[int, nn.Module] = {}  # first replacement made of each weight: ties share its storage
+    progress = Progress(option, len(chosen), "nibblock: quantising")
+    finished = False
+    try:
+        # Embeddings first: a tied head then takes the table's format.
+        for layer in sorted(chosen, key=lambda item: not isinstance(item.module, nn.Embedding)):
+            module = layer.module
+            weight = module.weight
+            twin = packed.get(id(weight))
+            if isinstance(module, nn.Embedding):
+                new = _tied_embedding(twin, module) if twin is not None else _embedding(layer, config)
+            elif twin is not None:
+                new = _tied_linear(twin, module, config)
+            else:
+                new = _linear(layer, config)
+            new.train(module.training)
+            for hooks in _HOOKS:
+                if hooks in module.__dict__:
+                    new.__dict__[hooks] = module.__dict__[hooks]
+            packed.setdefault(id(weight), new)
+            replacements[id(module)] = new
+            progress.step()
+        finished = True
+    finally:
+        progress.close(finished)
+    return replacements
+
+
+def _named(layer: _Layer, make: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"accelerate: {layer.name}: {error}") from error
+
+
+def _linear(layer: _Layer, config: Int4Config) -> Int4Linear:
+    return _named(
+        layer,
+        lambda: Int4Linear.from_linear(
+            layer.module,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
+            bits=config.bits,
+            compute=config.compute,
+            method=config.method,
+        ),
+    )
+
+
+def _embedding(layer: _Layer, config: Int4Config) -> Int4Embedding:
+    return _named(layer, lambda: Int4Embedding.from_embedding(layer.module, method=config.method))
+
+
+def _tied_linear(twin: nn.Module, module: nn.Linear, config: Int4Config) -> Int4Linear:
+    return Int4Linear.from_packed(
+        twin.packed,
+        module.bias,
+        in_features=twin._columns,
+        out_features=twin._rows,
+        group_size=twin.group_size,
+        bits=twin.bits,
+        affine=twin.affine,
+        scale_dtype=twin.scale_dtype,
+        compute=config.compute,
+    )
+
+
+def _tied_embedding(twin: nn.Module, module: nn.Embedding) -> Int4Embedding:
+    return Int4Embedding.from_packed(
+        twin.packed,
+        num_embeddings=twin._rows,
+        embedding_dim=twin._columns,
+        group_size=twin.group_size,
+        bits=twin.bits,
+        affine=twin.affine,
+        scale_dtype=twin.scale_dtype,
+        padding_idx=module.padding_idx,
+        dtype=module.weight.dtype,
+    )
+
+
+def _rename_tied_keys(model: nn.Module) -> None:
+    """Lets transformers' `tie_weights` tie `packed` where it used to tie `weight`.
+
+    Such a model keeps {"lm_head.weight": "model.embed_tokens.weight"} and assigns the second to the
+    first; quantised modules have no such Parameter to assign.
+    """
+    for module in model.modules():
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            keys = getattr(module, attribute, None)
+            if isinstance(keys, dict):
+                renamed = {}
+                for target, source in keys.items():
+                    pair = (_packed_key(module, target), _packed_key(module, source))
+                    both = pair[0] != target and pair[1] != source
+                    renamed.update([pair if both else (target, source)])
+                if renamed != keys:
+                    setattr(module, attribute, renamed)
+
+
+def _packed_key(model: nn.Module, key: str) -> str:
+    path, _, leaf = key.rpartition(".")
+    module = model
+    for part in path.split(".") if path else ():
+        module = getattr(module, "_modules", {}).get(part)
+        if module is None:
+            return key
+    quantised = leaf == "weight" and isinstance(module, (Int4Linear, Int4Embedding))
+    return f"{path}.packed" if quantised else key
+
+
+# --- bytes --------------------------------------------------------------------------------------------
+
+
+def _module_bytes(module: nn.Module) -> int:
+    own = list(module._parameters.values())
+    return sum(p.numel() * p.element_size() for p in own if p is not None)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all Parameters and buffers; tied ones count once."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def _row(layer: _Layer, before: int, replacements: dict[int, nn.Module]) -> LayerReport:
+    old = layer.module
+    new = replacements.get(id(old), old)
+    if isinstance(old, nn.Embedding):
+        shape = (old.num_embeddings, old.embedding_dim)
+    else:
+        shape = (old.out_features, old.in_features)
+    return LayerReport(
+        name=layer.name,
+        action="kept" if layer.reason else f"int{new.bits}",
+        reason=layer.reason,
+        kind=type(old).__name__,
+        shape=shape,
+        bytes_before=before,
+        bytes_after=_module_bytes(new),
+    )

@@ -1,0 +1,324 @@
+"""`save` and `load`: an accelerated model as one safetensors file.
+
+The file holds canonical tensors, so it does not depend on the machine that wrote it, and in its metadata
+(key "nibblock", JSON) how each quantised layer is stored and which tensors are tied. Tied tensors are
+written once. A file appears whole or not at all: it is written under a temporary name in the same folder,
+flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import nn
+
+from nibblock.nn import Int4Embedding, Int4Linear
+from nibblock.ops import _checks
+
+_KEY = "nibblock"
+_VERSION = 1
+_QUANTISED = (Int4Linear, Int4Embedding)
+
+
+def _safetensors():
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "nibblock: safetensors is needed to save and load models: pip install nibblock[transformers]"
+        ) from error
+    return safetensors
+
+
+def save(model: nn.Module, path: Union[str, os.PathLike]) -> None:
+    """Writes the model's Parameters and buffers, int4 layers in their canonical form.
+
+    Args:
+        model: any module tree, accelerated or not.
+        path: where the safetensors file shall lie; an existing file is replaced at the very end.
+    Raises:
+        TypeError: model is not a module. ValueError: a tensor on the meta device (there is nothing to
+        save). ImportError: safetensors is not installed. OSError: as the file system says.
+    Determinism: the same model gives the same bytes.
+    Example:
+        >>> nibblock.save(model, "model.safetensors")
+        >>> nibblock.load("model.safetensors", same_architecture)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save: model must be an nn.Module, got {type(model).__name__}")
+    safetensors = _safetensors()
+    layers: dict[str, dict[str, Any]] = {}
+    shared: dict[str, str] = {}  # name of a tied quantised layer -> the layer whose tensors it uses
+    owner: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _QUANTISED):
+            layers[name] = _describe(module)
+            first = owner.setdefault(id(module.packed), name)
+            if first != name:
+                shared[name] = first
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for key, tensor in _state(model, shared).items():
+        if tensor.is_meta:
+            raise ValueError(f"save: {key} must hold data, got a tensor on the meta device")
+        where = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and where in seen:
+            tied[key] = seen[where]
+            continue
+        seen[where] = key
+        tensors[key] = tensor
+    header = {"version": _VERSION, "layers": layers, "shared": shared, "tied": tied}
+    path = Path(path)
+    data = safetensors.torch.save(
+        {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()},
+        # One key only: safetensors writes several in no fixed order.
+        metadata={_KEY: json.dumps(header)},
+    )
+    _write(path, data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent or ".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder = os.open(path.parent or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def _state(model: nn.Module, shared: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The state dict without the codes of layers whose weight another layer saves."""
+    skipped = {
+        f"{name}.{part}" for name in shared for part in ("qweight", "scales", "offsets")
+    }
+    return {k: t for k, t in model.state_dict().items() if k not in skipped}
+
+
+def _describe(module: nn.Module) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "rows": module._rows,
+        "columns": module._columns,
+        "group_size": module.group_size,
+        "bits": module.bits,
+        "affine": module.affine,
+        "scale_dtype": _checks.dtype_name(module.scale_dtype),
+    }
+    if isinstance(module, Int4Linear):
+        record.update(kind="linear", compute=module.compute, bias=module.bias is not None)
+    else:
+        record.update(kind="embedding", padding_idx=module.padding_idx)
+    return record
+
+
+# --- load ---------------------------------------------------------------------------------------------
+
+
+def load(path: Union[str, os.PathLike], model: nn.Module) -> nn.Module:
+    """Restores a file of `save` into a model of the same architecture, in place.
+
+    Linears and embeddings that the file holds in 4 or 8 bits are replaced; everything else is copied into
+    the model's tensors (and takes the file's tensors where the model's are on the meta device).
+
+    Args:
+        path: a safetensors file written by `save`.
+        model: the same architecture, dense or accelerated in any way; its weights do not matter.
+    Returns:
+        model.
+    Raises:
+        ValueError: the file is not one of `save`'s, is damaged, or does not fit the model; the text names
+        the first layer or tensor that differs and the model is unchanged. FileNotFoundError: no such file.
+        ImportError: safetensors is not installed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load: model must be an nn.Module, got {type(model).__name__}")
+    safetensors = _safetensors()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load: path must name a file, got {str(path)!r}")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"load: {path.name} must be a whole safetensors file, got: {error}") from error
+    header = _read_header(path, metadata)
+    for key, source in header["tied"].items():
+        tensors[key] = tensors[source]
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new = _build_layers(path, header, modules, tensors)
+    rest = _match_rest(path, header, model, modules, tensors)
+    # Nothing above touched the model; nothing below can refuse.
+    for name, module in new.items():
+        parent, _, attribute = name.rpartition(".")
+        modules[parent]._modules[attribute] = module
+    _fill(model, rest)
+    from nibblock._accelerate import _rename_tied_keys
+
+    _rename_tied_keys(model)
+    return model
+
+
+def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise ValueError(f"load: {path.name} must be written by nibblock.save, got other metadata")
+    try:
+        header = json.loads(metadata[_KEY])
+        version = header["version"]
+        if version == _VERSION:
+            return {part: dict(header[part]) for part in ("layers", "shared", "tied")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"load: {path.name} must have whole metadata, got: {error!r}") from error
+    raise ValueError(
+        f"load: {path.name} must be of version {_VERSION}, got {version!r}; update nibblock"
+    )
+
+
+def _build_layers(path, header, modules, tensors) -> dict[str, nn.Module]:
+    new: dict[str, nn.Module] = {}
+    # Tied layers last: they take the storage of the layer whose tensors the file holds.
+    for name, record in sorted(header["layers"].items(), key=lambda item: item[0] in header["shared"]):
+        old = modules.get(name)
+        linear = record["kind"] == "linear"
+        base = nn.Linear if linear else nn.Embedding
+        if not isinstance(old, base):
+            got = "none" if old is None else type(old).__name__
+            raise ValueError(f"load: {name} must be an nn.{base.__name__} in the model, got {got}")
+        shape = (
+            [old.out_features, old.in_features]
+            if linear
+            else [old.num_embeddings, old.embedding_dim]
+        )
+        if shape != [record["rows"], record["columns"]]:
+            raise ValueError(
+                f"load: {name} must have the file's shape [{record['rows']}, {record['columns']}], "
+                f"got {shape}"
+            )
+        if linear and (old.bias is not None) != record["bias"]:
+            have = "a bias" if old.bias is not None else "no bias"
+            raise ValueError(
+                f"load: {name} must have {'a' if record['bias'] else 'no'} bias as in the file, "
+                f"got {have}"
+            )
+        new[name] = _build_layer(path, header, name, record, old, new, tensors)
+        new[name].train(old.training)
+    return new
+
+
+def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
+    scale_dtype = getattr(torch, record["scale_dtype"])
+    form = {
+        "group_size": record["group_size"],
+        "bits": record["bits"],
+    }
+    source = new.get(header["shared"].get(name, ""))
+    parts = []
+    if source is None:
+        for part in ("qweight", "scales", "offsets")[: 3 if record["affine"] else 2]:
+            key = f"{name}.{part}"
+            if key not in tensors:
+                raise ValueError(f"load: {path.name} must hold {key}, got a file without it")
+            parts.append(tensors[key])
+        if parts[1].dtype != scale_dtype:
+            raise ValueError(
+                f"load: {name}.scales must be {record['scale_dtype']}, got "
+                f"{_checks.dtype_name(parts[1].dtype)}"
+            )
+    parts += [None] * (3 - len(parts)) if source is None else []
+    tied = {"affine": record["affine"], "scale_dtype": scale_dtype}
+    try:
+        if record["kind"] == "linear":
+            bias = tensors.get(f"{name}.bias") if record["bias"] else None
+            if record["bias"] and bias is None:
+                raise ValueError(f"{path.name} holds no {name}.bias")
+            form.update(in_features=record["columns"], compute=record["compute"])
+            if source is not None:
+                return Int4Linear.from_packed(
+                    source.packed, bias, out_features=record["rows"], **form, **tied
+                )
+            return Int4Linear.from_codes(*parts, bias, **form)
+        dtype = old._dtype if isinstance(old, Int4Embedding) else old.weight.dtype
+        form.update(
+            embedding_dim=record["columns"], padding_idx=record["padding_idx"], dtype=dtype
+        )
+        if source is not None:
+            return Int4Embedding.from_packed(
+                source.packed, num_embeddings=record["rows"], **form, **tied
+            )
+        return Int4Embedding.from_codes(*parts, **form)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load: {name}: {error}") from error
+
+
+def _match_rest(path, header, model, modules, tensors) -> dict[str, torch.Tensor]:
+    """The dense tensors of the file, checked against the model's."""
+    inside = tuple(f"{name}." for name in header["layers"])
+    rest = {k: t for k, t in tensors.items() if not k.startswith(inside)} if inside else tensors
+    have = {k: t for k, t in _dense_state(model, header["layers"]).items()}
+    for key, tensor in have.items():
+        if key not in rest:
+            raise ValueError(f"load: {path.name} must hold {key} of the model, got a file without it")
+        if rest[key].shape != tensor.shape:
+            raise ValueError(
+                f"load: {key} must have the file's shape {list(rest[key].shape)}, got "
+                f"{list(tensor.shape)}"
+            )
+    for key in rest:
+        if key not in have:
+            raise ValueError(f"load: model must hold {key} of {path.name}, got a model without it")
+    return rest
+
+
+def _dense_state(model: nn.Module, layers: dict) -> dict[str, torch.Tensor]:
+    """Dense Parameters and persistent buffers outside the layers that the file holds quantised."""
+    out: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in layers:
+            continue
+        prefix = f"{name}." if name else ""
+        if isinstance(module, _QUANTISED):
+            # Quantised here, dense in the file: say so by the name the file uses.
+            raise ValueError(f"load: {name} must be dense as in the file, got {type(module).__name__}")
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and key not in module._non_persistent_buffers_set:
+                out[prefix + key] = tensor
+    return out
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced: dict[int, nn.Parameter] = {}
+    for key, value in tensors.items():
+        name, _, leaf = key.rpartition(".")
+        module = modules[name]
+        place = module._parameters if leaf in module._parameters else module._buffers
+        old = place[leaf]
+        if not old.is_meta:
+            old.copy_(value)
+        elif isinstance(old, nn.Parameter):
+            # What is tied in the file becomes one Parameter (`.to("meta")` unties).
+            place[leaf] = replaced.setdefault(
+                id(value), nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
+            )
+        else:
+            place[leaf] = value.to(old.dtype)

@@ -1,0 +1,1 @@
+"""Checkpoint formats, converted once into the canonical int4 layout."""

@@ -1,0 +1,244 @@
+"""Turns ggml's quantised blocks into codes, scales and offsets, without loss.
+
+    w[n, k] = scale[n, g(k)] * code[n, k] + offset[n, g(k)]
+
+| type            | bits | group | scales  | form                                       |
+| Q4_0            | 4    | 32    | float16 | d * (q - 8)                                |
+| Q4_1            | 4    | 32    | float16 | d * q + m                                  |
+| Q4_K            | 4    | 32    | float32 | (d * sc) * q - dmin * mn                   |
+| Q5_0            | 8    | 32    | float16 | d * (q - 16)         as code q + 112       |
+| Q5_1            | 8    | 32    | float16 | d * q + m                                  |
+| Q5_K            | 8    | 32    | float32 | (d * sc) * q - dmin * mn                   |
+| Q8_0            | 8    | 32    | float16 | d * q                as code q + 128       |
+| IQ4_NL          | 8    | 32    | float16 | d * table[q]         as code table + 128   |
+| IQ4_XS          | 8    | 32    | float32 | (d * sc) * table[q]  as code table + 128   |
+| Q3_K            | 8    | 256   | float32 | d * (sc * q)         as code sc * q + 127  |
+
+The products d * sc have at most 19 significant bits, so they are exact in float32. In Q3_K the
+six-bit scale times the three-bit code lies in -124..128 and is itself a code of 8 bits.
+
+Not here, because a group of 32 cannot hold them exactly: Q6_K (two signed 8-bit scales per 32
+values, 13-bit products) and Q2_K (two minima per 32 values). They are dequantised.
+
+Source: the block layouts of ggml (ggml-common.h); the arithmetic is tested against gguf's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight in the canonical form.
+
+    qweight: [N, K/2] uint8, low nibble = even k (bits 4), or [N, K] uint8 (bits 8).
+    scales: [N, K/group] float16 or float32. offsets: the same, or None for a symmetric weight.
+    """
+
+    qweight: np.ndarray
+    scales: np.ndarray
+    offsets: np.ndarray | None
+    bits: int
+    group: int
+
+    @property
+    def columns(self) -> int:
+        return self.qweight.shape[1] * (8 // self.bits)
+
+    def rows(self, index: np.ndarray) -> Codes:
+        """The same weight with its rows taken in another order."""
+        offsets = None if self.offsets is None else self.offsets[index]
+        return Codes(self.qweight[index], self.scales[index], offsets, self.bits, self.group)
+
+    def dequantize(self) -> np.ndarray:
+        """[N, K] float32: scale * code + offset, each operation rounded to float32."""
+        if self.bits == 4:
+            code = np.stack((self.qweight & 15, self.qweight >> 4), axis=-1)
+        else:
+            code = self.qweight
+        rows = code.shape[0]
+        code = code.reshape(rows, self.scales.shape[1], self.group).astype(np.float32)
+        scales = self.scales.astype(np.float32)[..., None]
+        if self.offsets is None:
+            value = (code - (8 if self.bits == 4 else 128)) * scales
+        else:
+            value = code * scales + self.offsets.astype(np.float32)[..., None]
+        return value.reshape(rows, -1)
+
+
+def _halves(raw: np.ndarray) -> np.ndarray:
+    """[..., 2c] bytes -> [..., c] float16."""
+    return np.ascontiguousarray(raw).view("<f2")
+
+
+def _nibbles(raw: np.ndarray) -> np.ndarray:
+    """[..., b] bytes -> [..., 2b]: all low nibbles of a run of b bytes, then all high ones."""
+    return np.concatenate((raw & 15, raw >> 4), axis=-1)
+
+
+def _pack_nibbles(code: np.ndarray) -> np.ndarray:
+    """[N, K] codes 0..15 -> [N, K/2], low nibble = even k."""
+    return code[:, 0::2] | (code[:, 1::2] << 4)
+
+
+def _fifth_bits(raw: np.ndarray) -> np.ndarray:
+    """[..., 4] bytes -> [..., 32] values 0 or 16, bit i of the little-endian word = value i."""
+    return np.unpackbits(np.ascontiguousarray(raw), axis=-1, bitorder="little") << 4
+
+
+def _six_bit_pairs(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[..., 12] bytes of a K-block -> its 8 scales and 8 minima, each 0..63, as float32."""
+    low, mid, high = raw[..., 0:4], raw[..., 4:8], raw[..., 8:12]
+    scale = np.concatenate((low & 63, (high & 15) | ((low >> 6) << 4)), axis=-1)
+    minimum = np.concatenate((mid & 63, (high >> 4) | ((mid >> 6) << 4)), axis=-1)
+    return scale.astype(np.float32), minimum.astype(np.float32)
+
+
+def _q4_0(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    return _nibbles(b[..., 2:]), _halves(b[..., :2]), None
+
+
+def _q4_1(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    return _nibbles(b[..., 4:]), _halves(b[..., :2]), _halves(b[..., 2:4])
+
+
+def _q5_0(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    return (_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6])) + 112, _halves(b[..., :2]), None
+
+
+def _q5_1(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    code = _nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])
+    return code, _halves(b[..., :2]), _halves(b[..., 2:4])
+
+
+def _q8_0(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    return b[..., 2:] ^ 128, _halves(b[..., :2]), None  # int8 + 128 flips the top bit
+
+
+def _k_scales(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and offsets [..., 8] of a Q4_K or Q5_K block, float32, exact products."""
+    d = _halves(b[..., :2]).astype(np.float32)
+    dmin = _halves(b[..., 2:4]).astype(np.float32)
+    scale, minimum = _six_bit_pairs(b[..., 4:16])
+    return d * scale, -(dmin * minimum)
+
+
+def _q4_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    scales, offsets = _k_scales(b)
+    return _nibbles(b[..., 16:].reshape(*b.shape[:-1], 4, 32)), scales, offsets
+
+
+def _q5_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    scales, offsets = _k_scales(b)
+    low = _nibbles(b[..., 48:].reshape(*b.shape[:-1], 4, 32)).reshape(*b.shape[:-1], 8, 32)
+    shift = np.arange(8, dtype=np.uint8)[:, None]
+    high = (b[..., 16:48][..., None, :] >> shift) & 1  # bit j of byte i: value i of sub-block j
+    return low | (high << 4), scales, offsets
+
+
+def _q3_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    lead = b.shape[:-1]
+    # The missing high bit means minus four. 32 mask bytes: bit j belongs to run j of 32 values.
+    run = np.arange(8, dtype=np.uint8)[:, None]
+    high = (b[..., 0:32][..., None, :] >> run) & 1
+    pair = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    low = (b[..., 32:96].reshape(*lead, 2, 1, 32) >> pair) & 3
+    q = low.reshape(*lead, 8, 32).astype(np.int16) - 4 * (1 - high.astype(np.int16))
+    scale = _nibbles(b[..., 96:104])
+    top = (b[..., 104:108][..., None, :] >> pair) & 3
+    scale = (scale | (top.reshape(*lead, 16) << 4)).astype(np.int16) - 32
+    code = q.reshape(*lead, 16, 16) * scale[..., None] + 127
+    d = _halves(b[..., 108:110]).astype(np.float32)
+    return code.astype(np.uint8), d, d * np.float32(-127)
+
+
+# The sixteen levels shared by IQ4_NL and IQ4_XS.
+_IQ4_LEVELS = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16
+)
+_IQ4_CODES = (_IQ4_LEVELS + 128).astype(np.uint8)
+
+
+def _iq4_nl(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    return _IQ4_CODES[_nibbles(b[..., 2:])], _halves(b[..., :2]), None
+
+
+def _iq4_xs(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    lead = b.shape[:-1]
+    d = _halves(b[..., :2]).astype(np.float32)
+    high = np.ascontiguousarray(b[..., 2:4]).view("<u2") >> (2 * np.arange(8, dtype=np.uint16))
+    low = b[..., 4:8]
+    low = np.stack((low & 15, low >> 4), axis=-1).reshape(*lead, 8)
+    scale = (low | ((high & 3) << 4).astype(np.uint8)).astype(np.float32) - 32
+    return _IQ4_CODES[_nibbles(b[..., 8:].reshape(*lead, 8, 16))], d * scale, None
+
+
+# type: (decoder, values per block, bytes per block, bits, group)
+_DECODERS = {
+    "Q4_0": (_q4_0, 32, 18, 4, 32),
+    "Q4_1": (_q4_1, 32, 20, 4, 32),
+    "Q4_K": (_q4_k, 256, 144, 4, 32),
+    "Q5_0": (_q5_0, 32, 22, 8, 32),
+    "Q5_1": (_q5_1, 32, 24, 8, 32),
+    "Q5_K": (_q5_k, 256, 176, 8, 32),
+    "Q8_0": (_q8_0, 32, 34, 8, 32),
+    "IQ4_NL": (_iq4_nl, 32, 18, 8, 32),
+    "IQ4_XS": (_iq4_xs, 256, 136, 8, 32),
+    "Q3_K": (_q3_k, 256, 110, 8, 256),
+}
+
+EXACT_TYPES = frozenset(_DECODERS)
+
+
+def decode(kind: str, raw: np.ndarray) -> Codes:
+    """Codes, scales and offsets of one tensor.
+
+    Args:
+        kind: a name in EXACT_TYPES.
+        raw: [N, bytes per row] uint8, whole blocks.
+    Returns:
+        Codes whose dequantised values equal ggml's in float32.
+    """
+    decoder, _, block_bytes, bits, group = _DECODERS[kind]
+    rows = raw.shape[0]
+    code, scales, offsets = decoder(raw.reshape(rows, raw.shape[1] // block_bytes, block_bytes))
+    code = code.reshape(rows, -1)
+    return Codes(
+        qweight=_pack_nibbles(code) if bits == 4 else np.ascontiguousarray(code),
+        scales=np.ascontiguousarray(scales.reshape(rows, -1)),
+        offsets=None if offsets is None else np.ascontiguousarray(offsets.reshape(rows, -1)),
+        bits=bits,
+        group=group,
+    )
+
+
+def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
+    """[N, K] float32 values of any type.
+
+    Raises:
+        ImportError: a type that only the gguf package can read, and it is not installed.
+        NotImplementedError: a type that the gguf package cannot read either.
+    """
+    if kind in EXACT_TYPES:
+        return decode(kind, raw).dequantize()
+    if kind == "F32":
+        return raw.view("<f4")
+    if kind == "F16":
+        return raw.view("<f2").astype(np.float32)
+    if kind == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    if kind == "F64":
+        return raw.view("<f8").astype(np.float32)
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            f"load_gguf: {kind} tensors need the gguf package; pip install nibblock[transformers]"
+        ) from error
+    member = getattr(gguf.GGMLQuantizationType, kind, None)
+    if member is None:
+        raise NotImplementedError(kind)
+    return gguf.quants.dequantize(raw, member)

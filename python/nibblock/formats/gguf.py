@@ -1,0 +1,375 @@
+"""Imports GGUF files: a transformers model whose linears are Int4Linear, without loss.
+
+What becomes of each tensor:
+
+| tensor type                     | becomes                                                        |
+| Q4_0, Q4_1, Q4_K                | Int4Linear, 4 bits, group 32, codes and scales exactly         |
+| Q5_0, Q5_1, Q5_K, Q8_0, IQ4_NL, | Int4Linear with bits=8: their codes fit 8 bits exactly         |
+| IQ4_XS, Q3_K                    |                                                                |
+| Q6_K, Q2_K, other IQ*, TQ*, ... | a dense nn.Linear in `dtype`, because no group of 32 holds     |
+|                                 | them exactly; `requantize=True` rounds them to 8 bits instead  |
+| F32, F16, BF16                  | a dense nn.Linear in `dtype`                                   |
+| norms, biases                   | dense, in `dtype`                                              |
+
+The embedding follows the same table with Int4Embedding; a tied head shares its packed storage.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nibblock._report import LayerReport, Report
+from nibblock.formats._ggml_types import EXACT_TYPES, Codes, decode, dequantize
+from nibblock.formats._gguf_file import GGUFFile
+from nibblock.formats._gguf_model import ModelPlan, Slot, llama3_scaling, plan, unpermute
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHUNK_VALUES = 1 << 24  # float32 values dequantised at a time: 64 MB
+
+
+def load_gguf(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    fuse: bool = False,
+    *,
+    compute: str = "bf16",
+    requantize: bool = False,
+) -> PreTrainedModel:
+    """Loads a GGUF file as a transformers model whose linears are Int4Linear, without loss.
+
+        w[n, k] = scale[n, k / group] * code[n, k] + offset[n, k / group]
+
+    Args:
+        path: a GGUF file, version 2 or 3, of architecture llama (Mistral's files too), qwen2 or
+        qwen3.
+        dtype: float32 | bfloat16 | float16, of the activations, norms, biases and dense weights.
+        fuse: run q/k/v and gate/up as one call each (see `accelerate`).
+        compute: "bf16" | "int8", the arithmetic of the Int4Linear layers.
+        requantize: store linears and embeddings of types that have no exact form here (Q6_K, Q2_K
+            and rarer ones; the module's docstring has the table) in 8 bits, group 32, symmetric,
+            rounded to nearest, instead of dense. No longer lossless for those layers.
+    Returns:
+        the model in eval mode on the CPU. `model.nibblock_report` prints what became of each layer.
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError: dtype is none of the three.
+        ValueError: not a GGUF file, truncated or corrupt; unknown tensor type or architecture; a
+            missing, unexpected or misshaped tensor. One line that names file and tensor.
+        ImportError: transformers (or, for rare tensor types, gguf) is not installed.
+    Gradients: as of `Int4Linear`: through the layers and to norms and biases, not to packed
+    weights.
+    Determinism: the same file gives the same bytes.
+    Numerics: with requantize=False every weight equals ggml's own float32 dequantisation, then
+        `dtype` for dense tensors only. Peak memory is the result plus one tensor.
+    Source: block layouts of ggml; tests/test_gguf.py compares with the gguf package and
+    transformers. Example:
+        >>> model = nb.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", fuse=True)
+        >>> print(model.nibblock_report)
+    """
+    model, builder = _load(path, dtype, quantised=True, compute=compute, requantize=requantize)
+    if fuse:
+        from nibblock.nn import fuse_linears
+
+        builder.report.fused = fuse_linears(model)
+    model.nibblock_report = builder.report
+    return model
+
+
+def load_gguf_dense(
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The same model with every weight dequantised to `dtype`: what `load_gguf` is compared with.
+
+    Args, Raises: as of `load_gguf`.
+    Returns:
+        a plain transformers model in eval mode; a tied head stays tied.
+    """
+    return _load(path, dtype, quantised=False, compute="bf16", requantize=False)[0]
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer stored in a GGUF file, as a transformers tokenizer.
+
+    Args:
+        path: a GGUF file.
+    Returns:
+        a PreTrainedTokenizerFast.
+    Raises:
+        FileNotFoundError, ValueError: as of `load_gguf`.
+        ImportError: transformers or gguf is not installed.
+    """
+    from nibblock.integrations.transformers import require_transformers
+
+    file = GGUFFile(path)
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        raise file.fail("hold a tokenizer (tokenizer.ggml.tokens)", "none")
+    transformers = require_transformers("load_gguf", "gguf")
+    folder, name = os.path.split(os.path.abspath(file.path))
+    return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+
+
+def _load(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype,
+    *,
+    quantised: bool,
+    compute: str,
+    requantize: bool,
+) -> tuple[PreTrainedModel, _Builder]:
+    if dtype not in _DTYPES:
+        raise TypeError(f"load_gguf: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if compute not in ("bf16", "int8"):
+        raise ValueError(f'load_gguf: compute must be "bf16" or "int8", got {compute!r}')
+    file = GGUFFile(path)
+    layout = plan(file)  # every name and shape is checked before anything is allocated
+    builder = _Builder(file, layout, dtype, quantised, compute, requantize)
+    return builder.build(), builder
+
+
+@dataclass
+class ImportReport(Report):
+    """What became of each linear and embedding; "before" is its size in float32.
+
+    Attributes:
+        notes: what else a reader should know, one sentence each.
+    """
+
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([super().__str__(), *self.notes])
+
+
+class _Builder:
+    """Fills a model built on the meta device, one tensor at a time."""
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        layout: ModelPlan,
+        dtype: torch.dtype,
+        quantised: bool,
+        compute: str,
+        requantize: bool,
+    ) -> None:
+        self.file, self.layout, self.dtype = file, layout, dtype
+        self.quantised, self.compute, self.requantize = quantised, compute, requantize
+        self.report = ImportReport()
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def _codes(self, slot: Slot) -> Codes | None:
+        """The slot's tensor in canonical form, or None when it is to be dense."""
+        info = self.file.tensors[slot.tensor]
+        if not self.quantised:
+            return None
+        if info.type in EXACT_TYPES:
+            codes = decode(info.type, self.file.read(slot.tensor))
+            self._check_finite(slot, codes.scales, codes.offsets)
+        elif self.requantize and info.type not in ("F32", "F16", "BF16", "F64"):
+            codes = self._requantized(slot)
+        else:
+            return None
+        return codes.rows(unpermute(info.shape[0], slot.heads)) if slot.heads else codes
+
+    def _check_finite(self, slot: Slot, *arrays: np.ndarray | None) -> None:
+        for array in arrays:
+            if array is not None and not np.isfinite(array).all():
+                raise self.file.fail(
+                    f"hold finite scales in tensor {slot.tensor}",
+                    "NaN or infinity; the file is corrupt",
+                )
+
+    def _requantized(self, slot: Slot) -> Codes:
+        info = self.file.tensors[slot.tensor]
+        parts = []
+        for _, values in self._chunks(slot):
+            pad = -values.shape[1] % 32
+            groups = np.pad(values, ((0, 0), (0, pad))).reshape(len(values), -1, 32)
+            scales = np.abs(groups).max(-1) / np.float32(127)
+            inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+            code = np.rint(groups * inverse[..., None]).clip(-127, 127) + 128
+            code = code.astype(np.uint8).reshape(len(values), -1)[:, : info.columns]
+            parts.append((code, scales))
+        code, scales = (np.concatenate(p) for p in zip(*parts))
+        return Codes(np.ascontiguousarray(code), scales, None, 8, 32)
+
+    def _chunks(self, slot: Slot) -> Any:
+        """(first row, [rows, K] float32) of the tensor in file order, a bounded piece at a time."""
+        info = self.file.tensors[slot.tensor]
+        step = max(1, _CHUNK_VALUES // max(info.columns, 1))
+        for first in range(0, info.rows, step):
+            raw = self.file.read(slot.tensor, first, min(step, info.rows - first))
+            try:
+                values = dequantize(info.type, raw)
+            except NotImplementedError:
+                raise self.file.fail(
+                    f"hold tensor {slot.tensor} in a type that can be read", info.type
+                ) from None
+            yield first, values.reshape(-1, info.columns)
+
+    def _dense(self, slot: Slot) -> torch.Tensor:
+        """The slot's tensor in `dtype`."""
+        info = self.file.tensors[slot.tensor]
+        out = torch.empty(info.rows, info.columns, dtype=self.dtype)
+        for first, values in self._chunks(slot):
+            self._check_finite(slot, values)
+            rows = torch.from_numpy(np.ascontiguousarray(values))
+            out[first : first + len(values)] = rows
+        out = out.reshape(info.shape)
+        if slot.heads:
+            out = out[torch.from_numpy(unpermute(info.shape[0], slot.heads))]
+        return out
+
+    # --- building ---------------------------------------------------------------------------------
+
+    def build(self) -> PreTrainedModel:
+        from nibblock._accelerate import _rename_tied_keys
+        from nibblock.integrations.transformers import build_empty
+
+        factors = self._rope_factors()
+        kind = self.layout.model_type
+        try:
+            model = build_empty(kind, self.layout.config, self.dtype, factors)
+        except ValueError as error:
+            raise self.file.fail(f"describe a {kind} model", error) from error
+        biases = {s.module: s for s in self.layout.slots if s.kind == "bias"}
+        for slot in self.layout.slots:
+            if slot.kind == "norm":
+                model.get_submodule(slot.module).weight = nn.Parameter(self._dense(slot))
+            elif slot.kind == "linear":
+                bias = biases.get(slot.module)
+                self._put_linear(model, slot, None if bias is None else self._dense(bias))
+            elif slot.kind == "embedding":
+                self._put_embedding(model, slot)
+        _rename_tied_keys(model)
+        model.eval()
+        sizes = [info.rows * info.columns for info in self.file.tensors.values()]
+        self.report.model_bytes_before = 4 * sum(sizes)
+        self.report.model_bytes_after = _bytes(model)
+        return model
+
+    def _rope_factors(self) -> np.ndarray | None:
+        """Divisors of the rotary frequencies; the configuration gets known scalings too."""
+        name = self.layout.rope_factors
+        if name is None:
+            return None
+        factors = self._dense_float32(name)
+        rope = self.layout.config["rope_parameters"]
+        if not np.isfinite(factors).all() or (factors <= 0).any():
+            raise self.file.fail(f"hold positive numbers in tensor {name}", "others")
+        if rope["rope_type"] != "default":
+            raise self.file.fail(
+                f"hold either tensor {name} or rope scaling {rope['rope_type']}", "both"
+            )
+        known = llama3_scaling(
+            factors, rope["rope_theta"], self.layout.config["max_position_embeddings"]
+        )
+        if known is not None:
+            self.layout.config["rope_parameters"] = known
+        elif (factors != 1).any():
+            self.report.notes.append(
+                f"rotary frequencies divided by {name}, which the configuration cannot express"
+            )
+        return factors
+
+    def _dense_float32(self, name: str) -> np.ndarray:
+        return dequantize(self.file.tensors[name].type, self.file.read(name)).reshape(-1)
+
+    def _put_linear(self, model: PreTrainedModel, slot: Slot, bias: torch.Tensor | None) -> None:
+        info = self.file.tensors[slot.tensor]
+        codes = self._codes(slot)
+        if codes is None:
+            module = nn.Linear(info.columns, info.shape[0], bias=False, device="meta")
+            module.weight = nn.Parameter(self._dense(slot))
+            module.bias = None if bias is None else nn.Parameter(bias)
+        else:
+            from nibblock.nn import Int4Linear
+
+            module = Int4Linear.from_codes(
+                *_tensors(codes),
+                bias,
+                in_features=info.columns,
+                group_size=codes.group,
+                bits=codes.bits,
+                compute=self.compute,
+            )
+        model.set_submodule(slot.module, module)
+        self._record(slot, module, codes)
+
+    def _put_embedding(self, model: PreTrainedModel, slot: Slot) -> None:
+        info = self.file.tensors[slot.tensor]
+        codes = self._codes(slot)
+        old = model.get_submodule(slot.module)
+        if codes is None:
+            old.weight = nn.Parameter(self._dense(slot))
+            self._record(slot, old, codes)
+            if self.layout.tied:
+                model.lm_head.weight = old.weight
+                self._record_tied(slot)
+            return
+        from nibblock.nn import Int4Embedding
+
+        embedding = Int4Embedding.from_codes(
+            *_tensors(codes),
+            embedding_dim=info.columns,
+            group_size=codes.group,
+            bits=codes.bits,
+            padding_idx=old.padding_idx,
+            dtype=self.dtype,
+        )
+        model.set_submodule(slot.module, embedding)
+        self._record(slot, embedding, codes)
+        if self.layout.tied:
+            model.lm_head = embedding.linear(compute=self.compute)
+            self._record_tied(slot)
+
+    def _record(self, slot: Slot, module: nn.Module, codes: Codes | None) -> None:
+        info = self.file.tensors[slot.tensor]
+        if codes is None:
+            reason = f"{info.type}: dense"
+            if info.type not in ("F32", "F16", "BF16", "F64") and self.quantised:
+                reason = f"{info.type} has no exact form here: dense; requantize=True stores 8 bits"
+        elif info.type in EXACT_TYPES:
+            reason = f"{info.type}: exact"
+        else:
+            reason = f"{info.type}: requantized to 8 bits, rounded"
+        self.report.rows.append(
+            LayerReport(
+                name=slot.module,
+                action="kept" if codes is None else f"int{codes.bits}",
+                reason=reason,
+                kind=type(module).__name__,
+                shape=(info.shape[0], info.shape[1]),
+                bytes_before=4 * info.rows * info.columns,
+                bytes_after=_bytes(module),
+            )
+        )
+
+    def _record_tied(self, slot: Slot) -> None:
+        reason = f"tied to {slot.module}: one storage"
+        first = self.report.rows[-1]
+        self.report.rows.append(
+            replace(first, name="lm_head", reason=reason, bytes_before=0, bytes_after=0)
+        )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(
+        p.numel() * p.element_size() for p in {id(p): p for p in module.parameters()}.values()
+    )
+
+
+def _tensors(codes: Codes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """qweight, scales, offsets as tensors on the same memory."""
+    offsets = None if codes.offsets is None else torch.from_numpy(codes.offsets)
+    return torch.from_numpy(codes.qweight), torch.from_numpy(codes.scales), offsets

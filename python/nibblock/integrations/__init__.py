@@ -1,0 +1,1 @@
+"""Bridges to other libraries, imported on demand: `import nibblock` loads none of them."""

@@ -1,0 +1,107 @@
+"""Building and loading transformers models on demand.
+
+transformers is optional: nothing here imports it before it is needed, and its absence is one
+ImportError that names the extra to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def require_transformers(caller: str, *extra: str) -> ModuleType:
+    """The transformers module, version 5 or newer; `extra` names packages needed besides.
+
+    Raises:
+        ImportError: one is missing or too old; the message names the caller and the extra to
+        install.
+    """
+    for name in ("transformers", *extra):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(
+                f"{caller}: needs the {name} package, which is not installed; "
+                "pip install nibblock[transformers]"
+            ) from error
+    module = importlib.import_module("transformers")
+    if int(module.__version__.split(".")[0]) < 5:  # older ones keep rope_theta elsewhere
+        raise ImportError(
+            f"{caller}: transformers must be 5 or newer, got {module.__version__}; "
+            "pip install -U nibblock[transformers]"
+        )
+    return module
+
+
+def build_empty(
+    model_type: str,
+    values: dict[str, Any],
+    dtype: torch.dtype,
+    rope_divisors: np.ndarray | None = None,
+) -> PreTrainedModel:
+    """A causal language model whose parameters are on the meta device and whose buffers are real.
+
+    Args:
+        model_type: transformers' name of the architecture ("llama", "qwen2", "qwen3").
+        values: the configuration.
+        dtype: of the parameters, written into the configuration.
+        rope_divisors: [head_dim / 2] float32 that divide the plain rotary frequencies, or None.
+    Returns:
+        the model; every parameter is still to be filled.
+    Raises:
+        ValueError: transformers cannot build this configuration; the text is its reason, one line.
+    """
+    transformers = require_transformers("load_gguf")
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **values)
+        config.dtype = dtype
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # strict validation raises types of its own
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise ValueError(lines[-1].strip()) from error
+    # The rotary buffers are computed in the constructor and not saved: make them again, off meta.
+    rotary = type(model.model.rotary_emb)(config=config)
+    if rope_divisors is not None:
+        # The file's own divisors win over a formula: they are what the model was quantised with.
+        theta = config.rope_parameters["rope_theta"]
+        half = len(rope_divisors)
+        plain = 1.0 / (theta ** (torch.arange(half, dtype=torch.float32) * 2 / (2 * half)))
+        exact = plain / torch.from_numpy(np.ascontiguousarray(rope_divisors, dtype=np.float32))
+        rotary.inv_freq = exact
+        rotary.original_inv_freq = exact.clone()
+    model.model.rotary_emb = rotary
+    return model
+
+
+def load_folder(path: str | os.PathLike[str], dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model from a local transformers folder, in eval mode; never downloads.
+
+    Raises:
+        FileNotFoundError: not a folder that holds config.json.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise FileNotFoundError(
+            f"load_folder: path must be a transformers folder with config.json, got {path!r}"
+        )
+    transformers = require_transformers("load_folder")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True
+    )
+    return model.eval()
+
+
+def load_folder_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a local transformers folder; never downloads."""
+    transformers = require_transformers("load_folder")
+    return transformers.AutoTokenizer.from_pretrained(os.fspath(path), local_files_only=True)

@@ -1,0 +1,323 @@
+"""Sibling linears that read the same input run as one call: q/k/v, gate/up and their likes.
+
+The siblings keep their names, modules and Parameters. Their packed weights become neighbours in one
+storage, so that one call over the concatenated panels computes all of them. The call happens when the
+parent's forward asks the first sibling; the others then find their slice, provided that they are asked with
+the very same tensor, unchanged, in the same thread, before the parent's forward returns. Anything else (a
+different input, a direct call of a sibling, autograd, tracing) runs the sibling alone, exactly as before.
+
+    blob      [ panels of q | panels of k | panels of v ]     rows padded to 16 in each
+    q.packed  = blob[0:a]   k.packed = blob[a:b]   v.packed = blob[b:c]      views, in the state dict as before
+    y         [M, padded N of all] -> y[:, 0:Nq], y[:, a16:a16+Nk], ...
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Optional
+
+import torch
+from torch import nn
+
+from nibblock.nn.int4_linear import Int4Linear
+from nibblock.ops._checks import PANEL_ROWS
+
+_forward = torch.ops.nibblock._int4_linear_forward.default
+
+# Names under which common models keep linears that share their input, within one parent.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("w1", "w3"),
+    ("wq", "wk", "wv"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("wi_0", "wi_1"),
+    ("q", "k", "v"),
+)
+
+# Above this many rows a call's fixed cost no longer matters, and slices would have to be copied.
+MAX_SHARED_ROWS = 8
+
+# A group whose results are computed and not asked for this often (cross attention) stops sharing.
+MAX_WASTED = 2
+
+
+def _format(layer: Int4Linear) -> tuple:
+    return (
+        layer.in_features,
+        layer.group_size,
+        layer.bits,
+        layer.affine,
+        layer.scale_dtype,
+        layer.compute,
+        layer.packed.device,
+    )
+
+
+class FusedInt4Group:
+    """The shared storage of some siblings and, per thread, the results of the call in flight.
+
+    Not a module: it adds nothing to the tree or the state dict. The blob is rebuilt when a sibling's
+    storage has moved (`.to`, `load_state_dict(assign=True)`, deepcopy, unpickling).
+    """
+
+    def __init__(self, siblings: list[Int4Linear]) -> None:
+        self.siblings = siblings
+        self._reset()
+        self._bind()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._active: dict[int, Optional[list]] = {}
+        self._bound: Optional[tuple] = None  # (pointers, blob, spans, columns, op arguments)
+        self._bias: tuple = ((), None)  # (state of the siblings' biases, all of them in one tensor)
+        self.enabled = True
+        self._wasted = 0
+
+    # A copy or an unpickled group starts without the blob: the siblings hold all the data.
+    def __getstate__(self) -> dict:
+        return {"siblings": self.siblings}
+
+    def __setstate__(self, state: dict) -> None:
+        self.siblings = state["siblings"]
+        self._reset()
+
+    # --- storage ---------------------------------------------------------------------------------
+
+    def invalidate(self) -> None:
+        """Gather the siblings anew at the next call: one of them changed."""
+        self._bound = None
+
+    def _bind(self) -> Optional[tuple]:
+        """Makes the siblings' packed weights views of one blob; None where they no longer fit."""
+        with self._lock:
+            parameters = [s.packed for s in self.siblings]
+            if len({_format(s) for s in self.siblings}) != 1 or not all(
+                p.device.type == "cpu" for p in parameters
+            ):
+                self.enabled = False
+                return None
+            blob = torch.cat([p.detach() for p in parameters])
+            at = columns = 0
+            spans = []
+            for sibling, parameter in zip(self.siblings, parameters):
+                parameter.data = blob[at : at + parameter.numel()]
+                at += parameter.numel()
+                spans.append((columns, columns + sibling.out_features))
+                columns += -(-sibling.out_features // PANEL_ROWS) * PANEL_ROWS
+            pointers = [p.data_ptr() for p in parameters]
+            args = (columns, *self.siblings[0]._args[1:])
+            # One assignment: other threads see the old state or the new one, never a mixture.
+            self._bound = bound = (pointers, blob, spans, columns, args)
+            return bound
+
+    def _ready(self) -> Optional[tuple]:
+        """The blob and its layout; gathered again if the siblings' storage has moved."""
+        bound = self._bound
+        if bound is not None:
+            if [s._parameters["packed"].data_ptr() for s in self.siblings] == bound[0]:
+                return bound
+        return self._bind()
+
+    def _concatenated_bias(self, spans: list, columns: int) -> Optional[torch.Tensor]:
+        biases = [s._parameters["bias"] for s in self.siblings]
+        if all(b is None for b in biases):
+            return None
+        state = tuple([None if b is None else (b.data_ptr(), b._version, b.dtype) for b in biases])
+        known, bias = self._bias
+        if state != known:
+            # Biases may differ in dtype between siblings; float32 holds them all exactly.
+            bias = torch.zeros(columns, dtype=torch.float32)
+            for (start, end), b in zip(spans, biases):
+                if b is not None:
+                    bias[start:end] = b.detach()
+            self._bias = (state, bias)
+        return bias
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def run(self, x: torch.Tensor) -> Optional[tuple[torch.Tensor, list[tuple[int, int]]]]:
+        """One call for all siblings: y [..., padded N of all] and the siblings' column ranges in it.
+
+        None where they cannot share a call. No gradient flows through it: the caller asks only where none
+        is needed.
+        """
+        bound = self._ready() if self.enabled else None
+        if bound is None or any(
+            b is not None and b.is_inference() for b in [s._parameters["bias"] for s in self.siblings]
+        ):
+            return None  # (an inference tensor's changes cannot be seen)
+        _, blob, spans, columns, args = bound
+        return _forward(x, blob, self._concatenated_bias(spans, columns), *args), spans
+
+    def open(self) -> Optional[list]:
+        """Starts sharing in this thread (the parent's forward begins); returns what was there before."""
+        key = threading.get_ident()
+        before = self._active.get(key)
+        self._active[key] = []
+        return before
+
+    def close(self, before: Optional[list]) -> None:
+        """Ends sharing in this thread and drops what was not asked for."""
+        key = threading.get_ident()
+        entry = self._active.pop(key, None)
+        if before is not None:
+            self._active[key] = before
+        if entry and any(y is not None for y in entry[2]):
+            self._wasted += 1
+            if self._wasted >= MAX_WASTED:
+                self.enabled = False
+
+    def take(self, index: int, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """The output of sibling `index` for x from a shared call, or None: run it alone."""
+        entry = self._active.get(threading.get_ident())
+        if entry is None or not self.enabled or x.is_inference():
+            return None
+        if entry:
+            held, version, outputs = entry
+            if held is not x or version != x._version:
+                return None
+            y, outputs[index] = outputs[index], None
+            return y
+        rows = x.numel() // max(1, x.shape[-1])
+        if rows == 0 or rows > MAX_SHARED_ROWS or self.asks_gradient():
+            return None
+        result = self.run(x)
+        if result is None:
+            return None
+        y, spans = result
+        outputs = [y[..., start:end] for start, end in spans]
+        if rows > 1:
+            outputs = [part.contiguous() for part in outputs]
+        first, outputs[index] = outputs[index], None
+        entry.extend((x, x._version, outputs))
+        return first
+
+    def asks_gradient(self) -> bool:
+        """Whether a sibling's bias is being trained now."""
+        if not torch.is_grad_enabled():
+            return False
+        biases = [s._parameters["bias"] for s in self.siblings]
+        return any(b is not None and b.requires_grad for b in biases)
+
+
+# --- parents ------------------------------------------------------------------------------------------
+# The parent's class is replaced by a subclass whose forward opens and closes its groups. A subclass keeps
+# isinstance, repr, hooks and the state dict; its __reduce_ex__ names the original class, so deepcopy and
+# pickle work.
+
+
+def _rebuild_parent(cls: type) -> nn.Module:
+    return object.__new__(fused_class(cls))
+
+
+class _Shared:
+    """What a fused parent's class adds."""
+
+    def forward(self, *args, **kwargs):
+        groups = self.__dict__["_int4_groups"]
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        before = [group.open() for group in groups]
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for group, was in zip(groups, before):
+                group.close(was)
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild_parent, (type(self)._nibblock_original,), self.__dict__
+
+
+_classes: dict[type, type] = {}
+
+
+def fused_class(cls: type) -> type:
+    """The subclass of `cls` whose instances share calls between sibling linears."""
+    if cls not in _classes:
+        lean = _lean_forward(cls)
+        body = {"_nibblock_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        body["__qualname__"] = cls.__qualname__
+        if lean is not None:
+            body["forward"] = lean
+        _classes[cls] = type(cls.__name__, (_Shared, cls), body)
+    return _classes[cls]
+
+
+def _lean_forward(cls: type):
+    from nibblock.nn._lean import lean_forward
+
+    return lean_forward(cls)
+
+
+def _find_groups(module: nn.Module) -> list[list[Int4Linear]]:
+    groups = []
+    taken: set[int] = set()
+    for names in SIBLINGS:
+        layers = [module._modules.get(name) for name in names]
+        if not all(type(layer) is Int4Linear for layer in layers):
+            continue
+        if len({id(layer.packed) for layer in layers}) != len(layers):
+            continue  # the same weight twice: neighbours in storage are impossible
+        if any(id(layer) in taken or layer._fused is not None for layer in layers):
+            continue
+        if any(layer.packed.device.type != "cpu" for layer in layers):
+            continue
+        if len({_format(layer) for layer in layers}) != 1:
+            continue
+        taken.update(id(layer) for layer in layers)
+        groups.append(layers)
+    return groups
+
+
+def fuse_linears(model: nn.Module) -> list[str]:
+    """Lets sibling `Int4Linear`s that read the same input run as one call, in place.
+
+    Names, modules, Parameters, the state dict and results stay as they are. Siblings are found by name
+    (q_proj/k_proj/v_proj, gate_proj/up_proj, query/key/value, ...) within one parent; they must have one
+    in_features and one format, and their weights must not be tied to anything else.
+
+    Args:
+        model: any module tree.
+    Returns:
+        The names of the siblings that share calls now, one "parent.(a|b)" per group.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    out = []
+    for name, module in list(model.named_modules()):
+        found = [
+            layers
+            for layers in _find_groups(module)
+            if all(owners[id(layer.packed)] == 1 for layer in layers)
+        ]
+        if not found:
+            continue
+        groups = []
+        for layers in found:
+            group = FusedInt4Group(layers)
+            groups.append(group)
+            for index, layer in enumerate(layers):
+                layer._fused = (group, index)
+            short = [key for key, child in module._modules.items() if child in layers]
+            out.append(f"{name}.({'|'.join(short)})" if name else "|".join(short))
+        module._int4_groups = groups
+        if not isinstance(module, _Shared):
+            module.__class__ = fused_class(type(module))
+    return out
+
+
+def unfuse_linears(model: nn.Module) -> None:
+    """Undoes `fuse_linears`, in place: every linear runs alone on its own storage."""
+    for module in model.modules():
+        if isinstance(module, _Shared):
+            module.__class__ = type(module)._nibblock_original
+            del module._int4_groups
+        elif isinstance(module, Int4Linear) and module._fused is not None:
+            module._fused = None
+            module.packed.data = module.packed.detach().clone()

@@ -1,0 +1,236 @@
+"""What every int4 op asks of its arguments, and the size of a packed weight.
+
+One set of sentences serves three places: the fakes and the Python wrappers call the functions below,
+the C++ glue repeats the same words for direct calls of `torch.ops.nibblock.*`. The good path never comes
+through here; the wrappers diagnose after an op has refused.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+GROUP_SIZES = (32, 64, 128, 256, -1)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SCALE_DTYPES = (torch.float32, torch.float16)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+PANEL_ROWS = 16
+_GRANULE_K = 64
+
+
+def dtype_name(dtype: object) -> str:
+    """`torch.float32` as "float32"; anything else as its repr."""
+    text = str(dtype)
+    return text[6:] if text.startswith("torch.") else repr(dtype)
+
+
+def groups_of(in_features: int, group_size: int) -> int:
+    """Groups of a row, the last perhaps short; a row without elements has none."""
+    if group_size < 0:
+        return torch.sym_min(in_features, 1)
+    return (in_features + group_size - 1) // group_size
+
+
+def packed_bytes(
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    bits: int,
+    affine: bool,
+    scale_dtype: torch.dtype,
+) -> int:
+    """Bytes of a packed weight: the twin of `int4_geometry` in csrc/int4_linear/int4_linear.h.
+
+    Written without branches on the sizes, so that it also works on symbolic ones. `test_int4_linear`
+    holds it against the C++ figure.
+    """
+    k_pad = (in_features + _GRANULE_K - 1) // _GRANULE_K * _GRANULE_K
+    groups = groups_of(in_features, group_size)
+    codes = k_pad * PANEL_ROWS * bits // 8
+    section = (groups * PANEL_ROWS * scale_dtype.itemsize + 63) // 64 * 64
+    lines = (codes + section * (2 if affine else 1)) // 64
+    stride = (lines + 1 - lines % 2) * 64
+    return (out_features + PANEL_ROWS - 1) // PANEL_ROWS * stride
+
+
+def check_format(
+    op: str, group_size: int, bits: int, scale_dtype: torch.dtype, compute: Optional[str] = None
+) -> None:
+    """Raises ValueError or TypeError for a weight format that does not exist."""
+    torch._check_value(bits in (4, 8), lambda: f"{op}: bits must be 4 or 8, got {bits}")
+    torch._check_value(
+        group_size in GROUP_SIZES,
+        lambda: f"{op}: group_size must be 32, 64, 128, 256 or -1 (whole row), got {group_size}",
+    )
+    torch._check_type(
+        scale_dtype in SCALE_DTYPES,
+        lambda: f"{op}: scale_dtype must be float16 or float32, got {dtype_name(scale_dtype)}",
+    )
+    torch._check_value(
+        compute is None or compute in ("bf16", "int8"),
+        lambda: f'{op}: compute must be "bf16" or "int8", got "{compute}"',
+    )
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    torch._check_type(
+        isinstance(value, torch.Tensor),
+        lambda: f"{op}: {name} must be a Tensor, got {type(value).__name__}",
+    )
+
+
+def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
+    check_tensor(op, name, tensor)
+    torch._check_type(
+        tensor.dtype in FLOATS,
+        lambda: f"{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor.dtype)}",
+    )
+
+
+def check_packed(
+    op: str,
+    packed: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    bits: int,
+    affine: bool,
+    scale_dtype: torch.dtype,
+) -> None:
+    check_tensor(op, "packed", packed)
+    torch._check_value(
+        out_features >= 0, lambda: f"{op}: out_features must be at least 0, got {out_features}"
+    )
+    torch._check_value(
+        in_features >= 0, lambda: f"{op}: in_features must be at least 0, got {in_features}"
+    )
+    torch._check_type(
+        packed.dtype == torch.uint8,
+        lambda: f"{op}: packed must be uint8, got {dtype_name(packed.dtype)}",
+    )
+    need = packed_bytes(out_features, in_features, group_size, bits, affine, scale_dtype)
+    torch._check_value(
+        packed.dim() == 1 and packed.shape[0] == need,
+        lambda: (
+            f"{op}: packed must be a contiguous [{need}] for out_features={out_features}, "
+            f"in_features={in_features}, group_size={group_size}, bits={bits}, affine={affine}, got "
+            f"{list(packed.shape)}"
+        ),
+    )
+
+
+def check_device(op: str, name: str, tensor: torch.Tensor, **others: Optional[torch.Tensor]) -> None:
+    for other_name, other in others.items():
+        if other is not None:
+            check_tensor(op, other_name, other)
+        torch._check_value(
+            other is None or other.device == tensor.device,
+            lambda other_name=other_name, other=other: (
+                f"{op}: {other_name} must be on {tensor.device}, where {name} is, got {other.device}"
+            ),
+        )
+
+
+def check_linear(
+    op: str,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    out_features: int,
+    group_size: int,
+    bits: int,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    compute: str,
+) -> None:
+    """All that `int4_linear` asks; in_features is x's last dimension."""
+    check_float(op, "x", x)
+    torch._check_value(
+        x.dim() >= 1, lambda: f"{op}: x must have at least 1 dimension, got a scalar"
+    )
+    check_device(op, "x", x, packed=packed, bias=bias)
+    check_format(op, group_size, bits, scale_dtype)
+    check_packed(op, packed, out_features, x.shape[-1], group_size, bits, affine, scale_dtype)
+    check_format(op, group_size, bits, scale_dtype, compute)
+    if bias is not None:
+        check_float(op, "bias", bias)
+        torch._check_value(
+            bias.dim() == 1 and bias.shape[0] == out_features,
+            lambda: f"{op}: bias must be [{out_features}], got {list(bias.shape)}",
+        )
+
+
+def check_linear_dx(
+    op: str,
+    grad: torch.Tensor,
+    packed: torch.Tensor,
+    in_features: int,
+    group_size: int,
+    bits: int,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    compute: str,
+) -> None:
+    """All that `int4_linear_dx` asks; out_features is grad's last dimension."""
+    check_float(op, "grad", grad)
+    torch._check_value(
+        grad.dim() >= 1, lambda: f"{op}: grad must have at least 1 dimension, got a scalar"
+    )
+    check_device(op, "grad", grad, packed=packed)
+    check_format(op, group_size, bits, scale_dtype)
+    check_packed(op, packed, grad.shape[-1], in_features, group_size, bits, affine, scale_dtype)
+    check_format(op, group_size, bits, scale_dtype, compute)
+
+
+def check_dequantize(
+    op: str,
+    packed: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    bits: int,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> None:
+    torch._check_type(
+        dtype in FLOATS,
+        lambda: f"{op}: dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}",
+    )
+    check_format(op, group_size, bits, scale_dtype)
+    check_packed(op, packed, out_features, in_features, group_size, bits, affine, scale_dtype)
+
+
+def check_embedding(
+    op: str,
+    indices: torch.Tensor,
+    packed: torch.Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    group_size: int,
+    bits: int,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> None:
+    torch._check_type(
+        dtype in FLOATS,
+        lambda: f"{op}: dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}",
+    )
+    check_tensor(op, "indices", indices)
+    torch._check_type(
+        indices.dtype in INDEX_DTYPES,
+        lambda: f"{op}: indices must be int64 or int32, got {dtype_name(indices.dtype)}",
+    )
+    check_device(op, "indices", indices, packed=packed)
+    check_format(op, group_size, bits, scale_dtype)
+    check_packed(op, packed, num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype)
+
+
+def check_indices(op: str, indices: torch.Tensor, rows: int) -> None:
+    """Raises ValueError naming the first index that is out of range; reads the data."""
+    bad = indices[(indices < 0) | (indices >= rows)]
+    if bad.numel():
+        raise ValueError(f"{op}: indices must be in [0, {rows}), got {int(bad.flatten()[0])}")

@@ -1,0 +1,438 @@
+"""The int4 ops as typed functions: linear, its input gradient, dequantise, embedding, pack, quantise.
+
+    w[n, k] = scale[n, g(k)] * code[n, k] + offset[n, g(k)]        g(k) = k // group_size
+
+Letters, as in csrc/int4_linear/int4_linear.h: M rows of x, N out_features, K in_features, G group_size.
+A symmetric weight stores no offsets: offset = -8 * scale (bits = 4) or -128 * scale (bits = 8).
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Optional
+
+import torch
+
+from nibblock import _library
+from nibblock.ops import _checks
+from nibblock.ops._checks import packed_bytes
+
+_library.load()
+
+from nibblock import _native  # noqa: E402  (its shared library lies beside the one just loaded)
+from nibblock.ops import _int4_register  # noqa: E402, F401  (registers fakes and gradients)
+
+__all__ = [
+    "int4_dequantize",
+    "int4_embedding",
+    "int4_linear",
+    "int4_linear_dx",
+    "int4_pack",
+    "int4_quantize",
+    "int4_unpack",
+    "packed_bytes",
+]
+
+_linear = torch.ops.nibblock.int4_linear.default
+_linear_dx = torch.ops.nibblock.int4_linear_dx.default
+_dequantize = torch.ops.nibblock.int4_dequantize.default
+_embedding = torch.ops.nibblock.int4_embedding.default
+
+
+def int4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    *,
+    out_features: int,
+    group_size: int,
+    bits: int = 4,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    compute: str = "bf16",
+) -> torch.Tensor:
+    """A linear layer whose weight is stored in 4 or 8 bits.
+
+        y[m, n] = sum_k x[m, k] * (scale[n, g(k)] * code[n, k] + offset[n, g(k)]) + bias[n]
+
+    Args:
+        x: [..., K] float32 | bfloat16 | float16, any strides; any leading dimensions, none and empty
+            ones included.
+        packed: [packed_bytes(N, K, ...)] uint8, from `int4_pack`.
+        bias: [N] float32 | bfloat16 | float16, or None. Added in float32.
+        out_features: N.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row.
+        bits: 4 or 8.
+        affine: whether packed holds offsets.
+        scale_dtype: float32 | float16, of the scales and offsets inside packed.
+        compute: "bf16" (activations keep at least bfloat16's precision, codes are exact) or "int8"
+            (activations quantised to int8 per row and block of min(G, 128)).
+    Returns:
+        [..., N], dtype and device of x, contiguous.
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape, format or device that does not fit.
+    Gradients: x and bias, of any order. packed is frozen.
+    Determinism: bitwise repeatable at one ISA level, at any number of threads.
+    Numerics: sums in float32; with compute="bf16" the error against float64 is at most 1.1 times that of
+        a dense bfloat16 linear on the same dequantised weight.
+    Autocast: x and bias are cast as `torch.nn.functional.linear` casts its arguments.
+    Source: kernels in csrc/int4_linear/; the layout is drawn in csrc/int4_linear/int4_linear.h.
+    Example:
+        >>> q = nibblock.ops.int4_quantize(torch.randn(256, 512), group_size=64)
+        >>> packed = nibblock.ops.int4_pack(*q, in_features=512, group_size=64)
+        >>> y = nibblock.ops.int4_linear(torch.randn(3, 512), packed, out_features=256, group_size=64,
+        ...                              affine=True, scale_dtype=torch.float32)
+    """
+    try:
+        return _linear(
+            x, packed, bias, out_features, group_size, bits, affine, scale_dtype, compute
+        )
+    except RuntimeError:
+        _checks.check_linear(
+            "int4_linear",
+            x,
+            packed,
+            bias,
+            out_features,
+            group_size,
+            bits,
+            affine,
+            scale_dtype,
+            compute,
+        )
+        raise
+
+
+def int4_linear_dx(
+    grad: torch.Tensor,
+    packed: torch.Tensor,
+    *,
+    in_features: int,
+    group_size: int,
+    bits: int = 4,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    compute: str = "bf16",
+) -> torch.Tensor:
+    """The input gradient of `int4_linear`: a product with the weight itself, not its transpose.
+
+        dx[m, k] = sum_n grad[m, n] * (scale[n, g(k)] * code[n, k] + offset[n, g(k)])
+
+    Args:
+        grad: [..., N] float32 | bfloat16 | float16, any strides and leading dimensions.
+        packed: [packed_bytes(N, K, ...)] uint8.
+        in_features: K.
+        group_size, bits, affine, scale_dtype, compute: as in `int4_linear`. "int8" here means what the
+            forward used; gradients are never quantised to int8.
+    Returns:
+        [..., K], dtype and device of grad, contiguous.
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape, format or device that does not fit.
+    Gradients: grad (it is `int4_linear` without a bias). packed is frozen.
+    Determinism: bitwise repeatable at one ISA level, at any number of threads.
+    Numerics: sums in float32.
+    Source: kernels in csrc/int4_linear/.
+    """
+    try:
+        return _linear_dx(grad, packed, in_features, group_size, bits, affine, scale_dtype, compute)
+    except RuntimeError:
+        _checks.check_linear_dx(
+            "int4_linear_dx",
+            grad,
+            packed,
+            in_features,
+            group_size,
+            bits,
+            affine,
+            scale_dtype,
+            compute,
+        )
+        raise
+
+
+def int4_dequantize(
+    packed: torch.Tensor,
+    *,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    bits: int = 4,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The dense weight that a packed one stands for.
+
+        w[n, k] = scale[n, g(k)] * code[n, k] + offset[n, g(k)], rounded once to `dtype`
+
+    Args:
+        packed: [packed_bytes(N, K, ...)] uint8.
+        out_features, in_features: N, K.
+        group_size, bits, affine, scale_dtype: as in `int4_linear`.
+        dtype: float32 | bfloat16 | float16 of the result.
+    Returns:
+        [N, K] dtype, device of packed.
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit packed.
+    Gradients: none. Determinism: bitwise, everywhere.
+    Numerics: computed in float32.
+    Source: csrc/int4_linear/cpu_pack.cpp.
+    """
+    try:
+        return _dequantize(
+            packed, out_features, in_features, group_size, bits, affine, scale_dtype, dtype
+        )
+    except RuntimeError:
+        _checks.check_dequantize(
+            "int4_dequantize",
+            packed,
+            out_features,
+            in_features,
+            group_size,
+            bits,
+            affine,
+            scale_dtype,
+            dtype,
+        )
+        raise
+
+
+def int4_embedding(
+    indices: torch.Tensor,
+    packed: torch.Tensor,
+    *,
+    num_embeddings: int,
+    embedding_dim: int,
+    group_size: int,
+    bits: int = 8,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Rows of a packed table, dequantised.
+
+        y[..., k] = w[indices[...], k], rounded once to `dtype`
+
+    Args:
+        indices: [...] int64 | int32, each in [0, num_embeddings).
+        packed: [packed_bytes(num_embeddings, embedding_dim, ...)] uint8.
+        num_embeddings, embedding_dim: rows and columns of the table.
+        group_size, bits, affine, scale_dtype: as in `int4_linear`.
+        dtype: float32 | bfloat16 | float16 of the result.
+    Returns:
+        [..., embedding_dim] dtype, device of packed, contiguous.
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit packed, or
+        an index out of range.
+    Gradients: none. Determinism: bitwise, everywhere.
+    Numerics: computed in float32.
+    Source: csrc/int4_linear/cpu_pack.cpp.
+    """
+    try:
+        return _embedding(
+            indices,
+            packed,
+            num_embeddings,
+            embedding_dim,
+            group_size,
+            bits,
+            affine,
+            scale_dtype,
+            dtype,
+        )
+    except RuntimeError:
+        _checks.check_embedding(
+            "int4_embedding",
+            indices,
+            packed,
+            num_embeddings,
+            embedding_dim,
+            group_size,
+            bits,
+            affine,
+            scale_dtype,
+            dtype,
+        )
+        _checks.check_indices("int4_embedding", indices, num_embeddings)
+        raise
+
+
+def _as_numpy(op: str, name: str, tensor: torch.Tensor, dtypes: tuple, ndim: int):
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(_checks.dtype_name(d) for d in dtypes)
+        raise TypeError(f"{op}: {name} must be {wanted}, got {_checks.dtype_name(tensor.dtype)}")
+    if tensor.dim() != ndim:
+        raise ValueError(f"{op}: {name} must be {ndim}-D, got {list(tensor.shape)}")
+    return tensor.detach().to("cpu").contiguous().numpy()
+
+
+def int4_pack(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: Optional[torch.Tensor] = None,
+    *,
+    in_features: int,
+    group_size: int,
+    bits: int = 4,
+) -> torch.Tensor:
+    """Canonical codes, scales and offsets to the one packed layout all kernels read.
+
+    Args:
+        qweight: [N, ceil(K / 2)] uint8 for bits = 4, two codes a byte, low nibble = even k; [N, K] uint8
+            for bits = 8. Unit: code 0..15 or 0..255.
+        scales: [N, ceil(K / G)] float32 | float16. Unit: weight per code step. Its dtype is kept: it is
+            the `scale_dtype` of every later call.
+        offsets: [N, ceil(K / G)], dtype of scales, the weight of code 0; None for a symmetric weight.
+        in_features: K.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row.
+        bits: 4 or 8.
+    Returns:
+        [packed_bytes(N, K, ...)] uint8, device of qweight.
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes that do not fit each other.
+    Gradients: none. Determinism: bitwise. Numerics: nothing is rounded; `int4_unpack` gives it back.
+    Source: layout in csrc/int4_linear/int4_linear.h.
+    """
+    op = "int4_pack"
+    _checks.check_format(op, group_size, bits, scales.dtype)
+    q = _as_numpy(op, "qweight", qweight, (torch.uint8,), 2)
+    s = _as_numpy(op, "scales", scales, _checks.SCALE_DTYPES, 2)
+    o = None if offsets is None else _as_numpy(op, "offsets", offsets, (scales.dtype,), 2)
+    rows = q.shape[0]
+    groups = _checks.groups_of(in_features, group_size)
+    columns = -(-in_features // 2) if bits == 4 else in_features
+    for name, array, shape in (
+        ("qweight", q, (rows, columns)),
+        ("scales", s, (rows, groups)),
+        ("offsets", o, (rows, groups)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{op}: {name} must be {list(shape)} for in_features {in_features}, group_size "
+                f"{group_size}, bits {bits}, got {list(array.shape)}"
+            )
+    packed = _native.pack(
+        q, s, o, in_features, group_size, bits, threads=torch.get_num_threads()
+    )
+    return torch.from_numpy(packed).to(qweight.device)
+
+
+def int4_unpack(
+    packed: torch.Tensor,
+    *,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    bits: int = 4,
+    affine: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """The inverse of `int4_pack`, bit for bit.
+
+    Args:
+        packed: [packed_bytes(N, K, ...)] uint8.
+        out_features, in_features: N, K.
+        group_size, bits, affine, scale_dtype: as in `int4_linear`.
+    Returns:
+        (qweight, scales, offsets) as `int4_pack` takes them; offsets is None unless affine. Device of
+        packed.
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit packed.
+    Gradients: none. Determinism: bitwise. Numerics: nothing is rounded.
+    Source: layout in csrc/int4_linear/int4_linear.h.
+    """
+    op = "int4_unpack"
+    _checks.check_format(op, group_size, bits, scale_dtype)
+    _checks.check_packed(
+        op, packed, out_features, in_features, group_size, bits, affine, scale_dtype
+    )
+    q, s, o = _native.unpack(
+        packed.detach().to("cpu").contiguous().numpy(),
+        out_features,
+        in_features,
+        group_size,
+        bits,
+        affine,
+        _checks.dtype_name(scale_dtype),
+        threads=torch.get_num_threads(),
+    )
+    device = packed.device
+    return (
+        torch.from_numpy(q).to(device),
+        torch.from_numpy(s).to(device),
+        None if o is None else torch.from_numpy(o).to(device),
+    )
+
+
+def int4_quantize(
+    weight: torch.Tensor,
+    *,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    method: str = "rtn",
+    importance: Optional[torch.Tensor] = None,
+    scale_dtype: torch.dtype = torch.float32,
+    progress: Optional[Callable[[int, int], None]] = None,
+) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """Codes, scales and offsets that stand for a dense weight.
+
+        rtn: scale and offset from each group's range, codes rounded to nearest
+        mse: scale and offset that minimise sum_k importance[k] * (w[n, k] - dequantised[n, k])^2, searched
+             over clipped ranges; never worse than rtn by that measure
+
+    Args:
+        weight: [N, K] float32 | bfloat16 | float16, finite.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row.
+        bits: 4 or 8.
+        symmetric: True for scales only, False for scales and offsets.
+        method: "rtn" or "mse".
+        importance: [K] float32, not negative, for example mean squares of the layer's input; or None.
+        scale_dtype: float32 | float16 the scales and offsets are rounded to.
+        progress: called as progress(rows done, rows), from this thread; or None.
+    Returns:
+        (qweight, scales, offsets) as `int4_pack` takes them, device of weight.
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape or option that does not fit, or a
+        weight that is not finite.
+    Gradients: none. Determinism: bitwise at any number of threads.
+    Numerics: float32.
+    Source: csrc/native/quantize.cpp.
+    """
+    op = "int4_quantize"
+    _checks.check_format(op, group_size, bits, scale_dtype)
+    _checks.check_float(op, "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be 2-D, got {list(weight.shape)}")
+    if method not in ("rtn", "mse"):
+        raise ValueError(f'{op}: method must be "rtn" or "mse", got {method!r}')
+    if weight.is_meta:
+        raise ValueError(f"{op}: weight must hold data, got a tensor on the meta device")
+    w = weight.detach().to("cpu", torch.float32).contiguous().numpy()
+    if importance is not None:
+        importance = _as_numpy(op, "importance", importance, (torch.float32,), 1)
+        if importance.shape[0] != w.shape[1]:
+            raise ValueError(f"{op}: importance must be [{w.shape[1]}], got {list(importance.shape)}")
+    q, s, o = _native.quantize(
+        w,
+        group_size,
+        bits,
+        symmetric,
+        method=method,
+        importance=importance,
+        threads=torch.get_num_threads(),
+        progress=progress,
+    )
+    scales = torch.from_numpy(s).to(scale_dtype)
+    offsets = None if o is None else torch.from_numpy(o).to(scale_dtype)
+    for name, tensor in (("scales", scales), ("offsets", offsets)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{op}: {name} must be finite in {_checks.dtype_name(scale_dtype)}, got a value beyond "
+                f"its range; use scale_dtype=torch.float32"
+            )
+    device = weight.device
+    return (
+        torch.from_numpy(q).to(device),
+        scales.to(device),
+        None if offsets is None else offsets.to(device),
+    )

@@ -1,0 +1,178 @@
+"""Block lists [Z, 2] of one weight: spread evenly, by magnitude, from a mask, or as the caller says."""
+
+from __future__ import annotations
+
+import math
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+
+from nibblock.ops import _block_checks, _checks
+
+BlockChoice = Union[float, torch.Tensor, list, tuple]
+
+
+def check_density(op: str, density: float, zero: bool = False) -> float:
+    """density as a float in (0, 1], or [0, 1] where `zero` allows an empty choice."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)):
+        raise TypeError(f"{op}: density must be float, got {type(density).__name__}")
+    if not (0 if zero else 1e-300) <= density <= 1:
+        low = "[0, 1]" if zero else "(0, 1]"
+        raise ValueError(f"{op}: density must be in {low}, got {density}")
+    return float(density)
+
+
+def block_count(rows: int, columns: int, density: float) -> int:
+    """How many of rows x columns blocks a density stands for: to the nearest, at least one."""
+    total = rows * columns
+    if density == 0 or total == 0:
+        return 0
+    return min(total, max(1, math.floor(density * total + 0.5)))
+
+
+def even_blocks(out_features: int, in_features: int, block: int, density: float) -> torch.Tensor:
+    """A share of all blocks, spread evenly and repeatably.
+
+        every block row gets floor or ceil of its share, at equal distances; each row's first block
+        is shifted by the golden ratio, so that columns are covered evenly too
+
+    Args:
+        out_features, in_features: N, K.
+        block: B, one of 16, 32, 64, 128.
+        density: share of the ceil(N/B) x ceil(K/B) blocks, in [0, 1]; above 0 at least one block.
+    Returns:
+        [Z, 2] int32, sorted, distinct.
+    Raises:
+        TypeError, ValueError: as `nibblock.ops.block_layout`; a density out of range.
+    Determinism: the same arguments give the same blocks everywhere.
+    """
+    op = "even_blocks"
+    _block_checks.check_block(op, block)
+    _block_checks.check_features(op, out_features, in_features)
+    check_density(op, density, zero=True)
+    rows, columns = _block_checks.grid(out_features, in_features, block)
+    count = block_count(rows, columns, density)
+    found = []
+    for row in range(rows):
+        here = (row + 1) * count // rows - row * count // rows
+        # A fraction of 2^32 / golden ratio in integers: the same on every machine.
+        shift = row * 2654435769 % 2**32
+        found += [(row, ((j << 32) + shift) * columns // (here << 32)) for j in range(here)]
+    return torch.tensor(found, dtype=torch.int32).reshape(-1, 2)
+
+
+def mask_blocks(mask: torch.Tensor, out_features: int, in_features: int, block: int):
+    """The blocks where a mask is true.
+
+    Args:
+        mask: bool [ceil(N/B), ceil(K/B)].
+        out_features, in_features, block: N, K, B.
+    Returns:
+        [Z, 2] int32, sorted.
+    Raises:
+        TypeError: mask is not bool. ValueError: another shape.
+    """
+    return _mask("mask_blocks", "mask", mask, out_features, in_features, block)
+
+
+def _mask(op, name, mask, out_features, in_features, block) -> torch.Tensor:
+    _block_checks.check_block(op, block)
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: {name} must be bool, got {_checks.dtype_name(mask.dtype)}")
+    need = list(_block_checks.grid(out_features, in_features, block))
+    if list(mask.shape) != need:
+        raise ValueError(f"{op}: {name} must be {need}, got {list(mask.shape)}")
+    return mask.nonzero().to("cpu", torch.int32)
+
+
+def split_blocks(weight: torch.Tensor, block: int) -> torch.Tensor:
+    """[N, K] as [ceil(N/B), ceil(K/B), B, B], zero outside; a view where nothing is ragged."""
+    rows, columns = _block_checks.grid(*weight.shape, block)
+    pad = (0, columns * block - weight.shape[1], 0, rows * block - weight.shape[0])
+    if any(pad):
+        weight = F.pad(weight, pad)
+    return weight.reshape(rows, block, columns, block).transpose(1, 2)
+
+
+def gather_blocks(weight: torch.Tensor, blocks: torch.Tensor, block: int) -> torch.Tensor:
+    """The listed blocks of a dense [N, K]: [Z, B, B], zero outside [N, K]."""
+    index = blocks.long().to(weight.device)
+    return split_blocks(weight, block)[index[:, 0], index[:, 1]]
+
+
+def scatter_blocks(
+    values: torch.Tensor, blocks: torch.Tensor, out_features: int, in_features: int
+) -> torch.Tensor:
+    """The dense [N, K] that stored blocks stand for; dtype of values."""
+    block = values.shape[-1]
+    rows, columns = _block_checks.grid(out_features, in_features, block)
+    index = blocks.long().to(values.device)
+    dense = values.new_zeros(rows, columns, block, block)
+    dense[index[:, 0], index[:, 1]] = values
+    whole = dense.transpose(1, 2).reshape(rows * block, columns * block)
+    return whole[:out_features, :in_features].contiguous()
+
+
+def magnitude_blocks(weight: torch.Tensor, block: int, density: float) -> torch.Tensor:
+    """The blocks of largest Frobenius norm; of equal ones the first.
+
+    Args:
+        weight: [N, K] float32 | bfloat16 | float16, finite.
+        block: B, one of 16, 32, 64, 128.
+        density: share of all blocks to keep, in (0, 1]; at least one block.
+    Returns:
+        [Z, 2] int32, sorted.
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a weight that is not finite or not 2-D,
+        or a density out of range.
+    Determinism: the same weight gives the same blocks.
+    """
+    op = "magnitude_blocks"
+    _block_checks.check_block(op, block)
+    _checks.check_float(op, "weight", weight)
+    check_density(op, density)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be 2-D, got {list(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError(f"{op}: weight must hold data, got a tensor on the meta device")
+    norms = split_blocks(weight.detach().to("cpu", torch.float64), block).square().sum((2, 3))
+    if not torch.isfinite(norms).all():
+        row, column = (~torch.isfinite(norms)).nonzero()[0].tolist()
+        raise ValueError(f"{op}: weight must be finite, got NaN or Inf in block [{row}, {column}]")
+    count = block_count(*norms.shape, density)
+    order = torch.sort(norms.flatten(), descending=True, stable=True).indices[:count]
+    chosen = order.sort().values
+    columns = norms.shape[1]
+    return torch.stack([chosen // max(1, columns), chosen % max(1, columns)], 1).to(torch.int32)
+
+
+def resolve_blocks(
+    op: str, blocks: BlockChoice, out_features: int, in_features: int, block: int
+) -> torch.Tensor:
+    """A caller's choice as a checked list: a share of all blocks, a list of pairs, or a mask.
+
+    Args:
+        op: whose errors these are.
+        blocks: a float in [0, 1] (see `even_blocks`); int [Z, 2], sorted and distinct; or bool
+            [ceil(N/B), ceil(K/B)].
+        out_features, in_features, block: N, K, B.
+    Returns:
+        [Z, 2] int32 on the CPU.
+    Raises:
+        TypeError, ValueError: as `nibblock.ops.block_layout`.
+    """
+    _block_checks.check_block(op, block)
+    if isinstance(blocks, (int, float)):
+        share = check_density(op, blocks, zero=True)
+        return even_blocks(out_features, in_features, block, share)
+    if isinstance(blocks, (list, tuple)):
+        blocks = torch.tensor(blocks, dtype=torch.int64).reshape(-1, 2) if blocks else None
+        if blocks is None:
+            return torch.empty(0, 2, dtype=torch.int32)
+    if isinstance(blocks, torch.Tensor) and blocks.dtype == torch.bool:
+        return _mask(op, "blocks", blocks, out_features, in_features, block)
+    index = _block_checks.check_blocks(op, blocks, out_features, in_features, block)
+    return index.to(torch.int32)

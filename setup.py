@@ -1,0 +1,306 @@
+"""Build of nibblock: sources -> a ninja file of our own -> three libraries inside the package.
+
+    libnibblock_kernels.so   csrc/common, csrc/<op>/cpu*.cpp       torch-free kernels
+    libnibblock_cpu.so       csrc/schema.cpp, csrc/glue, csrc/<op>/torch_cpu*.cpp
+                             operators for torch, on its stable ABI (any torch >= 2.11 loads it)
+    _native.<abi>.so         csrc/native                           pybind11, NumPy in and out
+
+Each file's instruction set follows from its name (ISA_FLAGS); everything else is x86-64-v2, so the
+library loads and runs on any such machine and enters wide code only after asking the CPU.
+
+Environment: CXX (g++), MAX_JOBS, NIBBLOCK_CUDA=auto|0|1 (this version has no CUDA source).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import platform
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+TORCH_MIN = (2, 11)
+TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: major byte, minor byte
+
+PACKAGE_DIR = {
+    "nibblock": "python/nibblock",
+    "nibblock.triton_kernels": "triton_kernels",
+    "nibblock.bench": "bench",
+}
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# g++ 12 warns of its own _mm512_undefined_*() inside avx512fintrin.h.
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *QUIET]
+AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+# First match wins: NAME_avx512_vnni.cpp, NAME_avx512_vnni_int8.cpp -> avx512_vnni.
+ISA_FLAGS = {
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
+    "avx2": AVX2,
+    "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", *AMX],
+}
+# Bindings do no arithmetic, and pybind11 takes twice as long to compile at -O3.
+BINDINGS = {f"native/{name}.cpp" for name in ("linear", "module", "native", "quantize")}
+# Contraction off everywhere: whether a * b + c rounds once is decided in the source, not by -O3.
+COMMON_FLAGS = [
+    "-std=c++17", "-O3", "-march=x86-64-v2", "-ffp-contract=off", "-DNDEBUG", "-fPIC", "-pthread",
+    "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi",
+]  # fmt: skip
+LINK_FLAGS = ["-shared", "-pthread", "-Wl,-rpath,'$$ORIGIN'", "-Wl,-z,defs", "-Wl,--as-needed"]
+
+
+def stop(message: str) -> None:
+    raise SystemExit(f"nibblock: {message}")
+
+
+def isa_of(source: Path) -> str | None:
+    for isa in ISA_FLAGS:
+        if re.search(rf"_{isa}(_|\.)", source.name):
+            return isa
+    return None
+
+
+def find_cuda_choice() -> str:
+    choice = os.environ.get("NIBBLOCK_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        stop(f"NIBBLOCK_CUDA must be auto, 0 or 1, got {choice!r}")
+    if choice == "1":
+        stop("NIBBLOCK_CUDA=1 cannot be met: this version has no CUDA source; use NIBBLOCK_CUDA=0")
+    return choice
+
+
+def find_compiler() -> tuple[str, str]:
+    """The C++ compiler and its version line; stops when it cannot build every kernel."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        stop(f"machine must be x86-64, got {platform.machine()}")
+    cxx = os.environ.get("CXX") or "g++"
+    if not shutil.which(cxx.split()[0]):
+        stop(f"no C++ compiler {cxx!r}; type: apt-get install g++ (12 or newer), or set CXX")
+    version = subprocess.run(
+        [*cxx.split(), "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[0]
+    with tempfile.TemporaryDirectory() as tmp:
+        probe = Path(tmp) / "probe.cpp"
+        probe.write_text("#include <immintrin.h>\nvoid f() { _tile_dpbf16ps(0, 1, 2); }\n")
+        flags = ["-std=c++17", "-march=x86-64-v2", *ISA_FLAGS["amx"]]
+        command = [*cxx.split(), *flags, "-c", str(probe), "-o", f"{probe}.o"]
+        if subprocess.run(command, capture_output=True).returncode:
+            stop(f"compiler must know AMX (g++ 12 or newer), got {version}; type: apt-get install "
+                 "g++-12, then set CXX=g++-12")  # fmt: skip
+    return cxx, version
+
+
+def find_ninja() -> str:
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        path = Path(ninja.BIN_DIR) / "ninja"
+        if path.exists():
+            return str(path)
+    found = shutil.which("ninja")
+    if not found:
+        stop("no ninja; type: pip install ninja")
+    return found
+
+
+def find_torch() -> tuple[Path, str]:
+    """torch's folder and version, read from its version file: importing it would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if not spec or not spec.origin:
+        stop("no torch in this Python; type: pip install 'torch>=2.11', then "
+             "pip install --no-build-isolation .")  # fmt: skip
+    folder = Path(spec.origin).parent
+    version = str(runpy.run_path(str(folder / "version.py"))["__version__"])
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if numbers < TORCH_MIN:
+        stop(f"torch must be 2.11 or newer, got {version}; type: pip install 'torch>=2.11'")
+    return folder, version
+
+
+def find_pybind11() -> tuple[str, str]:
+    if not importlib.util.find_spec("pybind11"):
+        stop("no pybind11; type: pip install pybind11")
+    import pybind11
+
+    return pybind11.get_include(), pybind11.__version__
+
+
+def git_id() -> str | None:
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def libraries(torch_dir: Path, pybind_include: str) -> list[dict]:
+    """Name, sources, include flags and link flags of each library, in link order."""
+    shared = ("common", "glue", "native")
+    ops = [d for d in sorted(CSRC.iterdir()) if d.is_dir() and d.name not in shared]
+    kernels = sorted((CSRC / "common").glob("*.cpp"))
+    kernels += [f for d in ops for f in sorted(d.glob("cpu*.cpp"))]
+    glue = [CSRC / "schema.cpp", *sorted((CSRC / "glue").glob("*.cpp"))]
+    glue += [f for d in ops for f in sorted(d.glob("torch_cpu*.cpp"))]
+    torch_flags = [quoted(f"-isystem{torch_dir}/include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    includes = [sysconfig.get_path("include"), pybind_include]
+    native_flags = [quoted(f"-isystem{folder}") for folder in includes]
+    ours = ["-L.", "-lnibblock_kernels"]
+    # libstdc++ first: torch's libraries export parts of it, and ours must not depend on that.
+    torch_libs = ["-lstdc++", quoted(f"-L{torch_dir}/lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    # A Python module leaves CPython's symbols to the interpreter: -z defs would refuse them.
+    return [
+        dict(name="libnibblock_kernels.so", sources=kernels, flags=[], link=[]),
+        dict(name="libnibblock_cpu.so", sources=glue, flags=torch_flags, link=[*ours, *torch_libs]),
+        dict(name=f"_native{suffix}", sources=sorted((CSRC / "native").glob("*.cpp")),
+             flags=native_flags, link=[*ours, "-Wl,-z,undefs"]),
+    ]  # fmt: skip
+
+
+def quoted(path: Path | str) -> str:
+    """For a command in the ninja file; paths of `build` lines escape spaces and colons instead."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def escaped(path: Path | str) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def write_ninja(path: Path, cxx: str, libs: list[dict]) -> None:
+    lines = [
+        f"cxx = {cxx}",
+        # Messages that name a source file say csrc/..., not where this checkout lies.
+        f"flags = {' '.join([*COMMON_FLAGS, quoted(f'-ffile-prefix-map={ROOT}/=')])}",
+        f"ldflags = {' '.join(LINK_FLAGS)}",
+        "rule compile",
+        "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
+        "  deps = gcc",
+        "  depfile = $out.d",
+        "  description = compile $out",
+        "rule link",
+        "  command = $cxx $ldflags -o $out $in $libs",
+        "  description = link $out",
+    ]
+    for lib in libs:
+        objects = []
+        for source in lib["sources"]:
+            isa = isa_of(source)
+            target = "obj/" + str(source.relative_to(CSRC)) + ".o"
+            binding = str(source.relative_to(CSRC)) in BINDINGS
+            more = [*lib["flags"], *(ISA_FLAGS[isa] if isa else []), *(["-O1"] if binding else [])]
+            lines += [f"build {target}: compile {escaped(source)}", f"  more = {' '.join(more)}"]
+            objects.append(target)
+        kernels = "" if lib["name"] == "libnibblock_kernels.so" else " | libnibblock_kernels.so"
+        lines += [f"build {lib['name']}: link {' '.join(objects)}{kernels}"]
+        lines += [f"  libs = -Wl,-soname,{lib['name']} {' '.join(lib['link'])}"]
+    text = "\n".join(lines) + "\n"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def build_native(destination: Path) -> None:
+    start = time.monotonic()
+    cuda = find_cuda_choice()
+    cxx, cxx_version = find_compiler()
+    ninja = find_ninja()
+    torch_dir, torch_version = find_torch()
+    pybind_include, pybind_version = find_pybind11()
+    libs = libraries(torch_dir, pybind_include)
+    work = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+    work.mkdir(parents=True, exist_ok=True)
+    destination.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one checkout take turns
+        write_ninja(work / "build.ninja", cxx, libs)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if subprocess.run([ninja, "-C", str(work), "-j", jobs]).returncode:
+            stop("the build failed; the compiler's first error above says where")
+        info = {
+            "torch_built_against": torch_version,
+            "torch_target": "2.11",
+            "python_built_against": platform.python_version(),
+            "pybind11": pybind_version,
+            "compiler": cxx_version,
+            "flags": COMMON_FLAGS,
+            "isa_files": {
+                str(f.relative_to(CSRC)): ISA_FLAGS[isa_of(f)]
+                for lib in libs for f in lib["sources"] if isa_of(f)
+            },
+            "libraries": [lib["name"] for lib in libs],
+            "cuda": None,
+            "git": git_id(),
+        }  # fmt: skip
+        for name, content in [
+            *((lib["name"], (work / lib["name"]).read_bytes()) for lib in libs),
+            ("build_info.json", json.dumps(info, indent=1).encode()),
+        ]:
+            # Rename over the old file: a process that has it mapped keeps what it has.
+            part = destination / f".{name}.part"
+            part.write_bytes(content)
+            part.chmod(0o755 if ".so" in name else 0o644)
+            part.replace(destination / name)
+    print(f"nibblock: built {', '.join(lib['name'] for lib in libs)}")
+    print(f"nibblock: skipped CUDA (NIBBLOCK_CUDA={cuda}): this version has no CUDA source")
+    print(f"nibblock: {time.monotonic() - start:.1f} s, {cxx_version}, torch {torch_version}")
+    sys.stdout.flush()
+
+
+class BuildNative(build_ext):
+    def run(self) -> None:
+        in_tree = self.inplace or getattr(self, "editable_mode", False)
+        build_native(ROOT / "python/nibblock" if in_tree else Path(self.build_lib) / "nibblock")
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class CleanBuildPy(build_py):
+    """Starts from an empty folder: a file deleted from the tree is not in the next wheel."""
+
+    def run(self) -> None:
+        if not getattr(self, "editable_mode", False):
+            shutil.rmtree(Path(self.build_lib) / "nibblock", ignore_errors=True)
+        super().run()
+
+
+def packages() -> dict[str, str]:
+    found = dict(PACKAGE_DIR)
+    for init in sorted((ROOT / "python/nibblock").rglob("__init__.py")):
+        folder = init.parent.relative_to(ROOT / "python")
+        found.setdefault(".".join(folder.parts), str(Path("python") / folder))
+    return found
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    setup(
+        packages=sorted(packages()),
+        package_dir=packages(),
+        package_data={"nibblock": ["py.typed"], "nibblock.triton_kernels": ["_configs/*.json"]},
+        include_package_data=False,
+        # The extension only marks the wheel as one for this platform and Python.
+        ext_modules=[Extension("nibblock._native", sources=[])],
+        cmdclass={"build_ext": BuildNative, "build_py": CleanBuildPy},
+        zip_safe=False,
+    )

@@ -1,0 +1,491 @@
+"""`accelerate`, its report, `explain`, `save` and `load`."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import nibblock as nb
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+CONFIG = nb.Int4Config(group_size=32)
+
+
+def quiet(model, config=CONFIG, **options):
+    return nb.accelerate(model, config, progress=False, **options)
+
+
+class Block(nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Model(nn.Module):
+    """Embedding, blocks and a head tied to the embedding."""
+
+    def __init__(self, width=64, vocabulary=100, tied=True):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+TOKENS = torch.arange(10).reshape(2, 5)
+
+
+def reasons(report):
+    return {row.name: row.reason for row in report.kept}
+
+
+# --- config -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        (dict(group_size=48), ValueError, "Int4Config: group_size must be 32, 64, 128, 256 or -1"),
+        (dict(group_size=0), ValueError, "got 0"),
+        (dict(group_size="64"), TypeError, "group_size must be int, got str"),
+        (dict(bits=2), ValueError, "bits must be 4 or 8, got 2"),
+        (dict(bits=True), TypeError, "bits must be int, got bool"),
+        (dict(symmetric=1), TypeError, "symmetric must be bool, got int"),
+        (dict(compute="fp16"), ValueError, 'compute must be "bf16" or "int8"'),
+        (dict(method="gptq"), ValueError, 'method must be "rtn" or "mse"'),
+    ],
+)
+def test_config_is_checked_when_made(options, error, text):
+    with pytest.raises(error, match=text):
+        nb.Int4Config(**options)
+
+
+# --- what is replaced ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_replaces_linears_in_place(bits):
+    torch.manual_seed(0)
+    model = Model(tied=False).eval()
+    expected = model(TOKENS)
+    report = quiet(model, nb.Int4Config(group_size=32, bits=bits))
+    assert len(report.replaced) == 7
+    assert not report.kept
+    assert all(type(b.up) is nb.Int4Linear and not b.up.training for b in model.blocks)
+    assert type(model.embed) is nn.Embedding
+    assert F.cosine_similarity(model(TOKENS).flatten(), expected.flatten(), 0) > 0.98
+    assert report.model_bytes_after < report.model_bytes_before
+    assert report.rows[0].shape == (128, 64)
+    again = quiet(model)
+    assert not again.replaced
+    assert set(reasons(again).values()) == {"already quantised"}
+
+
+def test_bias_parameter_is_taken_over():
+    model = Model()
+    bias = model.blocks[0].up.bias
+    quiet(model)
+    assert model.blocks[0].up.bias is bias
+
+
+@pytest.mark.parametrize(
+    "where, count",
+    [
+        (None, 6),
+        ("*.up", 3),
+        (["blocks.0.*", "blocks.2.down"], 3),
+        (lambda name, module: module.out_features == 128, 3),
+    ],
+)
+def test_where(where, count):
+    report = quiet(Model(), where=where)
+    assert len(report.replaced) == count
+
+
+def test_skip():
+    model = Model(tied=False)
+    report = quiet(model, skip=("head", "blocks.1.*"))
+    assert reasons(report) == dict.fromkeys(["head", "blocks.1.up", "blocks.1.down"], "in skip")
+    assert type(model.head) is nn.Linear
+    assert quiet(Model(tied=False), skip="head").kept[0].name == "head"
+
+
+def test_module_in_several_places_is_replaced_in_all():
+    shared = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
+    report = quiet(model)
+    assert len(report) == 1
+    assert model["a"] is model["b"][0]
+    assert type(model["a"]) is nb.Int4Linear
+
+
+def test_linears_tied_to_each_other_stay_tied():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    quiet(model)
+    assert model[0].packed is model[1].packed
+    assert model[0].bias is not model[1].bias
+
+
+def test_hooks_move_along():
+    model = nn.Sequential(nn.Linear(64, 64))
+    calls = []
+    handle = model[0].register_forward_hook(lambda *args: calls.append(1))
+    quiet(model)
+    model(torch.ones(1, 64))
+    handle.remove()
+    model(torch.ones(1, 64))
+    assert calls == [1]
+
+
+# --- what is kept, and why ----------------------------------------------------------------------------
+
+
+def test_tied_head_is_kept_or_both_are_quantised():
+    model = Model()
+    report = quiet(model)
+    assert "tied to embed" in reasons(report)["head"]
+    assert model.head.weight is model.embed.weight
+
+    model = Model().eval()
+    expected = model(TOKENS)
+    report = quiet(model, nb.Int4Config(group_size=32, embeddings=True))
+    assert not report.kept
+    assert model.head.packed is model.embed.packed
+    assert {row.action for row in report} == {"int4", "int8"}
+    assert F.cosine_similarity(model(TOKENS).flatten(), expected.flatten(), 0) > 0.98
+
+    model = Model()
+    report = quiet(model, nb.Int4Config(group_size=32, embeddings=True), skip="head")
+    assert "tied to head, which stays dense" in reasons(report)["embed"]
+
+
+def test_attention_and_encoder_layers_are_kept():
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), nn.MultiheadAttention(64, 4)
+    ).eval()
+    x = torch.randn(2, 5, 64)
+    expected = model[0](x)
+    report = quiet(model)
+    assert not report.replaced
+    assert "nn.TransformerEncoderLayer" in reasons(report)["0.linear1"]
+    assert "attention" in reasons(report)["0.self_attn.out_proj"].lower()
+    assert "nn.MultiheadAttention" in reasons(report)["1.out_proj"]
+    assert torch.equal(model[0](x), expected)
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class ExtraParameter(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(1))
+
+
+class NameOnly(nn.Linear):
+    pass
+
+
+def test_unusual_linears():
+    patched = nn.Linear(64, 64)
+    patched.forward = lambda x: x
+    frozen = nn.Linear(64, 64)
+    frozen.weight = None
+    model = nn.ModuleDict(
+        {
+            "own": OwnForward(64, 64),
+            "extra": ExtraParameter(64, 64),
+            "parametrised": parametrizations.weight_norm(nn.Linear(64, 64)),
+            "patched": patched,
+            "float64": nn.Linear(64, 64, dtype=torch.float64),
+            "complex64": nn.Linear(64, 64, dtype=torch.complex64),
+            "meta": nn.Linear(64, 64, device="meta"),
+            "empty": nn.Linear(64, 0),
+            "none": frozen,
+            "name_only": NameOnly(64, 64),
+        }
+    )
+    report = quiet(model)
+    assert [row.name for row in report.replaced] == ["name_only"]
+    expected = {
+        "own": "forward of its own",
+        "extra": "more than a weight and a bias: gain",
+        "parametrised": "parametrised",
+        "patched": "forward of its own",
+        "float64": "float64",
+        "complex64": "complex64",
+        "meta": "meta device",
+        "empty": "empty",
+        "none": "not a Parameter",
+    }
+    assert reasons(report).keys() == expected.keys()
+    for name, text in expected.items():
+        assert text in reasons(report)[name]
+
+
+# --- failures leave the model unchanged ---------------------------------------------------------------
+
+
+def test_exception_midway_changes_nothing():
+    model = Model(tied=False)
+    with torch.no_grad():
+        model.blocks[2].down.weight[5, 7] = float("inf")
+    modules = list(model.modules())
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"accelerate: blocks\.2\.down: .*finite"):
+        quiet(model)
+    assert [id(m) for m in model.modules()] == [id(m) for m in modules]
+    assert model.state_dict().keys() == state.keys()
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nb.accelerate(model, CONFIG, where="blocks.0.*", progress=stop)
+    assert [id(m) for m in model.modules()] == [id(m) for m in modules]
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+        nb.accelerate("model")
+    with pytest.raises(TypeError, match="config must be an Int4Config, got dict"):
+        nb.accelerate(Model(), {"group_size": 32})
+    with pytest.raises(ValueError, match=r"got a single Linear; use Int4Linear\.from_linear"):
+        nb.accelerate(nn.Linear(64, 64))
+    with pytest.raises(TypeError, match="name patterns must be str, got int"):
+        quiet(Model(), skip=(1,))
+
+
+# --- report and progress ------------------------------------------------------------------------------
+
+
+def test_report_prints_and_folds():
+    report = quiet(Model())
+    text = str(report)
+    assert "blocks.*.up x3" in text
+    assert "128 x 64" in text
+    assert "6 replaced, 1 kept" in text
+    assert len(text.splitlines()) == 6
+    facts = json.loads(json.dumps(report.to_dict()))
+    assert facts["replaced"] == 6
+    assert facts["rows"][0] == {
+        "name": "blocks.0.up",
+        "action": "int4",
+        "reason": "",
+        "kind": "Linear",
+        "shape": [128, 64],
+        "bytes_before": 128 * 64 * 4 + 128 * 4,
+        "bytes_after": report.rows[0].bytes_after,
+    }
+    assert "<pre>" in report._repr_html_()
+
+
+def test_progress(capsys):
+    seen = []
+    nb.accelerate(Model(), CONFIG, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 6) for i in range(1, 7)]
+    assert capsys.readouterr().err == ""
+    nb.accelerate(Model(), CONFIG)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("nibblock: quantising: 6 layers in")
+    assert len(captured.err.splitlines()) == 1
+    nb.accelerate(Model(), CONFIG, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+# --- explain ------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_kernel_and_the_refusals():
+    layer = nb.Int4Linear(64, 32)
+    explanation = nb.explain(layer, torch.ones(3, 64))
+    rows = [row["id"] for row in nb._native.int4_linear_kernels("forward")]
+    assert explanation.kernel in rows
+    assert sorted([explanation.kernel, *[i for i, _ in explanation.refused]]) == sorted(rows)
+    assert all(reason for _, reason in explanation.refused)
+    assert explanation.kernel in str(explanation)
+    nb._native.set_cpu_isa("scalar")
+    assert ".scalar." in nb.explain(layer, torch.ones(3, 64)).kernel
+    with pytest.raises(ValueError, match="x last dim must equal in_features 64"):
+        nb.explain(layer, torch.ones(3, 65))
+
+
+def test_explain_a_model():
+    model = Model(tied=False)
+    with pytest.raises(ValueError, match="must hold an Int4Linear"):
+        nb.explain(model, TOKENS)
+    quiet(model)
+    for x in (TOKENS, (TOKENS,), {"tokens": TOKENS}):
+        explanations = nb.explain(model, x)
+        assert len(explanations) == 3
+        assert "blocks.0.up x3" in str(explanations)
+        assert "[10, 64] float32 -> 128" in str(explanations)
+    assert model.training
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+pytest_safetensors = pytest.importorskip("safetensors", reason="needs the safetensors package")
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("target", ["dense", "accelerated", "other format", "meta"])
+def test_save_and_load(tmp_path, embeddings, target):
+    torch.manual_seed(1)
+    model = Model().eval()
+    quiet(model, nb.Int4Config(group_size=64, embeddings=embeddings, symmetric=True))
+    path = tmp_path / "model.safetensors"
+    nb.save(model, path)
+    torch.manual_seed(2)
+    other = Model().eval()
+    if target == "accelerated":
+        quiet(other, nb.Int4Config(group_size=64, embeddings=embeddings, symmetric=True))
+    elif target == "other format":
+        quiet(other, nb.Int4Config(group_size=32, bits=8, embeddings=embeddings))
+    elif target == "meta":
+        other = other.to("meta")
+    assert nb.load(path, other) is other
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    assert not any(p.is_meta for p in other.parameters())
+    tied = (other.head.packed, other.embed.packed) if embeddings else (other.head.weight, other.embed.weight)
+    assert tied[0] is tied[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    nb.save(other, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_tied_tensors_are_written_once(tmp_path):
+    model = Model()
+    quiet(model, nb.Int4Config(group_size=32, embeddings=True))
+    nb.save(model, tmp_path / "a.safetensors")
+    dense = tmp_path / "b.safetensors"
+    nb.save(Model(), dense)
+    total = sum(p.numel() * 4 for p in Model().parameters())
+    assert total < dense.stat().st_size < total + 4000
+    with pytest_safetensors.safe_open(str(tmp_path / "a.safetensors"), framework="pt") as file:
+        names = set(file.keys())
+    assert "embed.qweight" in names
+    assert "head.qweight" not in names
+
+
+def test_load_refuses_and_leaves_the_model_unchanged(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = Model(tied=False)
+    quiet(model)
+    nb.save(model, path)
+
+    def refused(other, text, file=path):
+        before = [(id(m), {k: v.clone() for k, v in m._parameters.items() if v is not None}) for m in other.modules()]
+        with pytest.raises(ValueError, match=text):
+            nb.load(file, other)
+        for (key, parameters), m in zip(before, other.modules()):
+            assert key == id(m)
+            for name, value in parameters.items():
+                assert torch.equal(value, m._parameters[name])
+
+    refused(Model(width=32, tied=False), r"blocks\.0\.up must have the file's shape \[128, 64\], got \[64, 32\]")
+    refused(Model(vocabulary=50, tied=False), r"head must have the file's shape \[100, 64\]")
+    other = Model(tied=False)
+    other.blocks[1].down = nn.Linear(128, 64)
+    refused(other, r"blocks\.1\.down must have no bias as in the file, got a bias")
+    other = Model(tied=False)
+    other.blocks[1].down = nn.Identity()
+    refused(other, r"blocks\.1\.down must be an nn\.Linear in the model, got Identity")
+    other = Model(tied=False)
+    other.extra = nn.Parameter(torch.ones(3))
+    refused(other, "must hold extra of the model")
+    other = Model(tied=False)
+    other.norm = nn.Identity()
+    refused(other, r"model must hold norm\.\w+ of model")
+    other = Model(tied=False)
+    other.norm = nn.LayerNorm(32)
+    refused(other, r"norm\.\w+ must have the file's shape \[64\], got \[32\]")
+
+    data = path.read_bytes()
+    for cut in (0, 4, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "cut").write_bytes(data[:cut])
+        refused(Model(tied=False), "must be a whole safetensors file", tmp_path / "cut")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign")
+    refused(Model(tied=False), "must be written by nibblock.save", tmp_path / "foreign")
+    with pytest.raises(FileNotFoundError, match="load: path must name a file"):
+        nb.load(tmp_path / "missing", Model())
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    nb.save(Model(), path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        nb.save(Model(), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(ValueError, match="must hold data, got a tensor on the meta device"):
+        nb.save(Model().to("meta"), path)
+
+
+# --- whole models of transformers ---------------------------------------------------------------------
+
+
+def tiny_llama(tied):
+    transformers = pytest.importorskip("transformers", reason="needs the transformers package")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_llama(tied, embeddings, tmp_path):
+    model = tiny_llama(tied)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    report = quiet(model, nb.Int4Config(group_size=32, embeddings=embeddings), fuse=True)
+    assert len(report.kept) == (1 if tied and not embeddings else 0)
+    assert len(report.fused) == 4
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+    assert F.cosine_similarity(logits.flatten(), expected.flatten(), 0) > 0.95
+    model.tie_weights()  # transformers does so on many occasions
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, logits)
+    if embeddings and tied:
+        assert model.lm_head.packed is model.model.embed_tokens.packed
+    assert model.dtype == torch.float32
+    out = model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape == (1, 9)
+    nb.save(model, tmp_path / "m")
+    other = tiny_llama(tied)
+    nb.load(tmp_path / "m", other)
+    with torch.no_grad():
+        assert torch.allclose(other(TOKENS).logits, logits, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Triton kernels of nibblock, installed as `nibblock.triton_kernels` and imported on demand."""
