@@ -70,7 +70,8 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
     amx = result["environment"]["isa"] == "amx"
     no_amx = "this CPU has no AMX" if not amx else "not part of this run"
     everything: list[Case] = result["cases"]
-    large = [c for c in everything if c["model"] in ("llama-8b", "custom")]
+    models = ("llama-8b", "custom")
+    large = [c for c in everything if c["model"] in models and c["n"] * c["k"] >= 1 << 22]
 
     def over(
         cases: Iterable[Case],

@@ -17,6 +17,8 @@ from . import int4_suite as S
 from .machine import Ceilings, OtherLoad, environment, native, peak_unit
 from .shapes import LLAMA_8B, ROWS, ROWS_QUICK, select
 
+QUIET = 0.05  # share of the CPUs that other processes may take
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
@@ -51,9 +53,11 @@ def main(argv: list[str]) -> int:
         raise SystemExit(str(e)) from e
     if options.threads:
         torch.set_num_threads(options.threads)
+    target = output(options.json, "int4_linear")
+    if options.plot:
+        output(options.plot, "")
     result = run(shapes, rows, options)
     show(result)
-    target = Path(options.json) if options.json else default_path("int4_linear")
     write(result, target, options.plot)
     return 0
 
@@ -159,8 +163,14 @@ def show(result: dict[str, Any]) -> None:
     print(_losses(result["losses"]))
     print("\nGoals\n")
     print(goals.render(result["goals"]))
+    print(f"\n{closing(result)}")
+
+
+def closing(result: dict[str, Any]) -> str:
+    """The last line: how long it took, and whether the machine was quiet enough to believe it."""
     other = result["other_load"]
-    print(f"\n{result['seconds']:.0f} s; other processes took {table.percent(other)} of the CPUs")
+    text = f"{result['seconds']:.0f} s; other processes took {table.percent(other)} of the CPUs"
+    return text + ("" if other < QUIET else ": too busy a machine, repeat this run on a quiet one")
 
 
 def _ceilings(both: dict[str, Any]) -> str:
@@ -225,8 +235,13 @@ def _losses(found: list[dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------------
 
 
-def default_path(stem: str) -> Path:
-    """bench/results/ of the checkout one stands in, else the current folder."""
+def output(asked: str | None, stem: str) -> Path:
+    """Where a result goes: the file asked for, else bench/results/ of the checkout one stands in,
+    else the current folder. Stops before anything is measured if it cannot go there."""
+    if asked:
+        if not Path(asked).parent.is_dir():
+            raise SystemExit(f"bench: output must be in a folder that exists, got {asked!r}")
+        return Path(asked)
     folder = Path("bench/results")
     return (folder if folder.is_dir() else Path(".")) / f"{stem}-{native().cpu_isa()}.json"
 

@@ -163,7 +163,7 @@ def run_dx(shape: Shape, m: int, ceilings: Ceilings | None, budget: float) -> di
 
 
 def run_overhead(rounds: int = 41) -> dict[str, Any]:
-    """Microseconds of one call on a 64 x 64 layer and one row, no gradients, ours beside torch's."""
+    """Microseconds of a call on a 64 x 64 layer and one row, no gradients: ours beside torch."""
     baseline_of = {
         "op": "F.linear",
         "nb.ops.int4_linear": "F.linear",

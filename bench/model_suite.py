@@ -24,6 +24,7 @@ PROMPT = "The history of the steam engine begins"
 DENSE = ("dense fp32", "dense bf16")
 PLAIN = ("nibblock fp32", "nibblock bf16")
 FUSED = ("nibblock fuse fp32", "nibblock fuse bf16")
+FROZEN = " frozen"  # compiled with the weights as constants, so that oneDNN prepacks them
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,18 +44,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    from .int4_report import default_path, save
+    from .int4_report import output, save
 
     options = parser().parse_args(argv)
     for name in ("tokens", "prefill", "text_tokens"):
         if getattr(options, name) < 2:
-            raise ValueError(f"bench: {name} must be at least 2, got {getattr(options, name)}")
+            raise SystemExit(f"bench: {name} must be at least 2, got {getattr(options, name)}")
     if options.threads:
         torch.set_num_threads(options.threads)
+    target = output(options.json, "model")
     with torch.no_grad():
         result = run(options)
     show(result)
-    save(result, Path(options.json) if options.json else default_path("model"))
+    save(result, target)
     return 0
 
 
@@ -157,28 +159,30 @@ def decode_compiled(
     rounds: int,
 ) -> dict[str, Any]:
     """Seconds a token with torch.compile and a static cache; compiled before anything is timed."""
-    from transformers import StaticCache
-
     calls: dict[str, Callable[[], float]] = {}
     for name, model in models.items():
-        print(f"compiling {name}", flush=True)
-        cache = StaticCache(config=model.config, max_cache_len=len(prompt) + tokens)
-
-        def step(token, position, model=model, cache=cache):
-            out = model(
-                input_ids=token, position_ids=position, past_key_values=cache, use_cache=True
-            )
-            return out.logits[:, -1:].argmax(-1)
-
-        calls[name] = _static_decoder(
-            torch.compile(step, dynamic=False, fullgraph=True), model, cache, prompt, tokens
-        )
-        calls[name]()
-        calls[name]()
+        for variant in ("", FROZEN) if name in DENSE else ("",):
+            print(f"compiling {name}{variant}", flush=True)
+            call = _static_decoder(model, prompt, tokens, freeze=variant == FROZEN)
+            call()  # compiles
+            call()
+            calls[name + variant] = call
     return compare({**calls, **llama["decode"]}, rounds)
 
 
-def _static_decoder(step, model, cache, prompt, tokens) -> Callable[[], float]:
+def _static_decoder(
+    model: torch.nn.Module, prompt: torch.Tensor, tokens: int, freeze: bool
+) -> Callable[[], float]:
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=len(prompt) + tokens)
+
+    def step(token, position):
+        out = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        return out.logits[:, -1:].argmax(-1)
+
+    compiled = torch.compile(step, dynamic=False, fullgraph=True, options={"freezing": freeze})
+
     def run_once() -> float:
         cache.reset()
         at = torch.arange(len(prompt))[None]
@@ -187,7 +191,7 @@ def _static_decoder(step, model, cache, prompt, tokens) -> Callable[[], float]:
         positions = [torch.tensor([[len(prompt) + i]]) for i in range(tokens - 1)]
         start = time.perf_counter()
         for position in positions:
-            token = step(token, position)
+            token = compiled(token, position)
         return (time.perf_counter() - start) / (tokens - 1)
 
     return run_once
@@ -254,6 +258,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     fp32 = 4 * result["weights"]
     smallest = min(PLAIN, key=lambda n: result["bytes"][n])
     ours16 = (PLAIN[1], FUSED[1])
+    dense_compiled = (*DENSE, *(n + FROZEN for n in DENSE))
     return [
         goal_row("decode, eager, vs transformers dense", 2.2, 2.6, _speed(decode, PLAIN, DENSE)),
         goal_row(
@@ -262,7 +267,9 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
             2.9,
             _speed(decode, FUSED, DENSE),
         ),
-        goal_row("decode, compiled, vs dense compiled", 2.5, 3.5, _speed(compiled, FUSED, DENSE)),
+        goal_row(
+            "decode, compiled, vs dense compiled", 2.5, 3.5, _speed(compiled, FUSED, dense_compiled)
+        ),
         goal_row(
             "decode, compiled, vs llama.cpp",
             1.0,
@@ -301,6 +308,8 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> None:
+    from .int4_report import closing
+
     env, tokens = result["environment"], result["prefill_tokens"]
     print(f"\n{result['model']} on {env['cpu']}, {env['isa']}, {env['threads']} threads\n")
 
@@ -324,7 +333,9 @@ def show(result: dict[str, Any]) -> None:
         )
     header = ("model", "MB", "decode tok/s", "compiled tok/s", "prefill tok/s", "perplexity")
     print(table.render(header, lines))
+    for name in (n + FROZEN for n in DENSE):
+        if name in result["decode_compiled"]:
+            print(f"{name}: compiled {rate(result['decode_compiled'], name, 1)} tok/s")
     print("\nGoals\n")
     print(goals.render(result["goals"]))
-    other = table.percent(result["other_load"])
-    print(f"\n{result['seconds']:.0f} s; other processes took {other} of the CPUs")
+    print(f"\n{closing(result)}")

@@ -55,7 +55,7 @@ def reasons(report):
     return {row.name: row.reason for row in report.kept}
 
 
-# --- config -------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_config_is_checked_when_made(options, error, text):
         nb.Int4Config(**options)
 
 
-# --- what is replaced ---------------------------------------------------------------------------------
+# --- what is replaced -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -154,7 +154,7 @@ def test_hooks_move_along():
     assert calls == [1]
 
 
-# --- what is kept, and why ----------------------------------------------------------------------------
+# --- what is kept, and why ------------------------------------------------------------------------
 
 
 def test_tied_head_is_kept_or_both_are_quantised():
@@ -242,7 +242,7 @@ def test_unusual_linears():
         assert text in reasons(report)[name]
 
 
-# --- failures leave the model unchanged ---------------------------------------------------------------
+# --- failures leave the model unchanged -----------------------------------------------------------
 
 
 def test_exception_midway_changes_nothing():
@@ -267,7 +267,9 @@ def test_exception_midway_changes_nothing():
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
         nb.accelerate("model")
-    with pytest.raises(TypeError, match="config must be an Int4Config, got dict"):
+    with pytest.raises(
+        TypeError, match="config must be an Int4Config or a BlockSparseConfig, got dict"
+    ):
         nb.accelerate(Model(), {"group_size": 32})
     with pytest.raises(ValueError, match=r"got a single Linear; use Int4Linear\.from_linear"):
         nb.accelerate(nn.Linear(64, 64))
@@ -275,7 +277,7 @@ def test_wrong_arguments():
         quiet(Model(), skip=(1,))
 
 
-# --- report and progress ------------------------------------------------------------------------------
+# --- report and progress --------------------------------------------------------------------------
 
 
 def test_report_prints_and_folds():
@@ -313,7 +315,7 @@ def test_progress(capsys):
     assert capsys.readouterr().err == ""
 
 
-# --- explain ------------------------------------------------------------------------------------------
+# --- explain --------------------------------------------------------------------------------------
 
 
 def test_explain_names_the_kernel_and_the_refusals():
@@ -343,7 +345,7 @@ def test_explain_a_model():
     assert model.training
 
 
-# --- files --------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 pytest_safetensors = pytest.importorskip("safetensors", reason="needs the safetensors package")
 
@@ -367,7 +369,11 @@ def test_save_and_load(tmp_path, embeddings, target):
     assert nb.load(path, other) is other
     assert torch.equal(other(TOKENS), model(TOKENS))
     assert not any(p.is_meta for p in other.parameters())
-    tied = (other.head.packed, other.embed.packed) if embeddings else (other.head.weight, other.embed.weight)
+    tied = (
+        (other.head.packed, other.embed.packed)
+        if embeddings
+        else (other.head.weight, other.embed.weight)
+    )
     assert tied[0] is tied[1]
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     nb.save(other, tmp_path / "again.safetensors")
@@ -395,7 +401,10 @@ def test_load_refuses_and_leaves_the_model_unchanged(tmp_path):
     nb.save(model, path)
 
     def refused(other, text, file=path):
-        before = [(id(m), {k: v.clone() for k, v in m._parameters.items() if v is not None}) for m in other.modules()]
+        before = [
+            (id(m), {k: v.clone() for k, v in m._parameters.items() if v is not None})
+            for m in other.modules()
+        ]
         with pytest.raises(ValueError, match=text):
             nb.load(file, other)
         for (key, parameters), m in zip(before, other.modules()):
@@ -403,7 +412,10 @@ def test_load_refuses_and_leaves_the_model_unchanged(tmp_path):
             for name, value in parameters.items():
                 assert torch.equal(value, m._parameters[name])
 
-    refused(Model(width=32, tied=False), r"blocks\.0\.up must have the file's shape \[128, 64\], got \[64, 32\]")
+    refused(
+        Model(width=32, tied=False),
+        r"blocks\.0\.up must have the file's shape \[128, 64\], got \[64, 32\]",
+    )
     refused(Model(vocabulary=50, tied=False), r"head must have the file's shape \[100, 64\]")
     other = Model(tied=False)
     other.blocks[1].down = nn.Linear(128, 64)
@@ -446,7 +458,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         nb.save(Model().to("meta"), path)
 
 
-# --- whole models of transformers ---------------------------------------------------------------------
+# --- whole models of transformers -----------------------------------------------------------------
 
 
 def tiny_llama(tied):

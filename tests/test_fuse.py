@@ -10,7 +10,7 @@ import nibblock as nb
 import pytest
 import torch
 import torch.nn.functional as F
-from nibblock.nn import fuse_linears, unfuse_linears
+from nibblock.nn import _lean, fuse_linears, unfuse_linears
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,11 +55,14 @@ def pair(make=Attention, **options):
 
 
 class CountCalls(TorchDispatchMode):
+    """Counts int4 products, and all ops."""
+
     def __init__(self):
         super().__init__()
-        self.calls = 0
+        self.calls = self.ops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += 1
         self.calls += "int4_linear" in str(func)
         return func(*args, **(kwargs or {}))
 
@@ -76,7 +79,7 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-# --- sharing ------------------------------------------------------------------------------------------
+# --- sharing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make, alone, together", [(Attention, 3, 1), (GatedMLP, 3, 2)])
@@ -113,11 +116,13 @@ def test_names_and_state_dict_stay():
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert isinstance(fused, Attention)
     assert repr(fused) == repr(plain)
-    storages = {p.untyped_storage().data_ptr() for n, p in fused.named_parameters() if "packed" in n}
+    storages = {
+        p.untyped_storage().data_ptr() for n, p in fused.named_parameters() if "packed" in n
+    }
     assert len(storages) == 1
 
 
-# --- never wrong --------------------------------------------------------------------------------------
+# --- never wrong ----------------------------------------------------------------------------------
 
 
 def test_another_input_runs_alone():
@@ -240,7 +245,7 @@ def test_forward_hooks_of_siblings_run():
     assert seen == [torch.Size([1, 100])]
 
 
-# --- copies, moves, files -----------------------------------------------------------------------------
+# --- copies, moves, files -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [Attention, GatedMLP])
@@ -307,7 +312,7 @@ def test_compiles_in_one_graph():
         assert equal(torch.export.export(fused, (x,)).module()(x), plain(x))
 
 
-# --- what is fused ------------------------------------------------------------------------------------
+# --- what is fused --------------------------------------------------------------------------------
 
 
 def test_what_cannot_share_is_left_alone():
@@ -337,7 +342,7 @@ def test_accelerate_with_fuse_reports_groups():
     assert fuse_linears(model) == []
 
 
-# --- transformers -------------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 
 
 def family(name):
@@ -355,6 +360,55 @@ def family(name):
         sizes["head_dim"] = 16
     config = getattr(transformers, f"{name}Config")(**sizes)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
+def test_known_forwards_are_shorter(name):
+    """Fails when transformers rewrites these forwards: check nn/_lean.py against the new source."""
+    model = family(name)
+    nb.accelerate(model, CONFIG, progress=False)
+    layer = model.model.layers[0]
+    position = model.model.rotary_emb(torch.zeros(1, 1, 64), torch.tensor([[3]]))
+    runs = {
+        "mlp": lambda: layer.mlp(torch.ones(1, 1, 64)),
+        "norm": lambda: layer.input_layernorm(torch.ones(1, 1, 64)),
+        "attention": lambda: layer.self_attn(
+            torch.ones(1, 1, 64), position_embeddings=position, attention_mask=None
+        )[0],
+    }
+    before = {key: count_ops(run) for key, run in runs.items()}
+    fuse_linears(model)
+    for key, run in runs.items():
+        count, out = count_ops(run)
+        # (the norm saves Python only: its one op has the same parts inside)
+        assert count[0] < before[key][0][0] or key == "norm", key
+        assert torch.equal(out, before[key][1]), key
+    assert type(layer.input_layernorm).forward is _lean._rms_norm
+    unfuse_linears(model)
+    assert {key: count_ops(run)[0] for key, run in runs.items()} == {
+        k: v[0] for k, v in before.items()
+    }
+
+
+def count_ops(run):
+    with CountCalls() as counter, torch.no_grad():
+        out = run()
+    return (counter.calls, counter.ops), out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 3, 64), (5, 64), (0, 64)])
+def test_short_forwards_at_many_shapes(shape, dtype):
+    plain = family("Llama").to(dtype)
+    nb.accelerate(plain, CONFIG, progress=False)
+    fused = copy.deepcopy(plain)
+    fuse_linears(fused)
+    x = torch.randn(shape, dtype=dtype)
+    a, b = plain.model.layers[0], fused.model.layers[0]
+    for guard in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with guard():
+            assert torch.equal(a.mlp(x), b.mlp(x))
+            assert torch.equal(a.input_layernorm(x), b.input_layernorm(x))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"])
@@ -375,4 +429,6 @@ def test_transformers_models_give_the_same_tokens(name):
     one = copy.deepcopy(fused)
     assert torch.equal(one.generate(tokens, **options), expected.sequences)
     attentions = [m(tokens, output_attentions=True).attentions for m in (plain, fused)]
-    assert equal([a for a in attentions[0] if a is not None], [a for a in attentions[1] if a is not None])
+    assert equal(
+        [a for a in attentions[0] if a is not None], [a for a in attentions[1] if a is not None]
+    )

@@ -31,7 +31,7 @@ def close(y: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(y.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
-# --- values -------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", FORMATS)
@@ -81,7 +81,7 @@ def test_from_codes_keeps_scales():
     assert torch.allclose(q.weight, codes * spread[0] + spread[1], rtol=1e-6, atol=1e-6)
 
 
-# --- weight is read-only ------------------------------------------------------------------------------
+# --- weight is read-only --------------------------------------------------------------------------
 
 
 def test_weight_is_read_only():
@@ -98,18 +98,18 @@ def test_weight_is_read_only():
     assert dict(q.named_parameters()).keys() == {"packed", "bias"}
 
 
-# --- errors -------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "x, error, text",
     [
-        (torch.ones(3, 130, dtype=torch.int64), TypeError, "x must be float32, bfloat16 or float16, got int64"),
+        (torch.ones(3, 130).long(), TypeError, "x must be float32, bfloat16 or float16, got int64"),
         (torch.ones(3, 130, dtype=torch.float64), TypeError, "bfloat16 or float16, got float64"),
         (torch.ones(3, 129), ValueError, r"x last dim must equal in_features 130, got \[3, 129\]"),
         (torch.tensor(1.0), ValueError, "x must have at least 1 dimension, got a scalar"),
         ([1.0], TypeError, "x must be a Tensor, got list"),
-        (torch.ones(3, 130, device="meta"), ValueError, "packed must be on meta, where x is, got cpu"),
+        (torch.ones(3, 130).to("meta"), ValueError, "packed must be on meta, where x is, got cpu"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("grad", [True, False])
@@ -160,7 +160,7 @@ def test_compute_can_be_changed():
     assert q.compute == "int8"
 
 
-# --- state dict ---------------------------------------------------------------------------------------
+# --- state dict -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", FORMATS)
@@ -211,7 +211,10 @@ def test_strict_load_reports_keys():
 
 def test_scale_dtype_of_the_file_is_converted_only_when_exact():
     exact = nb.Int4Linear.from_codes(
-        torch.zeros(16, 32, dtype=torch.uint8), torch.rand(16, 2).half(), in_features=64, group_size=32
+        torch.zeros(16, 32, dtype=torch.uint8),
+        torch.rand(16, 2).half(),
+        in_features=64,
+        group_size=32,
     )
     wide = nb.Int4Linear(64, 16, bias=False, group_size=32, symmetric=True)
     wide.load_state_dict(exact.state_dict())
@@ -237,7 +240,7 @@ def test_meta_device():
     assert torch.equal(empty(x), q(x))
 
 
-# --- copies, moves, training --------------------------------------------------------------------------
+# --- copies, moves, training ----------------------------------------------------------------------
 
 
 def test_copies():
@@ -357,13 +360,15 @@ def test_extra_repr():
     assert "bits=4, group_size=128, symmetric=True, scale_dtype=float16" in text
 
 
-# --- embedding ----------------------------------------------------------------------------------------
+# --- embedding ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits, group_size, symmetric", [(8, 32, True), (4, 64, False)])
 def test_embedding(bits, group_size, symmetric):
     dense = nn.Embedding(50, 70, padding_idx=-1)
-    q = nb.Int4Embedding.from_embedding(dense, group_size=group_size, symmetric=symmetric, bits=bits)
+    q = nb.Int4Embedding.from_embedding(
+        dense, group_size=group_size, symmetric=symmetric, bits=bits
+    )
     assert isinstance(q, nn.Embedding)
     assert q.padding_idx == dense.padding_idx == 49
     for indices in (torch.tensor(3), torch.tensor([[0, 49], [7, 7]]), torch.empty(0, 2).long()):

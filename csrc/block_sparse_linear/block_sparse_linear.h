@@ -28,9 +28,9 @@
 namespace nibblock {
 
 struct BlockLayout {
-  int64_t n, k;          // out_features, in_features
-  int64_t block;         // B: 16, 32, 64 or 128
-  int64_t count;         // Z
+  int64_t n, k;   // out_features, in_features
+  int64_t block;  // B: 16, 32, 64 or 128
+  int64_t count;  // Z
   const int32_t* row_ptr;
   const int32_t* col;
   const int32_t* col_ptr;
@@ -65,23 +65,23 @@ NB_API bool block_layout_in_range(const BlockLayout& s);
 // last dimension; nothing is assumed about alignment. y overlaps no input except that y0 may be y.
 struct BlockSparseParams {
   BlockLayout s;
-  const void* values;   // [Z][B][B] vtype
-  Dtype vtype;          // kF32 or kBF16
+  const void* values;  // [Z][B][B] vtype
+  Dtype vtype;         // kF32 or kBF16
   int64_t m;
   const void* x;
-  int64_t x_stride;     // elements
+  int64_t x_stride;  // elements
   void* y;
   int64_t y_stride;
-  Dtype xtype;          // of x, y and y0
-  const void* bias;     // [n] bias_type, or null (forward)
+  Dtype xtype;       // of x, y and y0
+  const void* bias;  // [n] bias_type, or null (forward)
   Dtype bias_type;
-  const void* y0;       // added to the result, row stride y0_stride, or null (forward)
+  const void* y0;  // added to the result, row stride y0_stride, or null (forward)
   int64_t y0_stride;
   const Parallel* parallel;
 };
 
 struct BlockSparseKernel {
-  const char* id;       // "block_sparse_linear.cpu.avx512.tile"
+  const char* id;  // "block_sparse_linear.cpu.avx512.tile"
   Isa isa;
   const char* serves_text;
   bool (*serves)(const BlockSparseParams& p);
@@ -93,24 +93,26 @@ struct BlockSparseTable {
 };
 NB_API BlockSparseTable block_sparse_linear_table();
 NB_API BlockSparseTable block_sparse_linear_dx_table();
-NB_API const BlockSparseKernel* block_sparse_select(const BlockSparseTable& t, const BlockSparseParams& p);
-NB_API Status block_sparse_run(const BlockSparseTable& t, const BlockSparseParams& p, const char* forced_id);
+NB_API const BlockSparseKernel* block_sparse_select(const BlockSparseTable& t,
+                                                    const BlockSparseParams& p);
+NB_API Status block_sparse_run(const BlockSparseTable& t, const BlockSparseParams& p,
+                               const char* forced_id);
 
 // The sampled product of two dense matrices over their rows.
 struct BlockWeightGradParams {
   BlockLayout s;
   int64_t m;
-  const void* g;        // dy [m, n] gtype
+  const void* g;  // dy [m, n] gtype
   int64_t g_stride;
-  const void* x;        // [m, k] gtype
+  const void* x;  // [m, k] gtype
   int64_t x_stride;
   Dtype gtype;
-  void* out;            // [Z][B][B] out_type; overwritten
-  Dtype out_type;       // kF32 or kBF16; sums are float32
+  void* out;       // [Z][B][B] out_type; overwritten
+  Dtype out_type;  // kF32 or kBF16; sums are float32
   const Parallel* parallel;
 };
 struct BlockWeightGradKernel {
-  const char* id;       // "block_weight_grad.cpu.avx512.tile"
+  const char* id;  // "block_weight_grad.cpu.avx512.tile"
   Isa isa;
   const char* serves_text;
   bool (*serves)(const BlockWeightGradParams& p);
@@ -132,10 +134,10 @@ struct Int4BlockSparseParams {
   Int4LinearParams base;  // its `add` is ignored
   BlockLayout s;          // n, k as base.w's; count may be 0
   const void* values;
-  Dtype vtype;            // kF32 or kBF16
-  int64_t rank;           // 0: no low-rank pair
-  const void* a;          // [rank, k] ltype
-  const void* c;          // [n, rank] ltype
+  Dtype vtype;    // kF32 or kBF16
+  int64_t rank;   // 0: no low-rank pair
+  const void* a;  // [rank, k] ltype
+  const void* c;  // [n, rank] ltype
   Dtype ltype;
 };
 struct Int4BlockSparseKernel {
@@ -161,6 +163,12 @@ NB_API Status int4_block_sparse_run(const Int4BlockSparseTable& t, const Int4Blo
 // Runs the int4 base of a fused call with `add`, on the best int4 kernel up to level `isa`.
 Status int4_base_run(const Int4LinearParams& base, const TileAdd* add, bool dx, Isa isa);
 
+Status block_sparse_linear_avx2(const BlockSparseParams& p);
+Status block_sparse_linear_avx512(const BlockSparseParams& p);
+Status block_sparse_linear_dx_avx2(const BlockSparseParams& p);
+Status block_sparse_linear_dx_avx512(const BlockSparseParams& p);
+Status block_weight_grad_avx2(const BlockWeightGradParams& p);
+Status block_weight_grad_avx512(const BlockWeightGradParams& p);
 Status block_sparse_linear_scalar(const BlockSparseParams& p);
 Status block_sparse_linear_dx_scalar(const BlockSparseParams& p);
 Status block_weight_grad_scalar(const BlockWeightGradParams& p);

@@ -45,8 +45,8 @@ Status product(const BlockSparseParams& p, bool dx) {
 }
 
 // x[row] . L[j] over `count`, where L is [rank, count], or with `turned` [count, rank].
-double low_rank_dot(const void* x, Dtype xtype, int64_t row, const void* l, Dtype ltype, int64_t rank,
-                    bool turned, int64_t j, int64_t count) {
+double low_rank_dot(const void* x, Dtype xtype, int64_t row, const void* l, Dtype ltype,
+                    int64_t rank, bool turned, int64_t j, int64_t count) {
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) {
     sum += static_cast<double>(load_as_f32(x, xtype, row + i)) *
@@ -73,8 +73,9 @@ void scalar_add(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64
       double sum = acc[i * acc_stride + j];
       sum += column_sum(p.s, p.values, p.vtype, a.dx, b.x, b.xtype, row, n0 + j);
       for (int64_t r = 0; r < p.rank; ++r) {
-        const double t = a.dx ? low_rank_dot(b.x, b.xtype, row, p.c, p.ltype, p.rank, true, r, inner)
-                              : low_rank_dot(b.x, b.xtype, row, p.a, p.ltype, p.rank, false, r, inner);
+        const double t =
+            a.dx ? low_rank_dot(b.x, b.xtype, row, p.c, p.ltype, p.rank, true, r, inner)
+                 : low_rank_dot(b.x, b.xtype, row, p.a, p.ltype, p.rank, false, r, inner);
         sum += t * (a.dx ? load_as_f32(p.a, p.ltype, r * outer + n0 + j)
                          : load_as_f32(p.c, p.ltype, (n0 + j) * p.rank + r));
       }
@@ -92,8 +93,12 @@ Status fused_scalar(const Int4BlockSparseParams& p, bool dx) {
 
 Status block_sparse_linear_scalar(const BlockSparseParams& p) { return product(p, false); }
 Status block_sparse_linear_dx_scalar(const BlockSparseParams& p) { return product(p, true); }
-Status int4_block_sparse_linear_scalar(const Int4BlockSparseParams& p) { return fused_scalar(p, false); }
-Status int4_block_sparse_linear_dx_scalar(const Int4BlockSparseParams& p) { return fused_scalar(p, true); }
+Status int4_block_sparse_linear_scalar(const Int4BlockSparseParams& p) {
+  return fused_scalar(p, false);
+}
+Status int4_block_sparse_linear_dx_scalar(const Int4BlockSparseParams& p) {
+  return fused_scalar(p, true);
+}
 
 Status block_weight_grad_scalar(const BlockWeightGradParams& p) {
   const int64_t B = p.s.block;
@@ -153,14 +158,23 @@ bool any_grad(const BlockWeightGradParams&) { return true; }
 bool any_fused(const Int4BlockSparseParams&) { return true; }
 
 const BlockSparseKernel kForward[] = {
+    {"block_sparse_linear.cpu.avx512.tile", Isa::kAvx512, "any call", any,
+     block_sparse_linear_avx512},
+    {"block_sparse_linear.cpu.avx2.tile", Isa::kAvx2, "any call", any, block_sparse_linear_avx2},
     {"block_sparse_linear.cpu.scalar.reference", Isa::kScalar, "any call", any,
      block_sparse_linear_scalar},
 };
 const BlockSparseKernel kDx[] = {
+    {"block_sparse_linear_dx.cpu.avx512.tile", Isa::kAvx512, "any call", any,
+     block_sparse_linear_dx_avx512},
+    {"block_sparse_linear_dx.cpu.avx2.tile", Isa::kAvx2, "any call", any, block_sparse_linear_dx_avx2},
     {"block_sparse_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any,
      block_sparse_linear_dx_scalar},
 };
 const BlockWeightGradKernel kGrad[] = {
+    {"block_weight_grad.cpu.avx512.tile", Isa::kAvx512, "any call", any_grad,
+     block_weight_grad_avx512},
+    {"block_weight_grad.cpu.avx2.tile", Isa::kAvx2, "any call", any_grad, block_weight_grad_avx2},
     {"block_weight_grad.cpu.scalar.reference", Isa::kScalar, "any call", any_grad,
      block_weight_grad_scalar},
 };
@@ -205,17 +219,24 @@ Status run_row(const Table& t, const Params& p, const char* forced_id, bool empt
 }
 
 template <class Table, class Row, int N>
-Table table(const Row (&rows)[N]) { return {rows, N}; }
+Table table(const Row (&rows)[N]) {
+  return {rows, N};
+}
 
 }  // namespace
 
 BlockSparseTable block_sparse_linear_table() { return table<BlockSparseTable>(kForward); }
 BlockSparseTable block_sparse_linear_dx_table() { return table<BlockSparseTable>(kDx); }
 BlockWeightGradTable block_weight_grad_table() { return table<BlockWeightGradTable>(kGrad); }
-Int4BlockSparseTable int4_block_sparse_linear_table() { return table<Int4BlockSparseTable>(kFused); }
-Int4BlockSparseTable int4_block_sparse_linear_dx_table() { return table<Int4BlockSparseTable>(kFusedDx); }
+Int4BlockSparseTable int4_block_sparse_linear_table() {
+  return table<Int4BlockSparseTable>(kFused);
+}
+Int4BlockSparseTable int4_block_sparse_linear_dx_table() {
+  return table<Int4BlockSparseTable>(kFusedDx);
+}
 
-const BlockSparseKernel* block_sparse_select(const BlockSparseTable& t, const BlockSparseParams& p) {
+const BlockSparseKernel* block_sparse_select(const BlockSparseTable& t,
+                                             const BlockSparseParams& p) {
   return select_row(t, p);
 }
 const BlockWeightGradKernel* block_weight_grad_select(const BlockWeightGradTable& t,
@@ -227,7 +248,8 @@ const Int4BlockSparseKernel* int4_block_sparse_select(const Int4BlockSparseTable
   return select_row(t, p);
 }
 
-Status block_sparse_run(const BlockSparseTable& t, const BlockSparseParams& p, const char* forced_id) {
+Status block_sparse_run(const BlockSparseTable& t, const BlockSparseParams& p,
+                        const char* forced_id) {
   return run_row(t, p, forced_id, p.m == 0);
 }
 Status block_weight_grad_run(const BlockWeightGradTable& t, const BlockWeightGradParams& p,

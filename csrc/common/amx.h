@@ -1,16 +1,16 @@
 // The AMX tile operations nibblock uses, with tile numbers known at compile time.
 //
-// Built normally each is one instruction. They are written as asm rather than with _tile_loadd and its
-// kin for two reasons: GCC's macros paste the tile number as text, so it cannot be a template argument,
-// and they declare no memory operand, so GCC may move a store of freshly dequantised weights past the
-// tile load that reads it. The "memory" clobber here closes that hole.
+// Built normally each is one instruction. They are written as asm rather than with _tile_loadd and
+// its kin for two reasons: GCC's macros paste the tile number as text, so it cannot be a template
+// argument, and they declare no memory operand, so GCC may move a store of freshly dequantised
+// weights past the tile load that reads it. The "memory" clobber here closes that hole.
 //
 // Built with -DNIBBLOCK_EMULATE_AMX they are a software model (amx_emulation.h), so that a machine
 // without AMX can prove the kernels.
 //
 // Rules: configure() at the start of a task and release() at its end. The tile state belongs to the
-// thread and is shared with whatever else runs on it (oneDNN reconfigures it), so "already configured"
-// never survives a task.
+// thread and is shared with whatever else runs on it (oneDNN reconfigures it), so "already
+// configured" never survives a task.
 #pragma once
 
 #include <stdint.h>

@@ -1,7 +1,7 @@
 // A software model of the AMX tiles, for tests on machines without AMX (see amx.h). One state per
-// thread. Every misuse that the hardware answers with a fault aborts here with its name, and so do two
-// it would let pass but that are always bugs in our kernels: using a tile that was never written since
-// it was configured, and leaving a task without TILERELEASE (checked by released()).
+// thread. Every misuse that the hardware answers with a fault aborts here with its name, and so do
+// two it would let pass but that are always bugs in our kernels: using a tile that was never
+// written since it was configured, and leaving a task without TILERELEASE (checked by released()).
 #pragma once
 
 #include <stdint.h>
@@ -120,7 +120,8 @@ static inline float flushed_bf16(const uint8_t* p) {
   return v;
 }
 
-// The even and the odd elements are summed apart with fused multiply-adds, then together, then to C.
+// The even and the odd elements are summed apart with fused multiply-adds, then together, then to
+// C.
 template <int C, int A, int B>
 static inline void dot_bf16() {
   EmulatedTiles& t = operand_tiles(C, A, B);

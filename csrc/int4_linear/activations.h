@@ -9,13 +9,8 @@
 // Included by files compiled for one ISA each, hence static and in an anonymous namespace.
 #pragma once
 
-#include <stdlib.h>
-
+#include "../common/kernel.h"
 #include "int4_linear.h"
-
-// GCC keeps a register tile in registers only if its loops are gone before it looks at arrays.
-#define NB_UNROLL _Pragma("GCC unroll 16")
-#define NB_INLINE static inline __attribute__((always_inline))
 
 namespace nibblock {
 namespace {
@@ -32,11 +27,6 @@ struct QuantizedRows {
 };
 
 static inline int64_t flush_block(const Int4Geometry& g) { return g.group < kFlushK ? g.group : kFlushK; }
-
-static inline void* aligned_malloc(int64_t bytes) {
-  void* p = nullptr;
-  return posix_memalign(&p, 64, static_cast<size_t>(round_up(bytes > 0 ? bytes : 1, 64))) == 0 ? p : nullptr;
-}
 
 static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_t k, int64_t rows, int act_bits) {
   a->rows = rows;

@@ -59,7 +59,8 @@ Status int4_linear_dx_scalar(const Int4LinearParams& p) {
   Status status = kOk;
   auto body = [&](int64_t begin, int64_t end) {
     float* w = static_cast<float*>(malloc(static_cast<size_t>(K > 0 ? K : 1) * sizeof(float)));
-    double* acc = static_cast<double*>(malloc(static_cast<size_t>(K > 0 ? K : 1) * kRows * sizeof(double)));
+    double* acc =
+        static_cast<double*>(malloc(static_cast<size_t>(K > 0 ? K : 1) * kRows * sizeof(double)));
     if (!w || !acc) {
       status = kOutOfMemory;
       free(w);
@@ -112,7 +113,8 @@ void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
       const int64_t at_group = k / g.group * kPanelRows + r;
       const float s = load_as_f32(panel + g.scales_at, p.w.scale_type, at_group);
       const CodePlace at = code_place(p.w.bits, k, static_cast<int>(r));
-      const float code = static_cast<float>((panel[at.byte] >> at.shift) & (p.w.bits == 8 ? 255 : 15));
+      const float code =
+          static_cast<float>((panel[at.byte] >> at.shift) & (p.w.bits == 8 ? 255 : 15));
       const float w = p.w.affine
                           ? s * code + load_as_f32(panel + g.offsets_at, p.w.scale_type, at_group)
                           : s * (code - zero);
@@ -141,11 +143,14 @@ bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p); }
 bool amx_dx(const Int4LinearParams& p) { return p.m >= 5; }
 
 const Int4LinearKernel kForward[] = {
-    {"int4_linear.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5, compute bf16", amx_bf16, int4_linear_amx_bf16},
-    {"int4_linear.cpu.amx.int8_tile", Isa::kAmx, "m >= 5, compute int8", amx_int8, int4_linear_amx_int8},
+    {"int4_linear.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5, compute bf16", amx_bf16,
+     int4_linear_amx_bf16},
+    {"int4_linear.cpu.amx.int8_tile", Isa::kAmx, "m >= 5, compute int8", amx_int8,
+     int4_linear_amx_int8},
     {"int4_linear.cpu.avx512_vnni.int8", Isa::kAvx512Vnni, "compute int8", is_int8,
      int4_linear_avx512_vnni_int8},
-    {"int4_linear.cpu.avx512_vnni.int16", Isa::kAvx512Vnni, "any call", any, int4_linear_avx512_vnni},
+    {"int4_linear.cpu.avx512_vnni.int16", Isa::kAvx512Vnni, "any call", any,
+     int4_linear_avx512_vnni},
     {"int4_linear.cpu.avx512.int16", Isa::kAvx512, "any call", any, int4_linear_avx512},
     {"int4_linear.cpu.avx2.int16", Isa::kAvx2, "any call", any, int4_linear_avx2},
     {"int4_linear.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_scalar},
@@ -165,7 +170,9 @@ bool same(const char* a, const char* b) {
 
 }  // namespace
 
-Int4LinearTable int4_linear_table() { return {kForward, static_cast<int>(sizeof kForward / sizeof *kForward)}; }
+Int4LinearTable int4_linear_table() {
+  return {kForward, static_cast<int>(sizeof kForward / sizeof *kForward)};
+}
 Int4LinearTable int4_linear_dx_table() { return {kDx, static_cast<int>(sizeof kDx / sizeof *kDx)}; }
 
 const Int4LinearKernel* int4_linear_select(const Int4LinearTable& t, const Int4LinearParams& p) {

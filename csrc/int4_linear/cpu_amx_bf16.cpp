@@ -1,35 +1,41 @@
 // int4_linear and its input gradient on AMX bfloat16 tiles, from 5 rows up.
 //
-// Both directions are one loop. An output unit is 32 columns wide (32 n forward, 32 k for dx), a step
-// sums over 32 (k forward, n for dx), and a step of a unit needs two weight tiles, made from 32 n x 32 k
-// packed codes, and two tiles of x (32 rows): four TDPBF16PS into a 2 x 2 block of accumulators.
-//   forward  weights are operand A (a tile row is one n), x is operand B in pairs of k. A block holds C^T
-//            [n][m] and is transposed on the way out. Dequantised rows are tile rows as they come
-//            (cpu_amx_tiles.h).
+// Both directions are one loop. An output unit is 32 columns wide (32 n forward, 32 k for dx), a
+// step sums over 32 (k forward, n for dx), and a step of a unit needs two weight tiles, made from
+// 32 n x 32 k packed codes, and two tiles of x (32 rows): four TDPBF16PS into a 2 x 2 block of
+// accumulators.
+//   forward  weights are operand A (a tile row is one n), x is operand B in pairs of k. A block
+//            holds C^T [n][m] and is transposed on the way out. Dequantised rows are tile rows as
+//            they come (cpu_amx_tiles.h).
 //   dx       dy is operand A, plain rows; weights are operand B in pairs of n: two dequantised rows
-//            interleaved by VPUNPCKLWD/HWD. The columns of a tile come out in a fixed order of k, put
-//            right by VPERMT2PS in the epilogue.
+//            interleaved by VPUNPCKLWD/HWD. The columns of a tile come out in a fixed order of k,
+//            put right by VPERMT2PS in the epilogue.
 // The result equals that of dequantising the weight to bfloat16 (rounded once) and multiplying in
-// bfloat16 with float32 sums in the order of the steps: the same for any tile shape, chunk or thread.
+// bfloat16 with float32 sums in the order of the steps: the same for any tile shape, chunk or
+// thread.
 //
-// Budgets, in cycles of one core, per unit and step (32 x 32 weights; a TDP takes 16, a tile load from
-// L1 8, a tile store 16; L2 gives about 43 B a cycle, so 64 cycles of TDP can hide 2.7 KiB from L2):
+// Budgets, in cycles of one core, per unit and step (32 x 32 weights; a TDP takes 16, a tile load
+// from L1 8, a tile store 16; L2 gives about 43 B a cycle, so 64 cycles of TDP can hide 2.7 KiB
+// from L2):
 //   TDP        64 per 32 rows (2 x 2 tiles), 32 per 16 rows (2 x 1)
 //   tile loads 4 x 8 = 32 on the load ports, under the TDPs
-//   dequantise 56 / 64 / 80 at group 128 / 64 / 32 (dx 112, 8 bits 176), once per chunk of rows, issued between the
+//   dequantise 56 / 64 / 80 at group 128 / 64 / 32 (dx 112, 8 bits 176), once per chunk of rows,
+//   issued between the
 //              TDPs of the chunk's first 32 rows, which hide most of it
-//   C          a sum block (4 KiB) is loaded and stored once per kBlockSteps steps: 16 cycles a step,
-//              overlapped in part
-// Blocks. L1 (48 KiB) holds 64 columns x 192 of dequantised weights, 24 KiB; 32 rows x 192 of x, 12 KiB;
-// two sum blocks, 8 KiB: 44 KiB, all contiguous, so LRU keeps the weights while x streams through. (At 512
-// instead of 192 neither would survive one pass of the other, and all four tile loads would come from L2:
-// 102 cycles instead of 64.) From L2 a step then takes 1 KiB of x (each slice serves two units) and
-// 1.4 KiB of sums, prefetched one block ahead, because a tile load that misses waits with 16 fills.
-// L2 (2 MiB) holds a chunk of at most 512 rows: its slice of x, 192 KiB, and the sums of a group of
-// columns, at most 768 KiB. x is read again for each group: 2 to 4 B a cycle from L3. Chunks are
-// large because each chunk dequantises all of W again: 56..80 cycles beside 64 for each 32 rows.
-// Expected share of the tile peak for 4096 x 4096, group 128 / 32 (TDP / (TDP + what is not hidden)):
-//   M = 16    waits for memory: 8.9 MB packed; 56..80 cycles a step against 16 of peak work, 28 % / 20 % cached
+//   C          a sum block (4 KiB) is loaded and stored once per kBlockSteps steps: 16 cycles a
+//              step, overlapped in part
+// Blocks. L1 (48 KiB) holds 64 columns x 192 of dequantised weights, 24 KiB; 32 rows x 192 of x, 12
+// KiB; two sum blocks, 8 KiB: 44 KiB, all contiguous, so LRU keeps the weights while x streams
+// through. (At 512 instead of 192 neither would survive one pass of the other, and all four tile
+// loads would come from L2: 102 cycles instead of 64.) From L2 a step then takes 1 KiB of x (each
+// slice serves two units) and 1.4 KiB of sums, prefetched one block ahead, because a tile load that
+// misses waits with 16 fills. L2 (2 MiB) holds a chunk of at most 512 rows: its slice of x, 192
+// KiB, and the sums of a group of columns, at most 768 KiB. x is read again for each group: 2 to 4
+// B a cycle from L3. Chunks are large because each chunk dequantises all of W again: 56..80 cycles
+// beside 64 for each 32 rows. Expected share of the tile peak for 4096 x 4096, group 128 / 32 (TDP
+// / (TDP + what is not hidden)):
+//   M = 16    waits for memory: 8.9 MB packed; 56..80 cycles a step against 16 of peak work, 28 % /
+//             20 % cached
 //   M = 64    128 of about 128 + 40 + 40 cycles: 60 % / 55 % cached, bounded by memory when cold
 //   M = 256   512 of 512 + 40 + 8 x 10: 75 % / 70 %
 //   M = 1024  two chunks of 512: 80 % / 78 %
@@ -159,7 +165,8 @@ NB_AMX_INLINE void tile_step(const uint8_t* w, const uint8_t* x) {
   }
 }
 
-// What to fetch while a block is computed. Fetching never faults, so the last block may name anything.
+// What to fetch while a block is computed. Fetching never faults, so the last block may name
+// anything.
 struct Ahead {
   const uint8_t* x;     // next block's slice of x: this half of each step's lines
   const uint8_t* sums;  // next block's sums
@@ -180,8 +187,8 @@ NB_AMX_INLINE void fetch_codes(const Problem& q, const Ahead& next, int64_t step
   }
 }
 
-// One 32-column unit x one block of rows x steps [begin, end). Dequantises as it goes when Fused: one
-// step ahead of the tiles, so that the stores have left when the tile loads come.
+// One 32-column unit x one block of rows x steps [begin, end). Dequantises as it goes when Fused:
+// one step ahead of the tiles, so that the stores have left when the tile loads come.
 template <bool Dx, int Bits, int Tiles, bool Fused>
 static void run_block(const Problem& q, Scratch& s, uint8_t* weights, int64_t ring,
                       const uint8_t* x, uint8_t* sums, int64_t unit, int64_t begin, int64_t end,
@@ -213,9 +220,35 @@ static void run_block(const Problem& q, Scratch& s, uint8_t* weights, int64_t ri
     amx::store<1>(sums + amx::kTileBytes, 64), amx::store<3>(sums + 3 * amx::kTileBytes, 64);
 }
 
+// The same with p.add between: the tile of 16 rows m x 32 n is laid out as that wants it.
+static void write_forward_added(const Problem& q, int64_t unit, int64_t block,
+                                const uint8_t* sums) {
+  const Int4LinearParams& p = *q.p;
+  const int64_t n = unit * kUnit;
+  alignas(64) float tile[16 * kUnit];
+  for (int j = 0; j < block_tiles(q, block); ++j) {
+    const int64_t m = block * kRows + 16 * j, rows = min64(16, p.m - m);
+    for (int i = 0; i < 2; ++i) {
+      __m512i v[16];
+      transpose16(sums + (2 * i + j) * amx::kTileBytes, 64, v);
+      for (int r = 0; r < 16; ++r) _mm512_store_si512(tile + r * kUnit + 16 * i, v[r]);
+    }
+    p.add->add(p.add, m, rows, n, min64(kUnit, p.w.n - n), tile, kUnit);
+    for (int i = 0; i < 2; ++i) {
+      const __mmask16 mask = mask_below(n + 16 * i, p.w.n);
+      const __m512 bias = load_bias(p.bias, p.bias_type, n + 16 * i, mask);
+      for (int64_t r = 0; r < rows; ++r) {
+        store_outputs(p.y, p.xtype, (m + r) * p.y_stride + n + 16 * i,
+                      _mm512_add_ps(_mm512_load_ps(tile + r * kUnit + 16 * i), bias), mask);
+      }
+    }
+  }
+}
+
 // C^T [n][m] -> y.
 static void write_forward(const Problem& q, int64_t unit, int64_t block, const uint8_t* sums) {
   const Int4LinearParams& p = *q.p;
+  if (p.add) return write_forward_added(q, unit, block, sums);
   for (int i = 0; i < 2; ++i) {
     const int64_t n = unit * kUnit + 16 * i;
     const __mmask16 mask = mask_below(n, p.w.n);
@@ -234,8 +267,8 @@ static void write_forward(const Problem& q, int64_t unit, int64_t block, const u
   }
 }
 
-// Column c of the low and high tile of a unit holds k: 8 bits take them as VPUNPCK leaves the order of k,
-// 4 bits as it leaves the order of a dequantised row.
+// Column c of the low and high tile of a unit holds k: 8 bits take them as VPUNPCK leaves the order
+// of k, 4 bits as it leaves the order of a dequantised row.
 template <int Bits>
 static constexpr int dx_source(int k) {
   return Bits == 4 ? (k & 16) + 4 * ((k >> 1) & 3) + 2 * ((k >> 3) & 1) + (k & 1)
@@ -250,14 +283,27 @@ static void write_dx(const Problem& q, int64_t unit, int64_t block, const uint8_
   const __m512i first = _mm512_load_si512(from), second = _mm512_load_si512(from + 16);
   const int64_t k = unit * kUnit;
   for (int j = 0; j < block_tiles(q, block); ++j) {
-    const int64_t m = block * kRows + 16 * j;
-    for (int r = 0; r < min64(16, p.m - m); ++r) {
+    const int64_t m = block * kRows + 16 * j, rows = min64(16, p.m - m);
+    alignas(64) float tile[16 * kUnit];
+    for (int64_t r = 0; r < rows; ++r) {
       const __m512 low = _mm512_load_ps(sums + j * amx::kTileBytes + 64 * r);
       const __m512 high = _mm512_load_ps(sums + (2 + j) * amx::kTileBytes + 64 * r);
       const int64_t at = (m + r) * p.y_stride + k;
-      store_outputs(p.y, p.xtype, at, _mm512_permutex2var_ps(low, first, high),
-                    mask_below(k, p.w.k));
-      store_outputs(p.y, p.xtype, at + 16, _mm512_permutex2var_ps(low, second, high),
+      const __m512 left = _mm512_permutex2var_ps(low, first, high);
+      const __m512 right = _mm512_permutex2var_ps(low, second, high);
+      if (p.add) {
+        _mm512_store_ps(tile + r * kUnit, left), _mm512_store_ps(tile + r * kUnit + 16, right);
+        continue;
+      }
+      store_outputs(p.y, p.xtype, at, left, mask_below(k, p.w.k));
+      store_outputs(p.y, p.xtype, at + 16, right, mask_below(k + 16, p.w.k));
+    }
+    if (!p.add) continue;
+    p.add->add(p.add, m, rows, k, min64(kUnit, p.w.k - k), tile, kUnit);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (m + r) * p.y_stride + k;
+      store_outputs(p.y, p.xtype, at, _mm512_load_ps(tile + r * kUnit), mask_below(k, p.w.k));
+      store_outputs(p.y, p.xtype, at + 16, _mm512_load_ps(tile + r * kUnit + 16),
                     mask_below(k + 16, p.w.k));
     }
   }
@@ -315,7 +361,8 @@ static void run_task(const Problem& q, const Plan& plan, int64_t task, Scratch& 
   }
 }
 
-// Block `block` of a plan x its steps of one pass, in tile order, zeros behind the last row and element.
+// Block `block` of a plan x its steps of one pass, in tile order, zeros behind the last row and
+// element.
 template <bool Dx, int Bits>
 static void pack_x(const Problem& q, const Plan& plan, int64_t block, int64_t pass) {
   const Int4LinearParams& p = *q.p;

@@ -1,26 +1,30 @@
 // int4_linear with compute="int8" on AMX int8 tiles, from 5 rows up.
 //
-// Activations are quantised per row and flush block of min(group, 128) elements (activations.h). Codes
-// are unpacked to signed bytes, code - zero, once per chunk of rows, so the int32 sum of a block needs no
+// Activations are quantised per row and flush block of min(group, 128) elements (activations.h).
+// Codes are unpacked to signed bytes, code - zero, once per chunk of rows, so the int32 sum of a
+// block needs no
 // correction: it is flushed to float32 as  sum * scale[n] * xscale[m]  (+ offset'[n] * xsum[m]).
 //
-// The flush decides the speed, not the tiles. Per 16 x 16 sums and block: TILESTORED (16 cycles), then for
-// each of 16 rows a convert with a load, a multiply by the 16 scales and a fused multiply-add with x's
-// scale, broadcast from memory (affine: one more). So the sums of a tile stay in 16 registers over a pass
-// of 512 k instead of in memory, and the tiles of the next block are multiplied while this one is
+// The flush decides the speed, not the tiles. Per 16 x 16 sums and block: TILESTORED (16 cycles),
+// then for each of 16 rows a convert with a load, a multiply by the 16 scales and a fused
+// multiply-add with x's scale, broadcast from memory (affine: one more). So the sums of a tile stay
+// in 16 registers over a pass of 512 k instead of in memory, and the tiles of the next block are
+// multiplied while this one is
 // flushed: two accumulators in turn, TDP before flush in program order.
 // Cycles of one core per 16 x 16 sums and block, group 128 / 64 / 32 (32-byte tile rows):
 //   TDPBSSD      32 / 16 / 16
 //   tile loads   32 / 16 / 8    of A and B, from L1
 //   TILESTORED   16             the same port as nothing else here
-//   flush loads  16             sums and broadcasts; with the tile loads 48 / 32 / 24 on the load ports
+//   flush loads  16             sums and broadcasts; with the tile loads 48 / 32 / 24 on the load
+//                ports
 //   flush ALU    24 (32 affine)
-// The busiest resource bounds a block to 48 / 32 / 32 cycles where the peak takes 32 / 16 / 8: 66 %, 50 %,
-// 25 % of the int8 peak at best; without any overlap (96 / 72 / 64) 33 %, 22 %, 12 %. Expected between:
-// 40 / 30 / 15 % at M >= 256; at M = 64 unpacking adds 5 %, at M = 16 (one tile row, 64 cycles a block of
-// 2048 weights) memory takes as long.
+// The busiest resource bounds a block to 48 / 32 / 32 cycles where the peak takes 32 / 16 / 8: 66
+// %, 50 %, 25 % of the int8 peak at best; without any overlap (96 / 72 / 64) 33 %, 22 %, 12 %.
+// Expected between: 40 / 30 / 15 % at M >= 256; at M = 64 unpacking adds 5 %, at M = 16 (one tile
+// row, 64 cycles a block of 2048 weights) memory takes as long.
 // L1 (48 KiB): weights of 32 columns x 512 k, 16 KiB; x of 32 rows x 512 k, 16 KiB; 4 KiB of sums.
-// L2: x of a chunk, 256 rows, when that is below 1 MiB; else 512 k of it and a group's sums, 768 KiB.
+// L2: x of a chunk, 256 rows, when that is below 1 MiB; else 512 k of it and a group's sums, 768
+// KiB.
 #include "activations.h"
 #include "cpu_amx_tiles.h"
 
@@ -55,7 +59,8 @@ struct Problem {
   int64_t units, passes, chunks, groups;
 };
 
-// 512 k (or what is left) of one panel as signed bytes in tile order: 16 rows of 64 bytes for each 64 k.
+// 512 k (or what is left) of one panel as signed bytes in tile order: 16 rows of 64 bytes for each
+// 64 k.
 static void unpack_panel(const Problem& q, int64_t panel, int64_t k0, int64_t k1, uint8_t* out) {
   const bool eight = q.p->w.bits == 8;
   const uint8_t* in = q.p->packed + panel * q.g.panel_stride + k0 * (eight ? 16 : 8);
@@ -86,7 +91,8 @@ struct TileJob {
   int64_t row;     // of q.x
 };
 
-// Multiplies flush block b into accumulator Acc. Half: blocks of 32, tiles 2 and 3 have rows of 32 bytes.
+// Multiplies flush block b into accumulator Acc. Half: blocks of 32, tiles 2 and 3 have rows of 32
+// bytes.
 template <int Acc, bool Half>
 NB_AMX_INLINE void multiply_block(const TileJob& t, int64_t k, int64_t length) {
   const uint8_t* x = t.x + (k - t.k0);
@@ -151,6 +157,17 @@ static void run_tile(const Problem& q, const TileJob& t, float* carry, int64_t n
   }
   const Int4LinearParams& p = *q.p;
   const __mmask16 mask = mask_below(n, p.w.n);
+  const int64_t rows = min64(16, q.rows - t.row);
+  if (p.add && mask && rows > 0) {
+    float* tile = reinterpret_cast<float*>(parking);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) _mm512_store_ps(tile + 16 * r, sums[r]);
+    compiler_barrier();
+    p.add->add(p.add, q.first + t.row, rows, n, min64(16, p.w.n - n), tile, 16);
+    compiler_barrier();
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) sums[r] = _mm512_load_ps(tile + 16 * r);
+  }
   const __m512 bias = load_bias(p.bias, p.bias_type, n, mask);
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) {

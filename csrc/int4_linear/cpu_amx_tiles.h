@@ -1,20 +1,21 @@
-// What the AMX kernels of int4_linear share: packed weights -> bfloat16 tile rows, activations -> tile
-// rows, 16 x 16 transposes, and vectors of outputs. Included by cpu_amx_*.cpp only (AVX-512 with VBMI-free
-// instructions and AVX512_BF16), hence static and in an anonymous namespace.
+// What the AMX kernels of int4_linear share: packed weights -> bfloat16 tile rows, activations ->
+// tile rows, 16 x 16 transposes, and vectors of outputs. Included by cpu_amx_*.cpp only (AVX-512
+// with VBMI-free instructions and AVX512_BF16), hence static and in an anonymous namespace.
 //
 // Dequantisation, 16 rows (n) x 32 k, 4 bits. The 16-entry table of a (row, group),
 // bf16(scale * (code - 8) + offset'), is looked up by VPERMW, one instruction for 32 weights:
-//   1. four lines are transposed as 4 x 4 dwords inside each 128-bit lane: 8 shuffles. Each 16 bytes then
-//      hold the 32 codes of one row, eight words of four nibbles.
+//   1. four lines are transposed as 4 x 4 dwords inside each 128-bit lane: 8 shuffles. Each 16
+//      bytes then hold the 32 codes of one row, eight words of four nibbles.
 //   2. per row: broadcast the 16 bytes (a load), shift lane p right by 4p (VPSRLVW), VPERMW, store.
-//      VPERMW reads 5 bits of each word: a nibble and one bit of the next, so the table stands twice.
-// Word 8p + 2l + j of the result is k = 8l + 2p + j: a fixed order of k inside the 32, which the packing of
-// x repeats, so nothing is ever put back.
+//      VPERMW reads 5 bits of each word: a nibble and one bit of the next, so the table stands
+//      twice.
+// Word 8p + 2l + j of the result is k = 8l + 2p + j: a fixed order of k inside the 32, which the
+// packing of x repeats, so nothing is ever put back.
 // Cost for 128 weights: 6 uops on port 5 (2 unpack, 4 VPERMW), 4 on port 0 (VPSRLVW), 4 + 1 stores,
-// 4 x 2 loads; and per (row, group) one table: 1 FMA and half a VCVTNE2PS2BF16 (1 port 5, 1/2 port 0), a store.
-// Per 128 weights in cycles of the busier port: 7 at group 128, 8 at 64, 10 at 32. Computing each
-// weight as scale * float(code) + offset' and rounding costs 18 whatever the group: that is why the table
-// wins even where it serves only 32 weights.
+// 4 x 2 loads; and per (row, group) one table: 1 FMA and half a VCVTNE2PS2BF16 (1 port 5, 1/2 port
+// 0), a store. Per 128 weights in cycles of the busier port: 7 at group 128, 8 at 64, 10 at 32.
+// Computing each weight as scale * float(code) + offset' and rounding costs 18 whatever the group:
+// that is why the table wins even where it serves only 32 weights.
 #pragma once
 
 #include <immintrin.h>
@@ -40,14 +41,16 @@ NB_AMX_INLINE __m512 load_scales(const uint8_t* section, Dtype type, int64_t gro
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(section + group * 32)));
 }
 
-// Scale and centred offset of one panel's rows for one group, and for 4 bits the tables made of them.
+// Scale and centred offset of one panel's rows for one group, and for 4 bits the tables made of
+// them.
 struct PanelScales {
   alignas(64) uint16_t table[16 * 16];
   alignas(64) float scale[16];
   alignas(64) float offset[16];
 };
 
-// offset' = offset + zero * scale; a symmetric weight's offset is -zero * scale, so its offset' is 0.
+// offset' = offset + zero * scale; a symmetric weight's offset is -zero * scale, so its offset' is
+// 0.
 NB_AMX_INLINE void load_panel_scales(const Int4Format& f, const Int4Geometry& g,
                                      const uint8_t* panel, int64_t group, PanelScales* out) {
   const __m512 scale = load_scales(panel + g.scales_at, f.scale_type, group);

@@ -24,14 +24,15 @@ constexpr int64_t kDxBlockN = 64;
 
 // Rows n0 .. n0 + 63 and columns k0 .. k0 + width of W, as out[n][k] with row stride `width`.
 template <class O, int BITS>
-static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, int64_t n0, int64_t k0, int64_t width,
-                             float* out) {
+static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, int64_t n0,
+                             int64_t k0, int64_t width, float* out) {
   using I = typename O::I;
   using F = typename O::F;
   constexpr int kPerPanel = 16 / O::kLanes;
   const F zero = O::set1f(BITS == 8 ? -128.0f : -8.0f);
   const I mask = O::set1(BITS == 8 ? 255 : 15);
-  for (int64_t v = n0 / O::kLanes; v < (n0 + kDxBlockN) / O::kLanes; ++v, out += O::kLanes * width) {
+  for (int64_t v = n0 / O::kLanes; v < (n0 + kDxBlockN) / O::kLanes;
+       ++v, out += O::kLanes * width) {
     if (v >= g.panels * kPerPanel) {
       memset(out, 0, static_cast<size_t>(O::kLanes * width) * sizeof(float));
       continue;
@@ -96,14 +97,16 @@ static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, i
 }
 
 template <class O, int R>
-static void dx_tile(const float* g, int64_t g_stride, const float* w, float* acc, int64_t acc_stride, bool first) {
+static void dx_tile(const float* g, int64_t g_stride, const float* w, float* acc,
+                    int64_t acc_stride, bool first) {
   using F = typename O::F;
   constexpr int C = O::kColsF;
   F sum[R][C];
   NB_UNROLL
   for (int r = 0; r < R; ++r) {
     NB_UNROLL
-    for (int c = 0; c < C; ++c) sum[r][c] = first ? O::set1f(0.0f) : O::loadf(acc + r * acc_stride + c * O::kLanes);
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = first ? O::set1f(0.0f) : O::loadf(acc + r * acc_stride + c * O::kLanes);
   }
   for (int64_t n = 0; n < kDxBlockN; ++n) {
     F wv[C];
@@ -140,7 +143,8 @@ static Status input_gradient(const Int4LinearParams& p) {
       for (int64_t r = begin; r < end; ++r) {
         for (int64_t n = 0; n < n_pad; n += kDxBlockN) {
           const int64_t live = N - n < kDxBlockN ? N - n : kDxBlockN;
-          load_block<O>(p.x, p.xtype, (m0 + r) * p.x_stride + n, live, kDxBlockN, grad + r * g_stride + n);
+          load_block<O>(p.x, p.xtype, (m0 + r) * p.x_stride + n, live, kDxBlockN,
+                        grad + r * g_stride + n);
         }
       }
     };
@@ -166,12 +170,24 @@ static Status input_gradient(const Int4LinearParams& p) {
             const bool first = n0 == 0;
             static_assert(O::kRowsF == 6, "one case for each height");
             switch (r1 - r0) {
-              case 1: dx_tile<O, 1>(gr, g_stride, w, ar, width, first); break;
-              case 2: dx_tile<O, 2>(gr, g_stride, w, ar, width, first); break;
-              case 3: dx_tile<O, 3>(gr, g_stride, w, ar, width, first); break;
-              case 4: dx_tile<O, 4>(gr, g_stride, w, ar, width, first); break;
-              case 5: dx_tile<O, 5>(gr, g_stride, w, ar, width, first); break;
-              default: dx_tile<O, 6>(gr, g_stride, w, ar, width, first); break;
+            case 1:
+              dx_tile<O, 1>(gr, g_stride, w, ar, width, first);
+              break;
+            case 2:
+              dx_tile<O, 2>(gr, g_stride, w, ar, width, first);
+              break;
+            case 3:
+              dx_tile<O, 3>(gr, g_stride, w, ar, width, first);
+              break;
+            case 4:
+              dx_tile<O, 4>(gr, g_stride, w, ar, width, first);
+              break;
+            case 5:
+              dx_tile<O, 5>(gr, g_stride, w, ar, width, first);
+              break;
+            default:
+              dx_tile<O, 6>(gr, g_stride, w, ar, width, first);
+              break;
             }
           }
         }

@@ -59,16 +59,16 @@ NB_INLINE void unpack8(const uint8_t* at, typename O::I* w) {
 
 // What a tile works on.
 struct TileArgs {
-  const uint8_t* w[8];   // decode: codes of each vector of rows; panel: w[0] is the unpacked block
-  const uint8_t* x;      // quantised rows
-  int64_t x_stride;      // bytes
-  int64_t lines;         // 8 k each
-  const float* xscale;   // [R], of this block
+  const uint8_t* w[8];  // decode: codes of each vector of rows; panel: w[0] is the unpacked block
+  const uint8_t* x;     // quantised rows
+  int64_t x_stride;     // bytes
+  int64_t lines;        // 8 k each
+  const float* xscale;  // [R], of this block
   const int32_t* init;
   const float* xsum;
-  const float* scale;    // [C * kLanes] of this block's group
-  const float* offset;   // the same, or null
-  float* acc;            // [R][C * kLanes] float sums
+  const float* scale;   // [C * kLanes] of this block's group
+  const float* offset;  // the same, or null
+  float* acc;           // [R][C * kLanes] float sums
 };
 
 template <class O, bool AFFINE, int R, int C>
@@ -179,8 +179,8 @@ struct RowTable<O, BITS, ACT, PANEL, C, 0> {
 
 // Scales (or offsets) of the vectors [v0, v0 + count) for one group, as float32.
 template <class O>
-static inline void load_scales(const Int4LinearParams& p, const Int4Geometry& g, int64_t section, int64_t v0,
-                               int count, int64_t group, float* out) {
+static inline void load_scales(const Int4LinearParams& p, const Int4Geometry& g, int64_t section,
+                               int64_t v0, int count, int64_t group, float* out) {
   constexpr int kPerPanel = 16 / O::kLanes;
   for (int c = 0; c < count; ++c) {
     const int64_t v = v0 + c;
@@ -196,7 +196,8 @@ static inline void load_scales(const Int4LinearParams& p, const Int4Geometry& g,
 
 // Bias, conversion to the type of x, and the store of one finished row of a tile.
 template <class O>
-static inline void store_row(const Int4LinearParams& p, int64_t m, int64_t n0, int64_t count, const float* acc) {
+static inline void store_row(const Int4LinearParams& p, int64_t m, int64_t n0, int64_t count,
+                             const float* acc) {
   alignas(64) float out[64];
   for (int64_t i = 0; i < count; i += O::kLanes) {
     const int64_t live = count - i < O::kLanes ? count - i : O::kLanes;
@@ -224,8 +225,8 @@ static inline void store_row(const Int4LinearParams& p, int64_t m, int64_t n0, i
 
 // All of a chunk of rows for the vectors of rows [v0, v0 + C).
 template <class O, int BITS, int ACT, int C>
-static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const QuantizedRows& a, int64_t m0,
-                        int64_t v0, float* acc, uint8_t* panel) {
+static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const QuantizedRows& a,
+                        int64_t m0, int64_t v0, float* acc, uint8_t* panel) {
   constexpr int kPerPanel = 16 / O::kLanes;
   constexpr int kSteps = ACT == 16 ? 4 : 2;
   constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
@@ -285,7 +286,8 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   const int64_t n0 = v0 * O::kLanes;
   const int64_t count = p.w.n - n0 < C * O::kLanes ? p.w.n - n0 : C * O::kLanes;
   if (p.add && count > 0) p.add->add(p.add, m0, a.rows, n0, count, acc, acc_stride);
-  for (int64_t r = 0; r < a.rows && count > 0; ++r) store_row<O>(p, m0 + r, n0, count, acc + r * acc_stride);
+  for (int64_t r = 0; r < a.rows && count > 0; ++r)
+    store_row<O>(p, m0 + r, n0, count, acc + r * acc_stride);
 }
 
 template <class O, int BITS, int ACT>
@@ -294,7 +296,9 @@ static Status forward(const Int4LinearParams& p) {
   constexpr int kPerPanel = 16 / O::kLanes;
   const int64_t vectors = g.panels * kPerPanel;
   // Wide tiles reuse each broadcast of x; narrow layers are cut finer so that the threads get equal shares.
-  const int cols = vectors >= 16 * O::kCols ? O::kCols : vectors >= 4 * kPerPanel ? 2 * kPerPanel : kPerPanel;
+  const int cols = vectors >= 16 * O::kCols   ? O::kCols
+                   : vectors >= 4 * kPerPanel ? 2 * kPerPanel
+                                              : kPerPanel;
   const int width = cols < O::kCols ? cols : O::kCols;
   const int64_t tiles = ceil_div(vectors, width);
   static const Parallel serial = {nullptr, 1};
@@ -309,7 +313,8 @@ static Status forward(const Int4LinearParams& p) {
     parallel_for(rows * p.w.k < 65536 ? serial : *p.parallel, rows, quantize);
     bool failed = false;
     auto multiply = [&](int64_t begin, int64_t end) {
-      float* acc = static_cast<float*>(aligned_malloc(rows * width * O::kLanes * 4 + kFlushK * 2 * width * O::kBytes));
+      float* acc = static_cast<float*>(
+          aligned_malloc(rows * width * O::kLanes * 4 + kFlushK * 2 * width * O::kBytes));
       if (!acc) {
         failed = true;
         return;
@@ -327,7 +332,8 @@ static Status forward(const Int4LinearParams& p) {
           column_tile<O, BITS, ACT, 2>(p, g, a, m0, v, acc, panel);
           v += 2;
         }
-        if (O::kLanes == 16 && stop - v >= 1) column_tile<O, BITS, ACT, O::kLanes == 16 ? 1 : 2>(p, g, a, m0, v, acc, panel);
+        if (O::kLanes == 16 && stop - v >= 1)
+          column_tile<O, BITS, ACT, O::kLanes == 16 ? 1 : 2>(p, g, a, m0, v, acc, panel);
       }
       free(acc);
     };

@@ -41,35 +41,36 @@
 
 namespace nibblock {
 
-constexpr int64_t kPanelRows = 16;    // n per panel
-constexpr int64_t kGranuleK = 64;     // k_pad is a multiple of this
-constexpr int64_t kFlushK = 128;      // integer sums are turned into float at least this often
+constexpr int64_t kPanelRows = 16;  // n per panel
+constexpr int64_t kGranuleK = 64;   // k_pad is a multiple of this
+constexpr int64_t kFlushK = 128;    // integer sums are turned into float at least this often
 
 enum class Compute : int32_t {
-  kBF16 = 0,  // activations keep at least the precision of bfloat16 (int16 or bf16 inside), exact codes
+  kBF16 =
+      0,  // activations keep at least the precision of bfloat16 (int16 or bf16 inside), exact codes
   kInt8 = 1,  // activations quantised to int8 per row and block of min(group, 128)
 };
 
 // How a weight is stored. Plain data, filled by the caller.
 struct Int4Format {
-  int64_t n;        // out_features
-  int64_t k;        // in_features
-  int64_t group;    // 32, 64, 128, 256, or -1 for the whole row
-  int32_t bits;     // 4 or 8
-  int32_t affine;   // 1: offsets are stored
-  Dtype scale_type; // kF16 or kF32, of scales and offsets
+  int64_t n;         // out_features
+  int64_t k;         // in_features
+  int64_t group;     // 32, 64, 128, 256, or -1 for the whole row
+  int32_t bits;      // 4 or 8
+  int32_t affine;    // 1: offsets are stored
+  Dtype scale_type;  // kF16 or kF32, of scales and offsets
 };
 
 // Sizes that follow from a format.
 struct Int4Geometry {
   int64_t k_pad;
-  int64_t panels;          // ceil(n / 16)
-  int64_t group;           // resolved: k_pad when the format says -1
-  int64_t groups;          // ceil(k / group), the groups that hold data
-  int64_t scales_at;       // byte offset of the scales inside a panel (= bytes of codes)
-  int64_t offsets_at;      // byte offset of the offsets; equals panel_end when there are none
-  int64_t panel_stride;    // bytes
-  int64_t bytes;           // panels * panel_stride
+  int64_t panels;        // ceil(n / 16)
+  int64_t group;         // resolved: k_pad when the format says -1
+  int64_t groups;        // ceil(k / group), the groups that hold data
+  int64_t scales_at;     // byte offset of the scales inside a panel (= bytes of codes)
+  int64_t offsets_at;    // byte offset of the offsets; equals panel_end when there are none
+  int64_t panel_stride;  // bytes
+  int64_t bytes;         // panels * panel_stride
 };
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -120,24 +121,24 @@ struct Int4LinearParams {
   Int4Format w;
   const uint8_t* packed;  // int4_geometry(w).bytes
   int64_t m;
-  const void* x;          // xtype, row stride x_stride elements
+  const void* x;  // xtype, row stride x_stride elements
   int64_t x_stride;
-  void* y;                // xtype, row stride y_stride elements
+  void* y;  // xtype, row stride y_stride elements
   int64_t y_stride;
   Dtype xtype;
-  const void* bias;       // [n] bias_type, or null
+  const void* bias;  // [n] bias_type, or null
   Dtype bias_type;
   Compute compute;
   const Parallel* parallel;
-  const TileAdd* add;     // or null
+  const TileAdd* add;  // or null
 };
 
 // A row of the table of kernels. Walked in order; the first row whose level is at most cpu_isa() and that
 // serves the call is taken. The same rows feed explain(), the support table in the README and the tests.
 struct Int4LinearKernel {
-  const char* id;                                  // "int4_linear.cpu.avx512_vnni.tile"
+  const char* id;  // "int4_linear.cpu.avx512_vnni.tile"
   Isa isa;
-  const char* serves_text;                         // what `serves` asks for, in words
+  const char* serves_text;  // what `serves` asks for, in words
   bool (*serves)(const Int4LinearParams& p);
   Status (*run)(const Int4LinearParams& p);
 };
@@ -147,23 +148,25 @@ struct Int4LinearTable {
   int count;
 };
 
-NB_API Int4LinearTable int4_linear_table();        // forward rows
-NB_API Int4LinearTable int4_linear_dx_table();     // input-gradient rows
+NB_API Int4LinearTable int4_linear_table();     // forward rows
+NB_API Int4LinearTable int4_linear_dx_table();  // input-gradient rows
 
 // Picks a row (null when none serves) / runs it. forced_id may be null.
-NB_API const Int4LinearKernel* int4_linear_select(const Int4LinearTable& t, const Int4LinearParams& p);
-NB_API Status int4_linear_run(const Int4LinearTable& t, const Int4LinearParams& p, const char* forced_id);
+NB_API const Int4LinearKernel* int4_linear_select(const Int4LinearTable& t,
+                                                  const Int4LinearParams& p);
+NB_API Status int4_linear_run(const Int4LinearTable& t, const Int4LinearParams& p,
+                              const char* forced_id);
 
 // Canonical <-> packed. qweight is [n, ceil(k/2)] uint8, two codes a byte, low nibble = even k (bits = 4),
 // or [n, k] uint8 (bits = 8); scales and offsets are [n, groups] of f.scale_type.
-NB_API void int4_pack(const Int4Format& f, const uint8_t* qweight, const void* scales, const void* offsets,
-                      uint8_t* packed, const Parallel& parallel);
+NB_API void int4_pack(const Int4Format& f, const uint8_t* qweight, const void* scales,
+                      const void* offsets, uint8_t* packed, const Parallel& parallel);
 NB_API void int4_unpack(const Int4Format& f, const uint8_t* packed, uint8_t* qweight, void* scales,
                         void* offsets, const Parallel& parallel);
 
 // Rows of the dequantised weight: out[i, :] = w[rows ? rows[i] : i, :] for i < count, rounded to `type`.
-NB_API void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* rows, int64_t count,
-                            void* out, Dtype type, const Parallel& parallel);
+NB_API void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* rows,
+                            int64_t count, void* out, Dtype type, const Parallel& parallel);
 
 // --- what every kernel file shares ------------------------------------------------------------------
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../glue/check.h"
+#include "../glue/int4.h"
 #include "int4_linear.h"
 
 namespace nibblock {
@@ -14,67 +15,19 @@ namespace {
 
 using namespace glue;
 
-// Checks `packed` against the format and makes it contiguous.
-Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_t k, int64_t group, int64_t bits,
-                        bool affine, ScalarType scale_dtype) {
-  STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
-  STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || group == 256 || group == -1, op,
-                  ": group_size must be 32, 64, 128, 256 or -1 (whole row), got ", group);
-  STD_TORCH_CHECK(scale_dtype == ScalarType::Half || scale_dtype == ScalarType::Float, op,
-                  ": scale_dtype must be float16 or float32, got ", dtype_name(scale_dtype));
-  STD_TORCH_CHECK(n >= 0, op, ": out_features must be at least 0, got ", n);
-  STD_TORCH_CHECK(k >= 0, op, ": in_features must be at least 0, got ", k);
-  Int4Format f;
-  f.n = n;
-  f.k = k;
-  f.group = group;
-  f.bits = static_cast<int32_t>(bits);
-  f.affine = affine;
-  f.scale_type = scale_dtype == ScalarType::Half ? Dtype::kF16 : Dtype::kF32;
-  check_cpu(op, "packed", packed);
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte, op, ": packed must be uint8, got ",
-                  dtype_name(packed.scalar_type()));
-  const int64_t bytes = int4_geometry(f).bytes;
-  STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == bytes, op,
-                  ": packed must be a contiguous [", bytes, "] for out_features=", n, ", in_features=", k,
-                  ", group_size=", group, ", bits=", bits, ", affine=", affine ? "True" : "False", ", got ",
-                  shape_text(packed));
-  if (!packed.is_contiguous()) packed = torch::stable::contiguous(packed);
-  return f;
-}
-
 void check_status(const char* op, Status s, const Int4LinearParams& p) {
   if (s == kOk) return;
   if (s == kNoKernel && cpu_isa_error()) STD_TORCH_CHECK(false, cpu_isa_error());
-  STD_TORCH_CHECK(s != kOutOfMemory, op, ": out of memory for the workspace of [", p.m, ", ", p.w.k, "]");
-  STD_TORCH_CHECK(false, op, ": internal error ", static_cast<int>(s), " (m=", p.m, ", n=", p.w.n, ", k=", p.w.k,
-                  "); please report with python -m nibblock info --json");
+  STD_TORCH_CHECK(s != kOutOfMemory, op, ": out of memory for the workspace of [", p.m, ", ", p.w.k,
+                  "]");
+  STD_TORCH_CHECK(false, op, ": internal error ", static_cast<int>(s), " (m=", p.m, ", n=", p.w.n,
+                  ", k=", p.w.k, "); please report with python -m nibblock info --json");
 }
 
-Compute check_compute(const char* op, const std::string& compute) {
-  STD_TORCH_CHECK(compute == "bf16" || compute == "int8", op, ": compute must be \"bf16\" or \"int8\", got \"",
-                  compute, "\"");
-  return compute == "int8" ? Compute::kInt8 : Compute::kBF16;
-}
-
-Tensor empty_like_rows(const Tensor& x, int64_t last) {
-  const auto sizes = x.sizes();
-  int64_t small[8];
-  std::vector<int64_t> large;
-  int64_t* out = small;
-  const int64_t dim = x.dim();
-  if (dim > 8) {
-    large.resize(dim);
-    out = large.data();
-  }
-  for (int64_t i = 0; i + 1 < dim; ++i) out[i] = sizes[i];
-  out[dim - 1] = last;
-  return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(out, dim));
-}
-
-Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, const char* x_name, Tensor packed,
-              const std::optional<Tensor>& bias, int64_t n, int64_t k, int64_t group, int64_t bits, bool affine,
-              ScalarType scale_dtype, const std::string& compute, bool forward) {
+Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, const char* x_name,
+              Tensor packed, const std::optional<Tensor>& bias, int64_t n, int64_t k, int64_t group,
+              int64_t bits, bool affine, ScalarType scale_dtype, const std::string& compute,
+              bool forward) {
   Int4LinearParams p;
   p.xtype = check_float(op, x_name, x.scalar_type());
   STD_TORCH_CHECK(x.dim() >= 1, op, ": ", x_name, " must have at least 1 dimension, got a scalar");
@@ -87,7 +40,8 @@ Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, con
   if (bias) {
     p.bias_type = check_float(op, "bias", bias->scalar_type());
     check_cpu(op, "bias", *bias);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, op, ": bias must be [", n, "], got ", shape_text(*bias));
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, op, ": bias must be [", n, "], got ",
+                    shape_text(*bias));
     keep_bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
     p.bias = keep_bias.const_data_ptr();
   }
@@ -102,65 +56,73 @@ Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, con
   p.y = y.mutable_data_ptr();
   p.y_stride = forward ? n : k;
   p.parallel = &parallel;
+  p.add = nullptr;
   if (y.numel() > 0) check_status(op, int4_linear_run(table, p, nullptr), p);
   return y;
 }
 
-Tensor int4_linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features,
-                   int64_t group_size, int64_t bits, bool affine, ScalarType scale_dtype, const std::string& compute) {
+Tensor int4_linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                      int64_t out_features, int64_t group_size, int64_t bits, bool affine,
+                      ScalarType scale_dtype, const std::string& compute) {
   const int64_t k = x.dim() >= 1 ? x.size(x.dim() - 1) : 0;
-  return linear("int4_linear", int4_linear_table(), x, "x", packed, bias, out_features, k, group_size, bits, affine,
-                scale_dtype, compute, true);
+  return linear("int4_linear", int4_linear_table(), x, "x", packed, bias, out_features, k,
+                group_size, bits, affine, scale_dtype, compute, true);
 }
 
-Tensor int4_linear_dx_op(const Tensor& grad, const Tensor& packed, int64_t in_features, int64_t group_size, int64_t bits,
-                      bool affine, ScalarType scale_dtype, const std::string& compute) {
+Tensor int4_linear_dx_op(const Tensor& grad, const Tensor& packed, int64_t in_features,
+                         int64_t group_size, int64_t bits, bool affine, ScalarType scale_dtype,
+                         const std::string& compute) {
   const int64_t n = grad.dim() >= 1 ? grad.size(grad.dim() - 1) : 0;
-  return linear("int4_linear_dx", int4_linear_dx_table(), grad, "grad", packed, std::nullopt, n, in_features,
-                group_size, bits, affine, scale_dtype, compute, false);
+  return linear("int4_linear_dx", int4_linear_dx_table(), grad, "grad", packed, std::nullopt, n,
+                in_features, group_size, bits, affine, scale_dtype, compute, false);
 }
 
-Tensor int4_dequantize_op(Tensor packed, int64_t out_features, int64_t in_features, int64_t group_size,
-                       int64_t bits, bool affine, ScalarType scale_dtype, ScalarType dtype) {
+Tensor int4_dequantize_op(Tensor packed, int64_t out_features, int64_t in_features,
+                          int64_t group_size, int64_t bits, bool affine, ScalarType scale_dtype,
+                          ScalarType dtype) {
   const char* op = "int4_dequantize";
   const Dtype type = check_float(op, "dtype", dtype);
   const Int4Format f =
       check_format(op, packed, out_features, in_features, group_size, bits, affine, scale_dtype);
   const int64_t shape[2] = {out_features, in_features};
-  Tensor out = torch::stable::new_empty(packed, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2), dtype);
+  Tensor out =
+      torch::stable::new_empty(packed, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2), dtype);
   const Parallel parallel = torch_parallel();
-  nibblock::int4_dequantize(f, static_cast<const uint8_t*>(packed.const_data_ptr()), nullptr, out_features,
-                            out.mutable_data_ptr(), type, parallel);
+  nibblock::int4_dequantize(f, static_cast<const uint8_t*>(packed.const_data_ptr()), nullptr,
+                            out_features, out.mutable_data_ptr(), type, parallel);
   return out;
 }
 
-Tensor int4_embedding_op(const Tensor& indices, Tensor packed, int64_t num_embeddings, int64_t embedding_dim,
-                      int64_t group_size, int64_t bits, bool affine, ScalarType scale_dtype, ScalarType dtype) {
+Tensor int4_embedding_op(const Tensor& indices, Tensor packed, int64_t num_embeddings,
+                         int64_t embedding_dim, int64_t group_size, int64_t bits, bool affine,
+                         ScalarType scale_dtype, ScalarType dtype) {
   const char* op = "int4_embedding";
   const Dtype type = check_float(op, "dtype", dtype);
   const ScalarType it = indices.scalar_type();
-  STD_TORCH_CHECK(it == ScalarType::Long || it == ScalarType::Int, op, ": indices must be int64 or int32, got ",
-                  dtype_name(it));
+  STD_TORCH_CHECK(it == ScalarType::Long || it == ScalarType::Int, op,
+                  ": indices must be int64 or int32, got ", dtype_name(it));
   check_cpu(op, "indices", indices);
-  const Int4Format f =
-      check_format(op, packed, num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype);
+  const Int4Format f = check_format(op, packed, num_embeddings, embedding_dim, group_size, bits,
+                                    affine, scale_dtype);
   const Tensor flat = torch::stable::contiguous(indices);
   const int64_t count = flat.numel();
   std::vector<int64_t> rows(count);
   for (int64_t i = 0; i < count; ++i) {
     rows[i] = it == ScalarType::Long ? static_cast<const int64_t*>(flat.const_data_ptr())[i]
                                      : static_cast<const int32_t*>(flat.const_data_ptr())[i];
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < num_embeddings, op, ": indices must be in [0, ", num_embeddings,
-                    "), got ", rows[i]);
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < num_embeddings, op, ": indices must be in [0, ",
+                    num_embeddings, "), got ", rows[i]);
   }
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < indices.dim(); ++i) shape.push_back(indices.size(i));
   shape.push_back(embedding_dim);
   Tensor out = torch::stable::new_empty(
-      packed, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), static_cast<int64_t>(shape.size())), dtype);
+      packed,
+      torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), static_cast<int64_t>(shape.size())),
+      dtype);
   const Parallel parallel = torch_parallel();
-  nibblock::int4_dequantize(f, static_cast<const uint8_t*>(packed.const_data_ptr()), rows.data(), count,
-                            out.mutable_data_ptr(), type, parallel);
+  nibblock::int4_dequantize(f, static_cast<const uint8_t*>(packed.const_data_ptr()), rows.data(),
+                            count, out.mutable_data_ptr(), type, parallel);
   return out;
 }
 

@@ -49,7 +49,8 @@ using Clock = std::chrono::steady_clock;
 
 // Seconds from the first thread's start to the last one's end; body(thread) runs once on each.
 // Starting the threads is not part of it: all of them wait at a gate.
-template <class F> double timed(int threads, const F& body) {
+template <class F>
+double timed(int threads, const F& body) {
   std::atomic<int> waiting{threads};
   std::vector<Clock::time_point> begin(threads), end(threads);
   const auto work = [&](int t) {
@@ -134,7 +135,7 @@ py::object measure(const std::string& name, int64_t asked_threads, double second
     {
       py::gil_scoped_release release;
       const Operands& o = operands();
-      row.burst(o, 1000); // wakes the unit up
+      row.burst(o, 1000);  // wakes the unit up
       int64_t n = 20000;
       const double trial = timed(1, [&](int) { row.burst(o, n); });
       n = std::max<int64_t>(1000, static_cast<int64_t>(n * seconds / std::max(trial, 1e-6)));
@@ -169,15 +170,14 @@ class Bandwidth {
  public:
   explicit Bandwidth(int64_t bytes) {
     if (bytes < (1 << 22)) {
-      native::fail_value(
-          "Bandwidth", "bytes must be at least 4194304, got " + std::to_string(bytes)
-      );
+      native::fail_value("Bandwidth",
+                         "bytes must be at least 4194304, got " + std::to_string(bytes));
     }
     bytes_ = static_cast<size_t>(bytes) / 4096 * 4096;
     void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     data_ = static_cast<uint8_t*>(p);
-    madvise(p, bytes_, MADV_HUGEPAGE); // advice: where it is refused the figure shows it
+    madvise(p, bytes_, MADV_HUGEPAGE);  // advice: where it is refused the figure shows it
     py::gil_scoped_release release;
     memset(data_, 1, bytes_);
   }
@@ -234,40 +234,31 @@ class Bandwidth {
   size_t cursor_ = 0;
 };
 
-} // namespace
-} // namespace ceilings
+}  // namespace
+}  // namespace ceilings
 
 namespace native {
 
 void bind_ceilings(py::module_& m) {
   using ceilings::Bandwidth;
-  m.def(
-      "list_ceilings", &ceilings::list_ceilings,
-      "The arithmetic units measure_ceiling knows: list of dict(name, unit, available, reason)."
-  );
-  m.def(
-      "measure_ceiling", &ceilings::measure, py::arg("name"), py::arg("threads") = 1,
-      py::arg("seconds") = 0.05,
-      "Rate of one arithmetic unit in 1e9 operations a second over `threads` threads (a "
-      "multiply-add "
-      "counts two), measured for about `seconds`; None where this CPU has no such unit."
-  );
+  m.def("list_ceilings", &ceilings::list_ceilings,
+        "The arithmetic units measure_ceiling knows: list of dict(name, unit, available, reason).");
+  m.def("measure_ceiling", &ceilings::measure, py::arg("name"), py::arg("threads") = 1,
+        py::arg("seconds") = 0.05,
+        "Rate of one arithmetic unit in 1e9 operations a second over `threads` threads (a "
+        "multiply-add "
+        "counts two), measured for about `seconds`; None where this CPU has no such unit.");
   py::class_<Bandwidth>(
       m, "Bandwidth",
-      "A buffer of `bytes` bytes (huge pages) to measure memory with, 8 streams a thread."
-  )
+      "A buffer of `bytes` bytes (huge pages) to measure memory with, 8 streams a thread.")
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_property_readonly("bytes", &Bandwidth::bytes)
-      .def(
-          "read", &Bandwidth::read, py::arg("threads") = 1, py::arg("bytes") = 0,
-          "GB/s read; about `bytes` bytes are touched, going on where the last call stopped (0: "
-          "all)."
-      )
-      .def(
-          "copy", &Bandwidth::copy, py::arg("threads") = 1, py::arg("bytes") = 0,
-          "GB/s read plus written while copying one half of the buffer to the other."
-      );
+      .def("read", &Bandwidth::read, py::arg("threads") = 1, py::arg("bytes") = 0,
+           "GB/s read; about `bytes` bytes are touched, going on where the last call stopped (0: "
+           "all).")
+      .def("copy", &Bandwidth::copy, py::arg("threads") = 1, py::arg("bytes") = 0,
+           "GB/s read plus written while copying one half of the buffer to the other.");
 }
 
-} // namespace native
-} // namespace nibblock
+}  // namespace native
+}  // namespace nibblock

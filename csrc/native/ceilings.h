@@ -14,13 +14,13 @@
 namespace nibblock {
 namespace ceilings {
 
-constexpr int kStreams = 8;            // read side by side by one thread
-constexpr size_t kOperandBytes = 4096; // random bytes a burst may load from
+constexpr int kStreams = 8;             // read side by side by one thread
+constexpr size_t kOperandBytes = 4096;  // random bytes a burst may load from
 
 // Random operands in the three forms the bursts need, 64-byte aligned.
 struct Operands {
-  alignas(64) float f32[kOperandBytes / 4];     // uniform in +-1
-  alignas(64) uint16_t bf16[kOperandBytes / 2]; // the same values, truncated
+  alignas(64) float f32[kOperandBytes / 4];      // uniform in +-1
+  alignas(64) uint16_t bf16[kOperandBytes / 2];  // the same values, truncated
   alignas(64) uint8_t bytes[kOperandBytes];
 };
 
@@ -44,14 +44,15 @@ void burst_avx512_bf16(const Operands& o, int64_t iterations);
 void burst_amx_bf16(const Operands& o, int64_t iterations);
 void burst_amx_int8(const Operands& o, int64_t iterations);
 
-constexpr int kAccumulators = 12; // hides 2 ports x 4 to 5 cycles and leaves registers for operands
+constexpr int kAccumulators =
+    12;  // hides 2 ports x 4 to 5 cycles and leaves registers for operands
 constexpr double kFmaAvx2Ops = kAccumulators * 8 * 2.0;
 constexpr double kFmaAvx512Ops = kAccumulators * 16 * 2.0;
 constexpr double kVnniInt8Ops = kAccumulators * 64 * 2.0;
 constexpr double kVnniInt16Ops = kAccumulators * 32 * 2.0;
 constexpr double kAvx512Bf16Ops = kAccumulators * 32 * 2.0;
-constexpr double kAmxBf16Ops = 4 * 16 * 16 * 32 * 2.0; // 2 x 2 tiles of accumulators
+constexpr double kAmxBf16Ops = 4 * 16 * 16 * 32 * 2.0;  // 2 x 2 tiles of accumulators
 constexpr double kAmxInt8Ops = 4 * 16 * 16 * 64 * 2.0;
 
-} // namespace ceilings
-} // namespace nibblock
+}  // namespace ceilings
+}  // namespace nibblock

@@ -42,7 +42,7 @@ inline void end() {
   _tile_release();
 }
 
-} // namespace
+}  // namespace
 
 void burst_amx_bf16(const Operands& o, int64_t iterations) {
   begin(o.bf16);
@@ -66,5 +66,5 @@ void burst_amx_int8(const Operands& o, int64_t iterations) {
   end();
 }
 
-} // namespace ceilings
-} // namespace nibblock
+}  // namespace ceilings
+}  // namespace nibblock

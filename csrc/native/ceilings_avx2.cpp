@@ -13,9 +13,8 @@ uint64_t read_avx2(const uint8_t* base, size_t span, size_t lines) {
 #pragma GCC unroll 8
     for (int s = 0; s < kStreams; ++s) {
       const __m256i* p = reinterpret_cast<const __m256i*>(base + s * span + i * 64);
-      sum[s] = _mm256_add_epi64(
-          sum[s], _mm256_add_epi64(_mm256_loadu_si256(p), _mm256_loadu_si256(p + 1))
-      );
+      sum[s] = _mm256_add_epi64(sum[s],
+                                _mm256_add_epi64(_mm256_loadu_si256(p), _mm256_loadu_si256(p + 1)));
     }
   }
   for (int s = 1; s < kStreams; ++s) sum[0] = _mm256_add_epi64(sum[0], sum[s]);
@@ -51,5 +50,5 @@ void burst_fma_avx2(const Operands& o, int64_t iterations) {
   for (int i = 0; i < kAccumulators; ++i) __asm__ volatile("" ::"x"(acc[i]));
 }
 
-} // namespace ceilings
-} // namespace nibblock
+}  // namespace ceilings
+}  // namespace nibblock

@@ -44,5 +44,5 @@ void burst_fma_avx512(const Operands& o, int64_t iterations) {
   for (int i = 0; i < kAccumulators; ++i) __asm__ volatile("" ::"v"(acc[i]));
 }
 
-} // namespace ceilings
-} // namespace nibblock
+}  // namespace ceilings
+}  // namespace nibblock

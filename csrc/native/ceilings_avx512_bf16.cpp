@@ -19,5 +19,5 @@ void burst_avx512_bf16(const Operands& o, int64_t iterations) {
   for (int i = 0; i < kAccumulators; ++i) __asm__ volatile("" ::"v"(acc[i]));
 }
 
-} // namespace ceilings
-} // namespace nibblock
+}  // namespace ceilings
+}  // namespace nibblock

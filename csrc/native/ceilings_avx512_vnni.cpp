@@ -21,7 +21,7 @@ inline void keep(const Registers& r) {
   for (int i = 0; i < kAccumulators; ++i) __asm__ volatile("" ::"v"(r.acc[i]));
 }
 
-} // namespace
+}  // namespace
 
 void burst_vnni_int8(const Operands& o, int64_t iterations) {
   Registers r;
@@ -45,5 +45,5 @@ void burst_vnni_int16(const Operands& o, int64_t iterations) {
   keep(r);
 }
 
-} // namespace ceilings
-} // namespace nibblock
+}  // namespace ceilings
+}  // namespace nibblock

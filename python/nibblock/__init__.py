@@ -4,8 +4,8 @@
     report = nb.accelerate(model, nb.Int4Config())      # linears held in 4 bits, in place
     print(report)
 
-Importing loads the CPU operators and nothing else: no GPU is touched, and Triton and transformers are
-imported only by what needs them.
+Importing loads the CPU operators and nothing else: no GPU is touched, and Triton and transformers
+are imported only by what needs them.
 """
 
 from __future__ import annotations
@@ -14,24 +14,31 @@ from typing import TYPE_CHECKING
 
 from nibblock import nn, ops
 from nibblock._accelerate import accelerate
-from nibblock._config import Int4Config
+from nibblock._adapters import activate_adapter, add_adapters
+from nibblock._config import AdapterConfig, BlockSparseConfig, Int4Config
 from nibblock._errors import BackendUnavailable
 from nibblock._files import load, save
 from nibblock._info import info
 from nibblock._select import explain
 from nibblock._version import __version__
-from nibblock.nn import Int4Embedding, Int4Linear
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterLinear",
     "BackendUnavailable",
+    "BlockSparseConfig",
+    "BlockSparseLinear",
     "Int4Config",
     "Int4Embedding",
     "Int4Linear",
     "__version__",
     "accelerate",
+    "activate_adapter",
+    "add_adapters",
     "explain",
     "info",
     "load",
@@ -45,9 +52,13 @@ __all__ = [
 def load_gguf(
     path: str, dtype: torch.dtype | None = None, fuse: bool = False, **options: object
 ) -> torch.nn.Module:
-    """A transformers model from a GGUF file; see `nibblock.formats.gguf.load_gguf`, which this calls."""
+    """A transformers model from a GGUF file; see `nibblock.formats.gguf.load_gguf`, which this
+    calls.
+    """
     import torch
 
     from nibblock.formats import gguf
 
-    return gguf.load_gguf(path, dtype=torch.float32 if dtype is None else dtype, fuse=fuse, **options)
+    return gguf.load_gguf(
+        path, dtype=torch.float32 if dtype is None else dtype, fuse=fuse, **options
+    )

@@ -1,4 +1,5 @@
-"""`accelerate`: replaces the linears of a module tree by int4 ones, in place, and says what it did."""
+"""`accelerate`: replaces the linears of a module tree by int4 or block-sparse ones, in place, and
+says what it did."""
 
 from __future__ import annotations
 
@@ -7,17 +8,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Callable, Optional, Union
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from nibblock._config import Int4Config
+from nibblock._config import BlockSparseConfig, Int4Config, Where
 from nibblock._progress import Progress, ProgressOption
 from nibblock._report import LayerReport, Report
-from nibblock.nn import Int4Embedding, Int4Linear, fuse_linears
+from nibblock.nn import (
+    AdapterLinear,
+    BlockSparseLinear,
+    Int4Embedding,
+    Int4Linear,
+    fuse_linears,
+)
 from nibblock.ops import _checks
 
-Where = Union[None, str, Iterable[str], Callable[[str, nn.Module], bool]]
+Config = Union[Int4Config, BlockSparseConfig]
 
 _HOOKS = (
     "_forward_hooks",
@@ -43,45 +49,54 @@ class _Layer:
 
 def accelerate(
     model: nn.Module,
-    config: Optional[Int4Config] = None,
+    config: Optional[Config] = None,
     where: Where = None,
     skip: Union[str, Iterable[str]] = (),
     fuse: bool = False,
     progress: ProgressOption = None,
 ) -> Report:
-    """Replaces the linears of `model` by `Int4Linear`s, in place.
+    """Replaces the linears of `model` by `Int4Linear`s or `BlockSparseLinear`s, in place.
 
     Args:
-        model: any module tree. Not itself a linear: use `Int4Linear.from_linear` for a single one.
-        config: how weights are stored; `Int4Config()` when None.
+        model: any module tree. Not itself a linear: use `Int4Linear.from_linear` or
+            `BlockSparseLinear.from_linear` for a single one.
+        config: how weights are stored: an `Int4Config` (the default one when None), or a
+            `BlockSparseConfig` to keep the blocks of largest norm only.
         where: None for every linear; a name pattern ("*.mlp.*"), a list of them, or a callable
             (name, module) -> bool.
         skip: names or name patterns that are left alone ("lm_head", "*.router").
-        fuse: True also lets sibling linears that read the same input (q/k/v, gate/up) run as one call;
-            names and state dict stay as they are.
-        progress: None for a bar on a terminal and one line elsewhere (standard error), False for silence,
-            or a callable (layers done, layers).
+        fuse: True also lets sibling int4 linears that read the same input (q/k/v, gate/up) run as
+            one call; names and state dict stay as they are.
+        progress: None for a bar on a terminal and one line elsewhere (standard error), False for
+            silence, or a callable (layers done, layers).
     Returns:
-        A `Report`: a row for every linear (and embedding, with config.embeddings), with the reason for
-        each one that was kept. Kept are: linears whose class has a forward, parameters or parametrisations
-        of its own; projections of `nn.MultiheadAttention` and linears of `nn.TransformerEncoderLayer`,
-        whose fast paths read weights directly; weights tied to something that stays dense; weights on the
-        meta device or in another dtype than float32, bfloat16 and float16. Linears tied to each other stay
-        tied.
+        A `Report`: a row for every linear (and embedding, with config.embeddings), with the reason
+        for each one that was kept. Kept are: linears whose class has a forward, parameters or
+        parametrisations of its own; projections of `nn.MultiheadAttention` and linears of
+        `nn.TransformerEncoderLayer`, whose fast paths read weights directly; weights tied to
+        something that stays dense; weights on the meta device or in another dtype than float32,
+        bfloat16 and float16. Linears tied to each other stay tied; a pruned linear must own its
+        weight.
     Raises:
-        TypeError: model is not a module, or config not an Int4Config. ValueError: model is itself a linear,
+        TypeError: model is not a module, or config neither an Int4Config nor a BlockSparseConfig.
+        ValueError: model is itself a linear,
         or a weight is not finite. The model is unchanged whenever something is raised.
-    Gradients: biases and everything dense stay trainable; int4 weights are frozen.
+    Gradients: biases, kept blocks and everything dense stay trainable; int4 weights are frozen.
     Determinism: the same bits at any number of threads.
     Example:
-        >>> report = nibblock.accelerate(model, nibblock.Int4Config(group_size=64), skip=("lm_head",))
+        >>> report = nb.accelerate(model, nb.Int4Config(group_size=64), skip=("lm_head",))
         >>> print(report)
     """
     config = Int4Config() if config is None else config
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(config, Int4Config):
-        raise TypeError(f"accelerate: config must be an Int4Config, got {type(config).__name__}")
+    if not isinstance(config, (Int4Config, BlockSparseConfig)):
+        raise TypeError(
+            f"accelerate: config must be an Int4Config or a BlockSparseConfig, got "
+            f"{type(config).__name__}"
+        )
+    if fuse and not isinstance(config, Int4Config):
+        raise ValueError("accelerate: fuse must be False with a BlockSparseConfig, got True")
     if isinstance(model, (nn.Linear, nn.Embedding)):
         raise ValueError(
             f"accelerate: model must be a tree with layers to replace, got a single "
@@ -93,8 +108,8 @@ def accelerate(
     chosen = [layer for layer in layers if not layer.reason]
     report = Report(model_bytes_before=model_bytes(model))
     before = {id(layer): _module_bytes(layer.module) for layer in layers}
-    # Everything is quantised before anything is swapped: an exception leaves the model as it was.
-    replacements = _quantize(chosen, owners, config, progress)
+    # Everything is converted before anything is swapped: an exception leaves the model as it was.
+    replacements = _convert(chosen, owners, config, progress)
     for layer in chosen:
         new = replacements[id(layer.module)]
         for parent, attribute in layer.places:
@@ -107,16 +122,14 @@ def accelerate(
     return report
 
 
-# --- finding and deciding -----------------------------------------------------------------------------
+# --- finding and deciding -------------------------------------------------------------------------
 
 
-def _patterns(value: Union[str, Iterable[str]]) -> list[str]:
+def _patterns(value: Union[str, Iterable[str]], op: str = "accelerate") -> list[str]:
     patterns = [value] if isinstance(value, str) else list(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(
-                f"accelerate: name patterns must be str, got {type(pattern).__name__}"
-            )
+            raise TypeError(f"{op}: name patterns must be str, got {type(pattern).__name__}")
     return patterns
 
 
@@ -124,17 +137,18 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _selector(where: Where) -> Callable[[str, nn.Module], bool]:
+def _selector(where: Where, op: str = "accelerate") -> Callable[[str, nn.Module], bool]:
     if where is None:
         return lambda name, module: True
     if callable(where):
         return where
-    patterns = _patterns(where)
+    patterns = _patterns(where, op)
     return lambda name, module: _matches(name, patterns)
 
 
-def _find_layers(model: nn.Module, config: Int4Config) -> list[_Layer]:
-    kinds = (nn.Linear, nn.Embedding) if config.embeddings else (nn.Linear,)
+def _find_layers(model: nn.Module, config: Config) -> list[_Layer]:
+    embeddings = isinstance(config, Int4Config) and config.embeddings
+    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
     layers: dict[int, _Layer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
@@ -146,7 +160,9 @@ def _find_layers(model: nn.Module, config: Int4Config) -> list[_Layer]:
 
 
 def _parameter_owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """For each Parameter: the (module's name, module, Parameter's name) of every module that holds it."""
+    """For each Parameter: the (module's name, module, Parameter's name) of every module that holds
+    it.
+    """
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -155,18 +171,32 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, 
     return owners
 
 
-def _unfit(layer: _Layer) -> str:
-    """Why this module cannot be replaced, whatever the caller wants; empty if it can."""
-    module = layer.module
-    kind = type(module)
-    base = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
-    if isinstance(module, (Int4Linear, Int4Embedding)):
-        return "already quantised"
+def _unfit_parent(layer: _Layer) -> str:
+    """Why no other module can stand in this one's place; empty if it can."""
     for parent, _ in layer.places:
         if isinstance(parent, nn.MultiheadAttention):
             return "projection of nn.MultiheadAttention, which reads the weight directly"
         if isinstance(parent, nn.TransformerEncoderLayer):
             return "linear of nn.TransformerEncoderLayer, whose fast path reads the weight directly"
+        if isinstance(parent, AdapterLinear) and parent.merged is not None:
+            return f"the adapter {parent.merged!r} is merged into it"
+    return ""
+
+
+def _unfit(layer: _Layer, meta: bool = False) -> str:
+    """Why this module cannot be replaced, whatever the caller wants; empty if it can.
+
+    meta: whether a weight on the meta device will do."""
+    module = layer.module
+    kind = type(module)
+    base = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
+    if isinstance(module, (Int4Linear, Int4Embedding)):
+        return "already quantised"
+    if isinstance(module, BlockSparseLinear):
+        return "already block-sparse"
+    refused = _unfit_parent(layer)
+    if refused:
+        return refused
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "projection of an attention module that reads the weight directly"
     if parametrize.is_parametrized(module):
@@ -182,7 +212,7 @@ def _unfit(layer: _Layer) -> str:
         return "its weight is not a Parameter"
     if weight.dtype not in _checks.FLOATS:
         return f"its weight is {_checks.dtype_name(weight.dtype)}"
-    if weight.is_meta:
+    if weight.is_meta and not meta:
         return "its weight is on the meta device"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
@@ -204,8 +234,10 @@ def _decide(model, layers, owners, config, wanted, skip) -> None:
             layer.reason = _unfit(layer)
         if not layer.reason and not wanted(layer.name, layer.module):
             layer.reason = "not selected by where"
-    # A weight is replaced in all modules that hold it, or in none: repeat until nothing changes, because
-    # keeping one layer may keep another.
+        if not layer.reason and isinstance(config, BlockSparseConfig):
+            layer.reason = _unprunable(layer, owners)
+    # A weight is replaced in all modules that hold it, or in none: repeat until nothing changes,
+    # because keeping one layer may keep another.
     by_module = {id(layer.module): layer for layer in layers}
     changed = True
     while changed:
@@ -225,13 +257,25 @@ def _decide(model, layers, owners, config, wanted, skip) -> None:
                     break
 
 
-# --- replacing ----------------------------------------------------------------------------------------
+def _unprunable(layer: _Layer, owners) -> str:
+    """Why this linear cannot become a BlockSparseLinear, though an Int4Linear it could."""
+    if any(isinstance(parent, AdapterLinear) for parent, _ in layer.places):
+        return "the base of an AdapterLinear"
+    tied = [n for n, module, _ in owners[id(layer.module.weight)] if module is not layer.module]
+    return f"its weight is tied to {tied[0]}; pruned blocks cannot be shared" if tied else ""
 
 
-def _quantize(chosen, owners, config: Int4Config, option: ProgressOption) -> dict[int, nn.Module]:
+# --- replacing ------------------------------------------------------------------------------------
+
+
+def _convert(chosen, owners, config: Config, option: ProgressOption) -> dict[int, nn.Module]:
     replacements: dict[int, nn.Module] = {}
-    packed: dict[int, nn.Module] = {}  # first replacement made of each weight: ties share its storage
-    progress = Progress(option, len(chosen), "nibblock: quantising")
+    packed: dict[
+        int, nn.Module
+    ] = {}  # first replacement made of each weight: ties share its storage
+    pruning = isinstance(config, BlockSparseConfig)
+    label = "nibblock: pruning" if pruning else "nibblock: quantising"
+    progress = Progress(option, len(chosen), label)
     finished = False
     try:
         # Embeddings first: a tied head then takes the table's format.
@@ -239,8 +283,12 @@ def _quantize(chosen, owners, config: Int4Config, option: ProgressOption) -> dic
             module = layer.module
             weight = module.weight
             twin = packed.get(id(weight))
-            if isinstance(module, nn.Embedding):
-                new = _tied_embedding(twin, module) if twin is not None else _embedding(layer, config)
+            if pruning:
+                new = _pruned(layer, config)
+            elif isinstance(module, nn.Embedding):
+                new = (
+                    _tied_embedding(twin, module) if twin is not None else _embedding(layer, config)
+                )
             elif twin is not None:
                 new = _tied_linear(twin, module, config)
             else:
@@ -263,6 +311,15 @@ def _named(layer: _Layer, make: Callable[[], nn.Module]) -> nn.Module:
         return make()
     except ValueError as error:
         raise ValueError(f"accelerate: {layer.name}: {error}") from error
+
+
+def _pruned(layer: _Layer, config: BlockSparseConfig) -> BlockSparseLinear:
+    return _named(
+        layer,
+        lambda: BlockSparseLinear.from_linear(
+            layer.module, config.density, config.block, dtype=config.dtype
+        ),
+    )
 
 
 def _linear(layer: _Layer, config: Int4Config) -> Int4Linear:
@@ -341,7 +398,7 @@ def _packed_key(model: nn.Module, key: str) -> str:
     return f"{path}.packed" if quantised else key
 
 
-# --- bytes --------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def _module_bytes(module: nn.Module) -> int:
@@ -360,13 +417,14 @@ def model_bytes(model: nn.Module) -> int:
 def _row(layer: _Layer, before: int, replacements: dict[int, nn.Module]) -> LayerReport:
     old = layer.module
     new = replacements.get(id(old), old)
+    action = "sparse" if isinstance(new, BlockSparseLinear) else f"int{getattr(new, 'bits', 0)}"
     if isinstance(old, nn.Embedding):
         shape = (old.num_embeddings, old.embedding_dim)
     else:
         shape = (old.out_features, old.in_features)
     return LayerReport(
         name=layer.name,
-        action="kept" if layer.reason else f"int{new.bits}",
+        action="kept" if layer.reason else action,
         reason=layer.reason,
         kind=type(old).__name__,
         shape=shape,

@@ -42,11 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=3, metavar="N", help="rounds of each timing (3)"
     )
     parser.add_argument(
+        "--seconds",
+        type=int,
+        default=100,
+        metavar="N",
+        help="start no further round after this many seconds (100); one round always runs",
+    )
+    parser.add_argument(
         "--text-tokens",
         type=int,
-        default=2048,
+        default=1024,
         metavar="N",
-        help="tokens of the perplexity text (2048)",
+        help="tokens of the perplexity text (1024)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
 
@@ -249,6 +256,7 @@ def _measure(
     tokenizer: Any,
     arguments: argparse.Namespace,
     say: Callable[[str], None],
+    elapsed: Callable[[], float],
 ) -> None:
     text = tokenizer(english_text()[: 12 * arguments.text_tokens], return_tensors="pt")
     ids = text.input_ids[0][: arguments.text_tokens]
@@ -261,6 +269,9 @@ def _measure(
         tokens, _ = decode(candidate.model, prompt, arguments.tokens, stop)
         candidate.text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     for index in range(arguments.rounds):
+        if index and elapsed() > arguments.seconds:
+            say(f"a slow or busy machine: {index} of {arguments.rounds} rounds")
+            break
         say(f"timing round {index + 1} of {arguments.rounds}")
         for candidate in candidates:
             seconds = prefill_seconds(candidate.model, long_prompt)
@@ -324,8 +335,11 @@ def _print_table(rows: list[dict[str, Any]], count: int) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
 
+    def elapsed() -> float:
+        return time.perf_counter() - start
+
     def say(text: str) -> None:
-        print(f"[{time.perf_counter() - start:5.1f} s] {text}", flush=True)
+        print(f"[{elapsed():5.1f} s] {text}", flush=True)
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -337,7 +351,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tokenizer, candidates, lossless, report = _load(path, say)
     print(f"\n{report}\n", flush=True)
     count = weight_count(candidates[0].model)
-    _measure(candidates, tokenizer, arguments, say)
+    _measure(candidates, tokenizer, arguments, say, elapsed)
     rows = [candidate.row() for candidate in candidates]
     summary = _summary(rows, lossless, count)
 
@@ -368,7 +382,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "torch": torch.__version__,
             "prefill_tokens": arguments.prefill,
             "decode_tokens": arguments.tokens,
-            "rounds": arguments.rounds,
+            "rounds": len(candidates[0].decode),
             "models": rows,
             "summary": summary,
         }
@@ -390,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """As `main`, for arguments already parsed."""
-    for name in ("threads", "tokens", "prefill", "rounds", "text_tokens"):
+    for name in ("threads", "tokens", "prefill", "rounds", "seconds", "text_tokens"):
         value, least = getattr(arguments, name), 2 if name in ("tokens", "text_tokens") else 1
         if value is not None and value < least:
             option = "--" + name.replace("_", "-")

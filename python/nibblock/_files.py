@@ -1,9 +1,9 @@
-"""`save` and `load`: an accelerated model as one safetensors file.
+"""`save` and `load`: an accelerated model, or its adapters, as one safetensors file.
 
-The file holds canonical tensors, so it does not depend on the machine that wrote it, and in its metadata
-(key "nibblock", JSON) how each quantised layer is stored and which tensors are tied. Tied tensors are
-written once. A file appears whole or not at all: it is written under a temporary name in the same folder,
-flushed to the disk and renamed.
+The file holds canonical tensors, so it does not depend on the machine that wrote it, and in its
+metadata (key "nibblock", JSON) how each quantised layer is stored and which tensors are tied. Tied
+tensors are written once. A file appears whole or not at all: it is written under a temporary name
+in the same folder, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
 
-from nibblock.nn import Int4Embedding, Int4Linear
+from nibblock import _adapter_files
+from nibblock.nn import BlockSparseLinear, Int4Embedding, Int4Linear
 from nibblock.ops import _checks
 
 _KEY = "nibblock"
 _VERSION = 1
 _QUANTISED = (Int4Linear, Int4Embedding)
+_OURS = (*_QUANTISED, BlockSparseLinear)
 
 
 def _safetensors():
@@ -31,20 +33,26 @@ def _safetensors():
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "nibblock: safetensors is needed to save and load models: pip install nibblock[transformers]"
+            "nibblock: saving and loading needs safetensors: pip install nibblock[transformers]"
         ) from error
     return safetensors
 
 
-def save(model: nn.Module, path: Union[str, os.PathLike]) -> None:
-    """Writes the model's Parameters and buffers, int4 layers in their canonical form.
+def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str] = None) -> None:
+    """Writes a model; of a model with adapters, one adapter and what else was trained.
+
+    Without adapters: the model's Parameters and buffers, int4 layers in their canonical form and
+    block-sparse ones as their blocks. With adapters: a small file that is good for this base only.
 
     Args:
-        model: any module tree, accelerated or not.
+        model: any module tree, accelerated or not, with or without `AdapterLinear`s.
         path: where the safetensors file shall lie; an existing file is replaced at the very end.
+        adapter: the name of the adapter to save; None for the active one. Every Parameter outside
+            the adapters that asks for a gradient goes into the file too.
     Raises:
-        TypeError: model is not a module. ValueError: a tensor on the meta device (there is nothing to
-        save). ImportError: safetensors is not installed. OSError: as the file system says.
+        TypeError: model is not a module. ValueError: a tensor on the meta device (there is nothing
+        to save), no adapter of that name, none active, several active, or one that is merged.
+        ImportError: safetensors is not installed. OSError: as the file system says.
     Determinism: the same model gives the same bytes.
     Example:
         >>> nibblock.save(model, "model.safetensors")
@@ -53,11 +61,19 @@ def save(model: nn.Module, path: Union[str, os.PathLike]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: model must be an nn.Module, got {type(model).__name__}")
     safetensors = _safetensors()
+    if _adapter_files.adapter_layers(model):
+        tensors, header = _adapter_files.collect(model, adapter)
+        _write(Path(path), _pack(safetensors, tensors, header))
+        return
+    if adapter is not None:
+        raise ValueError(f"save: adapter must be one of none, got {adapter!r}")
     layers: dict[str, dict[str, Any]] = {}
     shared: dict[str, str] = {}  # name of a tied quantised layer -> the layer whose tensors it uses
     owner: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _QUANTISED):
+        if isinstance(module, BlockSparseLinear):
+            layers[name] = _describe_sparse(module)
+        elif isinstance(module, _QUANTISED):
             layers[name] = _describe(module)
             first = owner.setdefault(id(module.packed), name)
             if first != name:
@@ -66,22 +82,26 @@ def save(model: nn.Module, path: Union[str, os.PathLike]) -> None:
     tied: dict[str, str] = {}
     seen: dict[tuple, str] = {}
     for key, tensor in _state(model, shared).items():
-        if tensor.is_meta:
-            raise ValueError(f"save: {key} must hold data, got a tensor on the meta device")
         where = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and where in seen:
             tied[key] = seen[where]
             continue
-        seen[where] = key
+        if not tensor.is_meta:
+            seen[where] = key
         tensors[key] = tensor
     header = {"version": _VERSION, "layers": layers, "shared": shared, "tied": tied}
-    path = Path(path)
-    data = safetensors.torch.save(
+    _write(Path(path), _pack(safetensors, tensors, header))
+
+
+def _pack(safetensors, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"save: {key} must hold data, got a tensor on the meta device")
+    return safetensors.torch.save(
         {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()},
         # One key only: safetensors writes several in no fixed order.
         metadata={_KEY: json.dumps(header)},
     )
-    _write(path, data)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -107,9 +127,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _state(model: nn.Module, shared: dict[str, str]) -> dict[str, torch.Tensor]:
     """The state dict without the codes of layers whose weight another layer saves."""
-    skipped = {
-        f"{name}.{part}" for name in shared for part in ("qweight", "scales", "offsets")
-    }
+    skipped = {f"{name}.{part}" for name in shared for part in ("qweight", "scales", "offsets")}
     return {k: t for k, t in model.state_dict().items() if k not in skipped}
 
 
@@ -129,23 +147,41 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     return record
 
 
-# --- load ---------------------------------------------------------------------------------------------
+def _describe_sparse(module: BlockSparseLinear) -> dict[str, Any]:
+    return {
+        "kind": "block_sparse",
+        "rows": module.out_features,
+        "columns": module.in_features,
+        "block": module.block,
+        "bias": module.bias is not None,
+    }
 
 
-def load(path: Union[str, os.PathLike], model: nn.Module) -> nn.Module:
+# --- load -----------------------------------------------------------------------------------------
+
+
+def load(
+    path: Union[str, os.PathLike], model: nn.Module, adapter: Optional[str] = None
+) -> nn.Module:
     """Restores a file of `save` into a model of the same architecture, in place.
 
-    Linears and embeddings that the file holds in 4 or 8 bits are replaced; everything else is copied into
-    the model's tensors (and takes the file's tensors where the model's are on the meta device).
+    A model's file: layers that it holds in 4 or 8 bits or as blocks are replaced; everything else
+    is copied into the model's tensors (and takes the file's tensors where the model's are on the
+    meta device). An adapter's file: its layers become `AdapterLinear`s, or get one more adapter
+    (one of the same name is overwritten); it is active afterwards, on these layers and on no other.
+    What was not trained is frozen, as `add_adapters` does.
 
     Args:
         path: a safetensors file written by `save`.
-        model: the same architecture, dense or accelerated in any way; its weights do not matter.
+        model: the same architecture, dense or accelerated in any way. Its weights do not matter for
+            a model's file; for an adapter's they must be those that it was trained on, bit for bit.
+        adapter: the name that an adapter gets; None for the one in the file.
     Returns:
         model.
     Raises:
-        ValueError: the file is not one of `save`'s, is damaged, or does not fit the model; the text names
-        the first layer or tensor that differs and the model is unchanged. FileNotFoundError: no such file.
+        ValueError: the file is not one of `save`'s, is damaged, or does not fit the model; the text
+        names the first layer or tensor that differs, of an adapter the first layer whose base is
+        another, and the model is unchanged. FileNotFoundError: no such file.
         ImportError: safetensors is not installed.
     """
     if not isinstance(model, nn.Module):
@@ -157,10 +193,17 @@ def load(path: Union[str, os.PathLike], model: nn.Module) -> nn.Module:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"load: {path.name} must be a whole safetensors file, got: {error}") from error
+        raise ValueError(
+            f"load: {path.name} must be a whole safetensors file, got: {error}"
+        ) from error
     header = _read_header(path, metadata)
+    if header.get("kind") == _adapter_files.KIND:
+        _adapter_files.restore(path, header, tensors, model, adapter)
+        return model
+    if adapter is not None:
+        raise ValueError(f"load: adapter must be None for a model's file, got {adapter!r}")
     for key, source in header["tied"].items():
         tensors[key] = tensors[source]
 
@@ -183,10 +226,12 @@ def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise ValueError(f"load: {path.name} must be written by nibblock.save, got other metadata")
     try:
         header = json.loads(metadata[_KEY])
+        if header.get("kind") == _adapter_files.KIND:
+            return dict(header)
         version = header["version"]
         if version == _VERSION:
             return {part: dict(header[part]) for part in ("layers", "shared", "tied")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"load: {path.name} must have whole metadata, got: {error!r}") from error
     raise ValueError(
         f"load: {path.name} must be of version {_VERSION}, got {version!r}; update nibblock"
@@ -196,9 +241,11 @@ def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 def _build_layers(path, header, modules, tensors) -> dict[str, nn.Module]:
     new: dict[str, nn.Module] = {}
     # Tied layers last: they take the storage of the layer whose tensors the file holds.
-    for name, record in sorted(header["layers"].items(), key=lambda item: item[0] in header["shared"]):
+    for name, record in sorted(
+        header["layers"].items(), key=lambda item: item[0] in header["shared"]
+    ):
         old = modules.get(name)
-        linear = record["kind"] == "linear"
+        linear = record["kind"] != "embedding"
         base = nn.Linear if linear else nn.Embedding
         if not isinstance(old, base):
             got = "none" if old is None else type(old).__name__
@@ -219,9 +266,25 @@ def _build_layers(path, header, modules, tensors) -> dict[str, nn.Module]:
                 f"load: {name} must have {'a' if record['bias'] else 'no'} bias as in the file, "
                 f"got {have}"
             )
-        new[name] = _build_layer(path, header, name, record, old, new, tensors)
+        build = _build_sparse if record["kind"] == "block_sparse" else _build_layer
+        new[name] = build(path, header, name, record, old, new, tensors)
         new[name].train(old.training)
     return new
+
+
+def _build_sparse(path, header, name, record, old, new, tensors) -> BlockSparseLinear:
+    parts = ("values", "blocks", "bias") if record["bias"] else ("values", "blocks")
+    for part in parts:
+        if f"{name}.{part}" not in tensors:
+            raise ValueError(f"load: {path.name} must hold {name}.{part}, got a file without it")
+    try:
+        return BlockSparseLinear.from_values(
+            *(tensors[f"{name}.{part}"] for part in parts),
+            in_features=record["columns"],
+            out_features=record["rows"],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load: {name}: {error}") from error
 
 
 def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
@@ -257,9 +320,7 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
                 )
             return Int4Linear.from_codes(*parts, bias, **form)
         dtype = old._dtype if isinstance(old, Int4Embedding) else old.weight.dtype
-        form.update(
-            embedding_dim=record["columns"], padding_idx=record["padding_idx"], dtype=dtype
-        )
+        form.update(embedding_dim=record["columns"], padding_idx=record["padding_idx"], dtype=dtype)
         if source is not None:
             return Int4Embedding.from_packed(
                 source.packed, num_embeddings=record["rows"], **form, **tied
@@ -276,7 +337,9 @@ def _match_rest(path, header, model, modules, tensors) -> dict[str, torch.Tensor
     have = {k: t for k, t in _dense_state(model, header["layers"]).items()}
     for key, tensor in have.items():
         if key not in rest:
-            raise ValueError(f"load: {path.name} must hold {key} of the model, got a file without it")
+            raise ValueError(
+                f"load: {path.name} must hold {key} of the model, got a file without it"
+            )
         if rest[key].shape != tensor.shape:
             raise ValueError(
                 f"load: {key} must have the file's shape {list(rest[key].shape)}, got "
@@ -295,9 +358,11 @@ def _dense_state(model: nn.Module, layers: dict) -> dict[str, torch.Tensor]:
         if name in layers:
             continue
         prefix = f"{name}." if name else ""
-        if isinstance(module, _QUANTISED):
-            # Quantised here, dense in the file: say so by the name the file uses.
-            raise ValueError(f"load: {name} must be dense as in the file, got {type(module).__name__}")
+        if isinstance(module, _OURS):
+            # Quantised or pruned here, dense in the file: say so by the name the file uses.
+            raise ValueError(
+                f"load: {name} must be dense as in the file, got {type(module).__name__}"
+            )
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and key not in module._non_persistent_buffers_set:
                 out[prefix + key] = tensor

@@ -19,7 +19,7 @@ __all__ = ["build_info", "load"]
 
 _FOLDER = Path(__file__).resolve().parent
 _OPERATORS = _FOLDER / "libnibblock_cpu.so"
-_REBUILD = "rebuild: pip install --no-build-isolation --force-reinstall --no-deps <nibblock>"
+_REBUILD = "rebuild in the checkout: pip install --no-build-isolation --no-deps ."
 
 
 @functools.cache

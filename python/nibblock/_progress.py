@@ -1,4 +1,6 @@
-"""Progress of a long conversion: a bar on a terminal, one line otherwise, or the caller's own function."""
+"""Progress of a long conversion: a bar on a terminal, one line otherwise, or the caller's own
+function.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ class Progress:
     """Counts steps towards `total`.
 
     Args:
-        option: None or True for a bar on a terminal and one closing line elsewhere (standard error);
-            False for silence; a callable for `option(done, total)` after every step.
+        option: None or True for a bar on a terminal and one closing line elsewhere (standard
+            error); False for silence; a callable for `option(done, total)` after every step.
         total: how many steps there are.
         label: what the bar or line begins with.
     """

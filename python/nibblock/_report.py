@@ -1,4 +1,4 @@
-"""What `accelerate` did to a model: one row per layer, printable as a table."""
+"""What `accelerate` or `add_adapters` did to a model: one row per layer, printable as a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: `action` is "int4", "int8" (replaced) or "kept"; `reason` says why it was kept."""
+    """One layer: `action` is "int4", "int8", "sparse", "adapter" or "kept"; `reason` says why
+    kept.
+    """
 
     name: str
     action: str
@@ -22,18 +24,22 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """The rows of an accelerated model. `str()` is a table in which layers of one kind are one line.
+    """The rows of an accelerated model. `str()` is a table in which layers of one kind are one
+    line.
 
     Attributes:
         rows: a `LayerReport` for every linear (and embedding) that was looked at.
-        model_bytes_before, model_bytes_after: all Parameters and buffers, each storage counted once.
+        model_bytes_before, model_bytes_after: all Parameters and buffers, each storage counted
+            once.
         fused: names of the siblings that run as one call, "parent.(a|b)".
+        trainable: numbers that ask for a gradient after `add_adapters`; 0 after `accelerate`.
     """
 
     rows: list[LayerReport] = field(default_factory=list)
     model_bytes_before: int = 0
     model_bytes_after: int = 0
     fused: list[str] = field(default_factory=list)
+    trainable: int = 0
 
     @property
     def replaced(self) -> list[LayerReport]:
@@ -62,13 +68,16 @@ class Report:
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,
             "fused": list(self.fused),
+            "trainable": self.trainable,
         }
 
     def __str__(self) -> str:
         folded: dict[tuple, list[LayerReport]] = {}
         for row in self.rows:
             pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-            folded.setdefault((pattern, row.kind, row.shape, row.action, row.reason), []).append(row)
+            folded.setdefault((pattern, row.kind, row.shape, row.action, row.reason), []).append(
+                row
+            )
         lines = [("layer", "shape", "action", "before", "after", "reason")]
         for (pattern, kind, shape, action, reason), rows in folded.items():
             name = rows[0].name if len(rows) == 1 else f"{pattern} x{len(rows)}"
@@ -97,13 +106,15 @@ class Report:
             for line in lines
         ]
         table.insert(1, "-" * max(len(line) for line in table))
-        total = f"{len(self.replaced)} replaced, {len(self.kept)} kept"
+        what = "adapted" if self.trainable else "replaced"
+        total = f"{len(self.replaced)} {what}, {len(self.kept)} kept"
         if self.fused:
             total += f", {len(self.fused)} groups of siblings run as one call"
-        total += (
-            f"; model {format_bytes(self.model_bytes_before)} -> {format_bytes(self.model_bytes_after)}"
-        )
-        if self.model_bytes_after:
+        sizes = format_bytes(self.model_bytes_before), format_bytes(self.model_bytes_after)
+        total += f"; model {sizes[0]} -> {sizes[1]}"
+        if self.trainable:
+            total += f"; {self.trainable} trainable values"
+        elif self.model_bytes_after:
             total += f" ({self.model_bytes_before / self.model_bytes_after:.2f}x smaller)"
         return "\n".join([*table, total])
 

@@ -53,18 +53,21 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
 
     Args:
         module: an `Int4Linear`, or any model that holds some.
-        x: for an `Int4Linear`, its input [..., K] float32 | bfloat16 | float16 (nothing is computed; it may
-            be a meta tensor). For a model, what its forward takes: a tensor, a tuple of positional or a dict
-            of keyword arguments; the forward runs once, without gradients, to see the shapes.
+        x: for an `Int4Linear`, its input [..., K] float32 | bfloat16 | float16 (nothing is
+            computed; it may be a meta tensor). For a model, what its forward takes: a tensor, a
+            tuple of positional or a dict of keyword arguments; the forward runs once, without
+            gradients, to see the shapes.
     Returns:
         An `Explanation`, or for a model `Explanations`, one for each distinct shape; both print.
     Raises:
-        TypeError: module is not a module, or x of a dtype that is not served. ValueError: x of another
-        shape, or a model without any Int4Linear.
+        TypeError: module is not a module, or x of a dtype that is not served. ValueError: x of
+        another shape, or a model without any Int4Linear.
     Determinism: the rows are those the dispatcher walks.
     """
     if isinstance(module, Int4Linear):
-        module._diagnose(x.to("meta") if isinstance(x, torch.Tensor) and module.packed.is_meta else x)
+        module._diagnose(
+            x.to("meta") if isinstance(x, torch.Tensor) and module.packed.is_meta else x
+        )
         return _explain_layer("Int4Linear", module, x)
     if not isinstance(module, nn.Module):
         raise TypeError(f"explain: module must be an nn.Module, got {type(module).__name__}")
@@ -98,7 +101,9 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
     out = []
     for calls in seen.values():
         name, layer, value = calls[0]
-        out.append(_explain_layer(name if len(calls) == 1 else f"{name} x{len(calls)}", layer, value))
+        out.append(
+            _explain_layer(name if len(calls) == 1 else f"{name} x{len(calls)}", layer, value)
+        )
     return Explanations(out)
 
 

@@ -241,4 +241,5 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
     member = getattr(gguf.GGMLQuantizationType, kind, None)
     if member is None:
         raise NotImplementedError(kind)
-    return gguf.quants.dequantize(raw, member)
+    with np.errstate(all="ignore"):  # a corrupt scale is found by its result, which is not finite
+        return gguf.quants.dequantize(raw, member)

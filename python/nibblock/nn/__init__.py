@@ -1,7 +1,17 @@
 """Modules that stand wherever torch's dense ones stand."""
 
+from nibblock.nn.adapter_linear import Adapter, AdapterLinear
+from nibblock.nn.block_sparse_linear import BlockSparseLinear
 from nibblock.nn.fused import fuse_linears, unfuse_linears
 from nibblock.nn.int4_embedding import Int4Embedding
 from nibblock.nn.int4_linear import Int4Linear
 
-__all__ = ["Int4Embedding", "Int4Linear", "fuse_linears", "unfuse_linears"]
+__all__ = [
+    "Adapter",
+    "AdapterLinear",
+    "BlockSparseLinear",
+    "Int4Embedding",
+    "Int4Linear",
+    "fuse_linears",
+    "unfuse_linears",
+]

@@ -1,9 +1,9 @@
 """What a module that holds one packed int4 weight needs, whatever it computes with it.
 
-In memory there is one frozen uint8 Parameter `packed`: a Parameter, because buffers are broadcast on every
-forward by data parallel wrappers, and uint8, because `.to(bfloat16)` would round float scales. In a state
-dict there are the canonical `qweight`, `scales` and `offsets`, so that a file written on one machine loads
-on any other.
+In memory there is one frozen uint8 Parameter `packed`: a Parameter, because buffers are broadcast
+on every forward by data parallel wrappers, and uint8, because `.to(bfloat16)` would round float
+scales. In a state dict there are the canonical `qweight`, `scales` and `offsets`, so that a file
+written on one machine loads on any other.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from torch import nn
 from nibblock import ops as _ops
 from nibblock.ops import _checks
 
-# __init__ of nn.Linear and nn.Embedding would allocate the dense weight; these classes never call it.
+# __init__ of nn.Linear and nn.Embedding would allocate the dense weight; these classes never call
+# it.
 
 
 class PackedWeight:
-    """Mixin of `Int4Linear` and `Int4Embedding`: a weight of `_rows` x `_columns` kept in `self.packed`."""
+    """Mixin of `Int4Linear` and `Int4Embedding`: a weight of `_rows` x `_columns` kept in
+    `self.packed`.
+    """
 
     _rows: int
     _columns: int
@@ -87,12 +90,13 @@ class PackedWeight:
 
     def _refuse_weight(self) -> None:
         raise AttributeError(
-            f"{type(self).__name__}: weight must not be assigned, got an assignment; it is computed from "
-            f"packed: load canonical tensors or a dense weight with load_state_dict"
+            f"{type(self).__name__}: weight must not be assigned, got an assignment; it is "
+            f"computed from packed: load canonical tensors or a dense weight with load_state_dict"
         )
 
     def __setattr__(self, name: str, value: object) -> None:
-        # nn.Module.__setattr__ would register a Parameter under this name and never see the property.
+        # nn.Module.__setattr__ would register a Parameter under this name and never see the
+        # property.
         if name == "weight":
             self._refuse_weight()
         super().__setattr__(name, value)
@@ -167,14 +171,16 @@ class PackedWeight:
         unexpected_keys,
         error_msgs,
     ):
-        # nn.Module loads `packed` and `bias`; this turns what the file holds into `packed` first, and
-        # what nn.Module reports about `packed` back into the file's names.
+        # nn.Module loads `packed` and `bias`; this turns what the file holds into `packed` first,
+        # and what nn.Module reports about `packed` back into the file's names.
         shapes = self._canonical_shapes()
         local = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         dense = local.pop(prefix + "weight", None)
         given = {name: local.pop(prefix + name, None) for name in shapes}
         if dense is not None and any(v is not None for v in given.values()):
-            local[prefix + "weight"] = dense  # both forms at once: the canonical one, and report the other
+            local[prefix + "weight"] = (
+                dense  # both forms at once: the canonical one, and report the other
+            )
             dense = None
         absent = [name for name, value in given.items() if value is None]
         key = prefix + "packed"
@@ -223,15 +229,17 @@ class PackedWeight:
             if tuple(value.shape) != shape:
                 errors.append(self._mismatch(prefix + name, value, shape))
             elif name == "qweight" and value.dtype != torch.uint8:
-                errors.append(f"{prefix}qweight must be uint8, got {_checks.dtype_name(value.dtype)}")
+                errors.append(
+                    f"{prefix}qweight must be uint8, got {_checks.dtype_name(value.dtype)}"
+                )
             elif value.dtype != dtype and not value.is_meta:
                 # float16 to float32 is exact; the other way only if no value changes.
                 cast = value.to(dtype)
                 if not torch.equal(cast.to(value.dtype), value):
                     errors.append(
                         f"{prefix}{name} must be exact in {_checks.dtype_name(dtype)}, got "
-                        f"{_checks.dtype_name(value.dtype)} values that are not; build the module with "
-                        f"scale_dtype={value.dtype}"
+                        f"{_checks.dtype_name(value.dtype)} values that are not; build the module "
+                        f"with scale_dtype={value.dtype}"
                     )
                 given[name] = cast
         if errors:
@@ -255,7 +263,11 @@ class PackedWeight:
         )
 
     def _format_repr(self) -> str:
-        parts = [f"bits={self.bits}", f"group_size={self.group_size}", f"symmetric={not self.affine}"]
+        parts = [
+            f"bits={self.bits}",
+            f"group_size={self.group_size}",
+            f"symmetric={not self.affine}",
+        ]
         if self.scale_dtype != torch.float32:
             parts.append(f"scale_dtype={_checks.dtype_name(self.scale_dtype)}")
         return ", ".join(parts)

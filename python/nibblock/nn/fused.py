@@ -1,13 +1,15 @@
 """Sibling linears that read the same input run as one call: q/k/v, gate/up and their likes.
 
 The siblings keep their names, modules and Parameters. Their packed weights become neighbours in one
-storage, so that one call over the concatenated panels computes all of them. The call happens when the
-parent's forward asks the first sibling; the others then find their slice, provided that they are asked with
-the very same tensor, unchanged, in the same thread, before the parent's forward returns. Anything else (a
-different input, a direct call of a sibling, autograd, tracing) runs the sibling alone, exactly as before.
+storage, so that one call over the concatenated panels computes all of them. The call happens when
+the parent's forward asks the first sibling; the others then find their slice, provided that they
+are asked with the very same tensor, unchanged, in the same thread, before the parent's forward
+returns. Anything else (a different input, a direct call of a sibling, autograd, tracing) runs the
+sibling alone, exactly as before.
 
     blob      [ panels of q | panels of k | panels of v ]     rows padded to 16 in each
-    q.packed  = blob[0:a]   k.packed = blob[a:b]   v.packed = blob[b:c]      views, in the state dict as before
+    q.packed  = blob[0:a]   k.packed = blob[a:b]   v.packed = blob[b:c]      views, in the state
+              dict as before
     y         [M, padded N of all] -> y[:, 0:Nq], y[:, a16:a16+Nk], ...
 """
 
@@ -19,6 +21,7 @@ from typing import Optional
 import torch
 from torch import nn
 
+from nibblock.nn import _lean
 from nibblock.nn.int4_linear import Int4Linear
 from nibblock.ops._checks import PANEL_ROWS
 
@@ -59,8 +62,8 @@ def _format(layer: Int4Linear) -> tuple:
 class FusedInt4Group:
     """The shared storage of some siblings and, per thread, the results of the call in flight.
 
-    Not a module: it adds nothing to the tree or the state dict. The blob is rebuilt when a sibling's
-    storage has moved (`.to`, `load_state_dict(assign=True)`, deepcopy, unpickling).
+    Not a module: it adds nothing to the tree or the state dict. The blob is rebuilt when a
+    sibling's storage has moved (`.to`, `load_state_dict(assign=True)`, deepcopy, unpickling).
     """
 
     def __init__(self, siblings: list[Int4Linear]) -> None:
@@ -139,21 +142,25 @@ class FusedInt4Group:
     # --- running ---------------------------------------------------------------------------------
 
     def run(self, x: torch.Tensor) -> Optional[tuple[torch.Tensor, list[tuple[int, int]]]]:
-        """One call for all siblings: y [..., padded N of all] and the siblings' column ranges in it.
+        """One call for all siblings: y [..., padded N of all] and the siblings' column ranges in
+        it.
 
-        None where they cannot share a call. No gradient flows through it: the caller asks only where none
-        is needed.
+        None where they cannot share a call. No gradient flows through it: the caller asks only
+        where none is needed.
         """
         bound = self._ready() if self.enabled else None
         if bound is None or any(
-            b is not None and b.is_inference() for b in [s._parameters["bias"] for s in self.siblings]
+            b is not None and b.is_inference()
+            for b in [s._parameters["bias"] for s in self.siblings]
         ):
             return None  # (an inference tensor's changes cannot be seen)
         _, blob, spans, columns, args = bound
         return _forward(x, blob, self._concatenated_bias(spans, columns), *args), spans
 
     def open(self) -> Optional[list]:
-        """Starts sharing in this thread (the parent's forward begins); returns what was there before."""
+        """Starts sharing in this thread (the parent's forward begins); returns what was there
+        before.
+        """
         key = threading.get_ident()
         before = self._active.get(key)
         self._active[key] = []
@@ -203,18 +210,21 @@ class FusedInt4Group:
         return any(b is not None and b.requires_grad for b in biases)
 
 
-# --- parents ------------------------------------------------------------------------------------------
-# The parent's class is replaced by a subclass whose forward opens and closes its groups. A subclass keeps
-# isinstance, repr, hooks and the state dict; its __reduce_ex__ names the original class, so deepcopy and
-# pickle work.
+# --- parents --------------------------------------------------------------------------------------
+# A module's class is replaced by a subclass with another forward. A subclass keeps isinstance,
+# repr, hooks and the state dict; its __reduce_ex__ names the original class, so deepcopy and pickle
+# work.
 
 
-def _rebuild_parent(cls: type) -> nn.Module:
-    return object.__new__(fused_class(cls))
+class _Swapped:
+    """What every replaced class has."""
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (type(self)._nibblock_original,), self.__dict__
 
 
-class _Shared:
-    """What a fused parent's class adds."""
+class _Shared(_Swapped):
+    """A parent of siblings: its forward opens and closes their groups."""
 
     def forward(self, *args, **kwargs):
         groups = self.__dict__["_int4_groups"]
@@ -227,29 +237,31 @@ class _Shared:
             for group, was in zip(groups, before):
                 group.close(was)
 
-    def __reduce_ex__(self, protocol):
-        return _rebuild_parent, (type(self)._nibblock_original,), self.__dict__
-
 
 _classes: dict[type, type] = {}
 
 
-def fused_class(cls: type) -> type:
-    """The subclass of `cls` whose instances share calls between sibling linears."""
+def _swapped_class(cls: type) -> type:
+    """The subclass of `cls` with a shared or shorter forward."""
     if cls not in _classes:
-        lean = _lean_forward(cls)
-        body = {"_nibblock_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-        body["__qualname__"] = cls.__qualname__
+        norm = _lean.lean_norm(cls)
+        lean = norm or _lean.lean_parent(cls)
+        base = _Swapped if norm else _Shared
+        body = {
+            "_nibblock_original": cls,
+            "_int4_original_forward": cls.forward if norm else _Shared.forward,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+        }
         if lean is not None:
             body["forward"] = lean
-        _classes[cls] = type(cls.__name__, (_Shared, cls), body)
+        _classes[cls] = type(cls.__name__, (base, cls), body)
     return _classes[cls]
 
 
-def _lean_forward(cls: type):
-    from nibblock.nn._lean import lean_forward
-
-    return lean_forward(cls)
+def _rebuild(cls: type) -> nn.Module:
+    return object.__new__(_swapped_class(cls))
 
 
 def _find_groups(module: nn.Module) -> list[list[Int4Linear]]:
@@ -275,9 +287,11 @@ def _find_groups(module: nn.Module) -> list[list[Int4Linear]]:
 def fuse_linears(model: nn.Module) -> list[str]:
     """Lets sibling `Int4Linear`s that read the same input run as one call, in place.
 
-    Names, modules, Parameters, the state dict and results stay as they are. Siblings are found by name
-    (q_proj/k_proj/v_proj, gate_proj/up_proj, query/key/value, ...) within one parent; they must have one
-    in_features and one format, and their weights must not be tied to anything else.
+    Names, modules, Parameters, the state dict and results stay as they are. Siblings are found by
+    name (q_proj/k_proj/v_proj, gate_proj/up_proj, query/key/value, ...) within one parent; they
+    must have one in_features and one format, and their weights must not be tied to anything else.
+    Attention, MLP and norm modules of transformers whose source is known also get a shorter forward
+    with the same values.
 
     Args:
         model: any module tree.
@@ -308,16 +322,20 @@ def fuse_linears(model: nn.Module) -> list[str]:
             out.append(f"{name}.({'|'.join(short)})" if name else "|".join(short))
         module._int4_groups = groups
         if not isinstance(module, _Shared):
-            module.__class__ = fused_class(type(module))
+            module.__class__ = _swapped_class(type(module))
+    if out:
+        for module in model.modules():
+            if not isinstance(module, _Swapped) and _lean.lean_norm(type(module)):
+                module.__class__ = _swapped_class(type(module))
     return out
 
 
 def unfuse_linears(model: nn.Module) -> None:
     """Undoes `fuse_linears`, in place: every linear runs alone on its own storage."""
     for module in model.modules():
-        if isinstance(module, _Shared):
+        if isinstance(module, _Swapped):
             module.__class__ = type(module)._nibblock_original
-            del module._int4_groups
+            module.__dict__.pop("_int4_groups", None)
         elif isinstance(module, Int4Linear) and module._fused is not None:
             module._fused = None
             module.packed.data = module.packed.detach().clone()

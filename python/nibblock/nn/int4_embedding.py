@@ -27,12 +27,13 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         symmetric: True stores scales only, False scales and offsets.
         bits: 8 or 4.
         scale_dtype: float32 | float16 of scales and offsets.
-        dtype: float32 | bfloat16 | float16 of the output; follows `.to(dtype)`, `.half()` and so on.
+        dtype: float32 | bfloat16 | float16 of the output; follows `.to(dtype)`, `.half()` and so
+            on.
         device: where the table lives; "meta" allocates nothing.
 
-    `linear()` makes an `Int4Linear` on the same `packed` Parameter: a tied head without a second copy.
-    The state dict holds `qweight`, `scales` and, unless symmetric, `offsets`; a dense `weight` is accepted
-    on loading and rounded to nearest.
+    `linear()` makes an `Int4Linear` on the same `packed` Parameter: a tied head without a second
+    copy. The state dict holds `qweight`, `scales` and, unless symmetric, `offsets`; a dense
+    `weight` is accepted on loading and rounded to nearest.
 
     Input: [...] int64 | int32 in [0, num_embeddings). Output: [..., embedding_dim].
     Raises: TypeError for another dtype, ValueError for an index out of range.
@@ -85,7 +86,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             )
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(
-                f"{op}: padding_idx must be in [{-num_embeddings}, {num_embeddings}), got {padding_idx}"
+                f"{op}: padding_idx must be in [{-num_embeddings}, {num_embeddings}), "
+                f"got {padding_idx}"
             )
         if padding_idx is not None and padding_idx < 0:
             padding_idx += num_embeddings
@@ -110,18 +112,22 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         """Quantises a dense embedding; the output dtype is that of its weight.
 
         Args:
-            embedding: its weight [num_embeddings, embedding_dim] float32 | bfloat16 | float16, finite.
+            embedding: its weight [num_embeddings, embedding_dim] float32 | bfloat16 | float16,
+                finite.
             group_size, symmetric, bits: as in the constructor.
             method: "rtn" or "mse", see `nibblock.ops.int4_quantize`.
         Returns:
             A new module on the embedding's device, in its training mode.
         Raises:
-            TypeError: not an `nn.Embedding`, or a dtype that is not listed. ValueError: max_norm is set
-            (it rewrites the table in forward), a format that does not exist, a weight that is not finite.
+            TypeError: not an `nn.Embedding`, or a dtype that is not listed. ValueError: max_norm is
+            set (it rewrites the table in forward), a format that does not exist, a weight that is
+            not finite.
         """
         op = "Int4Embedding.from_embedding"
         if not isinstance(embedding, nn.Embedding):
-            raise TypeError(f"{op}: embedding must be an nn.Embedding, got {type(embedding).__name__}")
+            raise TypeError(
+                f"{op}: embedding must be an nn.Embedding, got {type(embedding).__name__}"
+            )
         if embedding.max_norm is not None:
             raise ValueError(f"{op}: max_norm must be None, got {embedding.max_norm}")
         weight = embedding.weight
@@ -156,7 +162,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
         Args:
-            qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them; the dtype of scales is kept.
+            qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them; the dtype of scales is
+                kept.
             embedding_dim, group_size, bits, padding_idx, dtype: as in the constructor.
         Returns:
             A new module on the device of qweight.
@@ -196,7 +203,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
 
         Args:
             packed: [packed_bytes(num_embeddings, embedding_dim, ...)] uint8 tensor or Parameter.
-            num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype: the table's format.
+            num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype: the table's
+            format.
             padding_idx, dtype: as in the constructor.
         Returns:
             A new module.
@@ -218,7 +226,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         return out
 
     def linear(self, bias: Optional[torch.Tensor] = None, compute: str = "bf16") -> Int4Linear:
-        """The tied head: an `Int4Linear` embedding_dim -> num_embeddings on the same `packed` Parameter.
+        """The tied head: an `Int4Linear` embedding_dim -> num_embeddings on the same `packed`
+        Parameter.
 
         Args:
             bias: [num_embeddings] or None.

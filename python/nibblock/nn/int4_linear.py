@@ -31,8 +31,8 @@ class Int4Linear(PackedWeight, nn.Linear):
         device: where the weight lives; "meta" allocates nothing.
 
     The constructor makes a weight of zeros; `from_linear`, `from_codes`, `from_packed` and
-    `load_state_dict` fill it. The state dict holds `qweight`, `scales`, `offsets` (unless symmetric) and
-    `bias`; a dense `weight` is accepted on loading and rounded to nearest.
+    `load_state_dict` fill it. The state dict holds `qweight`, `scales`, `offsets` (unless
+    symmetric) and `bias`; a dense `weight` is accepted on loading and rounded to nearest.
 
     Input: [..., K] float32 | bfloat16 | float16. Output: [..., N] of the input's dtype.
     Raises: TypeError for another dtype, ValueError for another shape.
@@ -111,8 +111,8 @@ class Int4Linear(PackedWeight, nn.Linear):
         Returns:
             A new module on the linear's device, in its training mode.
         Raises:
-            TypeError: not an `nn.Linear`, or a dtype that is not listed. ValueError: a format that does
-            not exist, or a weight that is not finite.
+            TypeError: not an `nn.Linear`, or a dtype that is not listed. ValueError: a format that
+            does not exist, or a weight that is not finite.
         """
         op = "Int4Linear.from_linear"
         if not isinstance(linear, nn.Linear):
@@ -155,7 +155,8 @@ class Int4Linear(PackedWeight, nn.Linear):
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
         Args:
-            qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them; the dtype of scales is kept.
+            qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them; the dtype of scales is
+                kept.
             bias: [N] float32 | bfloat16 | float16 or None; a Parameter is taken over as it is.
             in_features: K.
             group_size, bits, compute: as in the constructor.
@@ -198,11 +199,13 @@ class Int4Linear(PackedWeight, nn.Linear):
         Args:
             packed: [packed_bytes(N, K, ...)] uint8 tensor or Parameter.
             bias: [N] or None.
-            in_features, out_features, group_size, bits, affine, scale_dtype, compute: the weight's format.
+            in_features, out_features, group_size, bits, affine, scale_dtype, compute: the weight's
+            format.
         Returns:
             A new module.
         Raises:
-            TypeError: packed or bias of another dtype. ValueError: a size that does not fit the format.
+            TypeError: packed or bias of another dtype. ValueError: a size that does not fit the
+                format.
         """
         op = "Int4Linear.from_packed"
         if bias is not None:
@@ -227,12 +230,14 @@ class Int4Linear(PackedWeight, nn.Linear):
 
     @property
     def compute(self) -> str:
-        """"bf16" or "int8"; see the class."""
+        """ "bf16" or "int8"; see the class."""
         return self._compute
 
     @compute.setter
     def compute(self, value: str) -> None:
-        _checks.check_format(type(self).__name__, self.group_size, self.bits, self.scale_dtype, value)
+        _checks.check_format(
+            type(self).__name__, self.group_size, self.bits, self.scale_dtype, value
+        )
         self._compute = value
         self._args = (
             self.out_features,
@@ -247,9 +252,10 @@ class Int4Linear(PackedWeight, nn.Linear):
             fused[0].invalidate()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The lean path: Parameters straight from their dictionary (a third of nn.Module.__getattr__'s
-        # time), the autograd-free twin of the op when nothing asks for a gradient, and no check that the
-        # op does not make itself. Only in_features is not among the op's arguments.
+        # The lean path: Parameters straight from their dictionary (a third of
+        # nn.Module.__getattr__'s time), the autograd-free twin of the op when nothing asks for a
+        # gradient, and no check that the op does not make itself. Only in_features is not among the
+        # op's arguments.
         parameters = self._parameters
         bias = parameters["bias"]
         try:

@@ -1,5 +1,16 @@
 """One typed function per op: `nibblock.ops.int4_linear(...)` and its family."""
 
+from nibblock.ops.block_sparse_linear import (
+    block_layout,
+    block_sparse_linear,
+    block_sparse_linear_dx,
+    sort_blocks,
+)
+from nibblock.ops.block_weight_grad import block_weight_grad
+from nibblock.ops.int4_block_sparse_linear import (
+    int4_block_sparse_linear,
+    int4_block_sparse_linear_dx,
+)
 from nibblock.ops.int4_linear import (
     int4_dequantize,
     int4_embedding,
@@ -12,6 +23,12 @@ from nibblock.ops.int4_linear import (
 )
 
 __all__ = [
+    "block_layout",
+    "block_sparse_linear",
+    "block_sparse_linear_dx",
+    "block_weight_grad",
+    "int4_block_sparse_linear",
+    "int4_block_sparse_linear_dx",
     "int4_dequantize",
     "int4_embedding",
     "int4_linear",
@@ -20,4 +37,5 @@ __all__ = [
     "int4_quantize",
     "int4_unpack",
     "packed_bytes",
+    "sort_blocks",
 ]

@@ -1,8 +1,8 @@
 """What the block-sparse ops ask of their arguments, and the one layout array they share.
 
 As in `_checks`: the fakes and the Python wrappers call these functions, the C++ glue repeats the
-sentences for direct calls of `torch.ops.nibblock.*`. What a layout holds is checked once, when it is
-built; a call only checks that its size fits.
+sentences for direct calls of `torch.ops.nibblock.*`. What a layout holds is checked once, when it
+is built; a call only checks that its size fits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def check_index(op: str, blocks: object) -> torch.Tensor:
     if not isinstance(blocks, torch.Tensor):
         raise TypeError(f"{op}: blocks must be a Tensor, got {type(blocks).__name__}")
     if blocks.dtype not in _INTEGERS:
-        raise TypeError(f"{op}: blocks must be int64 or int32, got {_checks.dtype_name(blocks.dtype)}")
+        raise TypeError(
+            f"{op}: blocks must be int64 or int32, got {_checks.dtype_name(blocks.dtype)}"
+        )
     if blocks.dim() != 2 or blocks.shape[1] != 2:
         raise ValueError(
             f"{op}: blocks must be [Z, 2] (row block, column block), got {list(blocks.shape)}"
@@ -83,7 +85,9 @@ def check_blocks(
 
 
 def build_layout(index: torch.Tensor, out_features: int, in_features: int, block: int):
-    """The layout array of checked blocks; drawn in csrc/block_sparse_linear/block_sparse_linear.h."""
+    """The layout array of checked blocks; drawn in
+    csrc/block_sparse_linear/block_sparse_linear.h.
+    """
     rows, columns = grid(out_features, in_features, block)
     row, column = index[:, 0], index[:, 1]
     start = torch.zeros(1, dtype=torch.int64)
@@ -116,7 +120,7 @@ def check_layout(
         lambda: (
             f"{op}: layout must be [{need}] for {count} blocks of out_features={out_features}, "
             f"in_features={in_features}, block={block}, got {list(layout.shape)}; "
-            f"use nibblock.ops.block_layout"
+            f"build it with block_layout()"
         ),
     )
 
@@ -128,9 +132,7 @@ def check_values(op: str, values: torch.Tensor, block: int) -> None:
     )
     torch._check_type(
         values.dtype in VALUES,
-        lambda: (
-            f"{op}: values must be float32 or bfloat16, got {_checks.dtype_name(values.dtype)}"
-        ),
+        lambda: f"{op}: values must be float32 or bfloat16, got {_checks.dtype_name(values.dtype)}",
     )
     torch._check_value(
         values.dim() == 3 and values.shape[1] == block and values.shape[2] == block,
@@ -172,7 +174,7 @@ def check_linear(
         torch._check_type(
             y0.dtype == x.dtype,
             lambda: (
-                f"{op}: y0 must be {_checks.dtype_name(x.dtype)} as x is, got "
+                f"{op}: y0 must be {_checks.dtype_name(x.dtype)} as x, got "
                 f"{_checks.dtype_name(y0.dtype)}"
             ),
         )
@@ -211,7 +213,7 @@ def layout_count(
         lambda: (
             f"{op}: layout must be [{rows + columns + 2} + 3 Z] for out_features={out_features}, "
             f"in_features={in_features}, block={block}, got {list(layout.shape)}; "
-            f"use nibblock.ops.block_layout"
+            f"build it with block_layout()"
         ),
     )
     return count
@@ -231,7 +233,7 @@ def check_weight_grad(
     torch._check_type(
         grad.dtype == x.dtype,
         lambda: (
-            f"{op}: grad must be {_checks.dtype_name(x.dtype)} as x is, got "
+            f"{op}: grad must be {_checks.dtype_name(x.dtype)} as x, got "
             f"{_checks.dtype_name(grad.dtype)}"
         ),
     )
@@ -239,7 +241,7 @@ def check_weight_grad(
     torch._check_value(
         list(grad.shape[:-1]) == list(x.shape[:-1]),
         lambda: (
-            f"{op}: grad must have the leading dimensions of x {list(x.shape)}, got "
+            f"{op}: grad must have the leading dimensions of x, {list(x.shape)}, got "
             f"{list(grad.shape)}"
         ),
     )
@@ -264,10 +266,7 @@ def check_low_rank(
 ) -> None:
     torch._check_value(
         (lora_a is None) == (lora_c is None),
-        lambda: (
-            f"{op}: lora_a and lora_c must be given together, got only "
-            f"{'lora_c' if lora_a is None else 'lora_a'}"
-        ),
+        lambda: f"{op}: lora_c must be given exactly when lora_a is, got only one of them",
     )
     if lora_a is None or lora_c is None:
         return
@@ -281,7 +280,14 @@ def check_low_rank(
         )
     torch._check_value(
         lora_a.dim() == 2 and lora_a.shape[1] == in_features,
-        lambda: f"{op}: lora_a must be [r, {in_features}], got {list(lora_a.shape)}",
+        lambda: f"{op}: lora_a must be [rank, {in_features}], got {list(lora_a.shape)}",
+    )
+    torch._check_type(
+        lora_c.dtype == lora_a.dtype,
+        lambda: (
+            f"{op}: lora_c must be {_checks.dtype_name(lora_a.dtype)} as lora_a, got "
+            f"{_checks.dtype_name(lora_c.dtype)}"
+        ),
     )
     need = [out_features, lora_a.shape[0]]
     torch._check_value(

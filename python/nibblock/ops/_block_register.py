@@ -1,7 +1,7 @@
 """Fakes, gradients, autocast, vmap and FLOPs of the block-sparse ops; imported once, by those ops.
 
-Every op here is linear in each of its tensors, and the gradients of each are other ops of the family,
-so derivatives of any order are exact:
+Every op here is linear in each of its tensors, and the gradients of each are other ops of the
+family, so derivatives of any order are exact:
 
     y  = x S^T      dx = g S          dS = blocks of g^T x
     dx = g S        dg = d S^T        dS = blocks of g^T d
@@ -235,7 +235,8 @@ torch.library.register_autograd(
 )
 
 
-# --- autocast: x, bias and y0 as F.linear's arguments; values and the low-rank pair stay as they are
+# --- autocast: x, bias and y0 as F.linear's arguments; values and the low-rank pair stay as they
+# are
 
 
 _autocast_library = torch.library.Library("nibblock", "FRAGMENT")

@@ -1,8 +1,8 @@
 """What every int4 op asks of its arguments, and the size of a packed weight.
 
-One set of sentences serves three places: the fakes and the Python wrappers call the functions below,
-the C++ glue repeats the same words for direct calls of `torch.ops.nibblock.*`. The good path never comes
-through here; the wrappers diagnose after an op has refused.
+One set of sentences serves three places: the fakes and the Python wrappers call the functions
+below, the C++ glue repeats the same words for direct calls of `torch.ops.nibblock.*`. The good path
+never comes through here; the wrappers diagnose after an op has refused.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def packed_bytes(
 ) -> int:
     """Bytes of a packed weight: the twin of `int4_geometry` in csrc/int4_linear/int4_linear.h.
 
-    Written without branches on the sizes, so that it also works on symbolic ones. `test_int4_linear`
-    holds it against the C++ figure.
+    Written without branches on the sizes, so that it also works on symbolic ones.
+    `test_int4_linear` holds it against the C++ figure.
     """
     k_pad = (in_features + _GRANULE_K - 1) // _GRANULE_K * _GRANULE_K
     groups = groups_of(in_features, group_size)
@@ -85,7 +85,9 @@ def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
     check_tensor(op, name, tensor)
     torch._check_type(
         tensor.dtype in FLOATS,
-        lambda: f"{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor.dtype)}",
+        lambda: (
+            f"{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor.dtype)}"
+        ),
     )
 
 
@@ -115,20 +117,23 @@ def check_packed(
         packed.dim() == 1 and packed.shape[0] == need,
         lambda: (
             f"{op}: packed must be a contiguous [{need}] for out_features={out_features}, "
-            f"in_features={in_features}, group_size={group_size}, bits={bits}, affine={affine}, got "
-            f"{list(packed.shape)}"
+            f"in_features={in_features}, group_size={group_size}, bits={bits}, affine={affine}, "
+            f"got {list(packed.shape)}"
         ),
     )
 
 
-def check_device(op: str, name: str, tensor: torch.Tensor, **others: Optional[torch.Tensor]) -> None:
+def check_device(
+    op: str, name: str, tensor: torch.Tensor, **others: Optional[torch.Tensor]
+) -> None:
     for other_name, other in others.items():
         if other is not None:
             check_tensor(op, other_name, other)
         torch._check_value(
             other is None or other.device == tensor.device,
             lambda other_name=other_name, other=other: (
-                f"{op}: {other_name} must be on {tensor.device}, where {name} is, got {other.device}"
+                f"{op}: {other_name} must be on {tensor.device}, where {name} is, "
+                f"got {other.device}"
             ),
         )
 

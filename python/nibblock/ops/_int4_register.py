@@ -1,7 +1,8 @@
-"""What torch has to know about the int4 ops beyond their CPU bodies: fakes, gradients, autocast, vmap, FLOPs.
+"""What torch has to know about the int4 ops beyond their CPU bodies: fakes, gradients, autocast,
+vmap, FLOPs.
 
-The stable ABI registers schemas and kernels only, so this file does the rest. It is imported once, right
-after the library is loaded.
+The stable ABI registers schemas and kernels only, so this file does the rest. It is imported once,
+right after the library is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from nibblock.ops import _checks
 _ops = torch.ops.nibblock
 
 
-# --- fakes: shapes and dtypes without data, and the same refusals as the real kernels -----------------
+# --- fakes: shapes and dtypes without data, and the same refusals as the real kernels -------------
 
 
 @torch.library.register_fake("nibblock::int4_linear")
@@ -58,9 +59,7 @@ def _(packed, out_features, in_features, group_size, bits, affine, scale_dtype, 
 
 
 @torch.library.register_fake("nibblock::int4_embedding")
-def _(
-    indices, packed, num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype, dtype
-):
+def _(indices, packed, num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype, dtype):
     _checks.check_embedding(
         "int4_embedding",
         indices,
@@ -76,9 +75,9 @@ def _(
     return packed.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 
 
-# --- gradients ----------------------------------------------------------------------------------------
-# Both ops are linear in their first argument and each is the other's gradient, so derivatives of any
-# order are exact. The packed weight is frozen: it has no gradient.
+# --- gradients ------------------------------------------------------------------------------------
+# Both ops are linear in their first argument and each is the other's gradient, so derivatives of
+# any order are exact. The packed weight is frozen: it has no gradient.
 
 
 def _linear_context(ctx, inputs, output):
@@ -119,7 +118,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("nibblock::int4_linear_dx", _dx_backward, setup_context=_dx_context)
 
 
-# --- autocast: as F.linear, x and bias go to the dtype of the autocast region --------------------------
+# --- autocast: as F.linear, x and bias go to the dtype of the autocast region ---------------------
 # torch.library.register_autocast fixes one dtype when it registers; this reads the region's.
 
 _autocast_library = torch.library.Library("nibblock", "FRAGMENT")
@@ -152,7 +151,7 @@ for _name in ("int4_linear", "_int4_linear_forward"):
         )
 
 
-# --- vmap ---------------------------------------------------------------------------------------------
+# --- vmap -----------------------------------------------------------------------------------------
 # Without a rule torch would loop over the batch and warn about it.
 
 
@@ -174,11 +173,12 @@ for _name, _argument in (
     ("int4_embedding", "indices"),
 ):
     torch.library.register_vmap(
-        f"nibblock::{_name}", _refuse_vmap(_name.replace("_int4_linear_forward", "int4_linear"), _argument)
+        f"nibblock::{_name}",
+        _refuse_vmap(_name.replace("_int4_linear_forward", "int4_linear"), _argument),
     )
 
 
-# --- FLOPs, as torch.utils.flop_counter counts a dense matrix product ----------------------------------
+# --- FLOPs, as torch.utils.flop_counter counts a dense matrix product -----------------------------
 
 
 def _product_flops(x_shape, packed_shape, *args, out_shape=None, **kwargs):
@@ -188,4 +188,6 @@ def _product_flops(x_shape, packed_shape, *args, out_shape=None, **kwargs):
     return 2 * rows * x_shape[-1] * out_shape[-1]
 
 
-register_flop_formula([_ops.int4_linear, _ops._int4_linear_forward, _ops.int4_linear_dx])(_product_flops)
+register_flop_formula([_ops.int4_linear, _ops._int4_linear_forward, _ops.int4_linear_dx])(
+    _product_flops
+)

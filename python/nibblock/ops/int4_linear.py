@@ -1,9 +1,11 @@
-"""The int4 ops as typed functions: linear, its input gradient, dequantise, embedding, pack, quantise.
+"""The int4 ops as typed functions: linear, its input gradient, dequantise, embedding, pack,
+quantise.
 
     w[n, k] = scale[n, g(k)] * code[n, k] + offset[n, g(k)]        g(k) = k // group_size
 
-Letters, as in csrc/int4_linear/int4_linear.h: M rows of x, N out_features, K in_features, G group_size.
-A symmetric weight stores no offsets: offset = -8 * scale (bits = 4) or -128 * scale (bits = 8).
+Letters, as in csrc/int4_linear/int4_linear.h: M rows of x, N out_features, K in_features, G
+group_size. A symmetric weight stores no offsets: offset = -8 * scale (bits = 4) or -128 * scale
+(bits = 8).
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ def int4_linear(
         y[m, n] = sum_k x[m, k] * (scale[n, g(k)] * code[n, k] + offset[n, g(k)]) + bias[n]
 
     Args:
-        x: [..., K] float32 | bfloat16 | float16, any strides; any leading dimensions, none and empty
-            ones included.
+        x: [..., K] float32 | bfloat16 | float16, any strides; any leading dimensions, none and
+            empty ones included.
         packed: [packed_bytes(N, K, ...)] uint8, from `int4_pack`.
         bias: [N] float32 | bfloat16 | float16, or None. Added in float32.
         out_features: N.
@@ -69,18 +71,19 @@ def int4_linear(
     Returns:
         [..., N], dtype and device of x, contiguous.
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape, format or device that does not fit.
+        TypeError: a dtype that is not listed. ValueError: a shape, format or device that does not
+            fit.
     Gradients: x and bias, of any order. packed is frozen.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
-    Numerics: sums in float32; with compute="bf16" the error against float64 is at most 1.1 times that of
-        a dense bfloat16 linear on the same dequantised weight.
+    Numerics: sums in float32; with compute="bf16" the error against float64 is at most 1.1 times
+        that of a dense bfloat16 linear on the same dequantised weight.
     Autocast: x and bias are cast as `torch.nn.functional.linear` casts its arguments.
     Source: kernels in csrc/int4_linear/; the layout is drawn in csrc/int4_linear/int4_linear.h.
     Example:
-        >>> q = nibblock.ops.int4_quantize(torch.randn(256, 512), group_size=64)
-        >>> packed = nibblock.ops.int4_pack(*q, in_features=512, group_size=64)
-        >>> y = nibblock.ops.int4_linear(torch.randn(3, 512), packed, out_features=256, group_size=64,
-        ...                              affine=True, scale_dtype=torch.float32)
+        >>> q = nb.ops.int4_quantize(torch.randn(256, 512), group_size=64)
+        >>> packed = nb.ops.int4_pack(*q, in_features=512, group_size=64)
+        >>> y = nb.ops.int4_linear(torch.randn(3, 512), packed, out_features=256, group_size=64,
+        ...                        affine=True, scale_dtype=torch.float32)
     """
     try:
         return _linear(
@@ -121,12 +124,13 @@ def int4_linear_dx(
         grad: [..., N] float32 | bfloat16 | float16, any strides and leading dimensions.
         packed: [packed_bytes(N, K, ...)] uint8.
         in_features: K.
-        group_size, bits, affine, scale_dtype, compute: as in `int4_linear`. "int8" here means what the
-            forward used; gradients are never quantised to int8.
+        group_size, bits, affine, scale_dtype, compute: as in `int4_linear`. "int8" here means what
+            the forward used; gradients are never quantised to int8.
     Returns:
         [..., K], dtype and device of grad, contiguous.
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape, format or device that does not fit.
+        TypeError: a dtype that is not listed. ValueError: a shape, format or device that does not
+            fit.
     Gradients: grad (it is `int4_linear` without a bias). packed is frozen.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
     Numerics: sums in float32.
@@ -172,7 +176,8 @@ def int4_dequantize(
     Returns:
         [N, K] dtype, device of packed.
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit packed.
+        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit
+            packed.
     Gradients: none. Determinism: bitwise, everywhere.
     Numerics: computed in float32.
     Source: csrc/int4_linear/cpu_pack.cpp.
@@ -221,8 +226,8 @@ def int4_embedding(
     Returns:
         [..., embedding_dim] dtype, device of packed, contiguous.
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit packed, or
-        an index out of range.
+        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit
+        packed, or an index out of range.
     Gradients: none. Determinism: bitwise, everywhere.
     Numerics: computed in float32.
     Source: csrc/int4_linear/cpu_pack.cpp.
@@ -277,11 +282,12 @@ def int4_pack(
     """Canonical codes, scales and offsets to the one packed layout all kernels read.
 
     Args:
-        qweight: [N, ceil(K / 2)] uint8 for bits = 4, two codes a byte, low nibble = even k; [N, K] uint8
-            for bits = 8. Unit: code 0..15 or 0..255.
-        scales: [N, ceil(K / G)] float32 | float16. Unit: weight per code step. Its dtype is kept: it is
-            the `scale_dtype` of every later call.
-        offsets: [N, ceil(K / G)], dtype of scales, the weight of code 0; None for a symmetric weight.
+        qweight: [N, ceil(K / 2)] uint8 for bits = 4, two codes a byte, low nibble = even k; [N, K]
+            uint8 for bits = 8. Unit: code 0..15 or 0..255.
+        scales: [N, ceil(K / G)] float32 | float16. Unit: weight per code step. Its dtype is kept:
+            it is the `scale_dtype` of every later call.
+        offsets: [N, ceil(K / G)], dtype of scales, the weight of code 0; None for a symmetric
+            weight.
         in_features: K.
         group_size: G, one of 32, 64, 128, 256, or -1 for one group per row.
         bits: 4 or 8.
@@ -289,7 +295,8 @@ def int4_pack(
         [packed_bytes(N, K, ...)] uint8, device of qweight.
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes that do not fit each other.
-    Gradients: none. Determinism: bitwise. Numerics: nothing is rounded; `int4_unpack` gives it back.
+    Gradients: none. Determinism: bitwise. Numerics: nothing is rounded; `int4_unpack` gives it
+        back.
     Source: layout in csrc/int4_linear/int4_linear.h.
     """
     op = "int4_pack"
@@ -310,9 +317,7 @@ def int4_pack(
                 f"{op}: {name} must be {list(shape)} for in_features {in_features}, group_size "
                 f"{group_size}, bits {bits}, got {list(array.shape)}"
             )
-    packed = _native.pack(
-        q, s, o, in_features, group_size, bits, threads=torch.get_num_threads()
-    )
+    packed = _native.pack(q, s, o, in_features, group_size, bits, threads=torch.get_num_threads())
     return torch.from_numpy(packed).to(qweight.device)
 
 
@@ -333,10 +338,11 @@ def int4_unpack(
         out_features, in_features: N, K.
         group_size, bits, affine, scale_dtype: as in `int4_linear`.
     Returns:
-        (qweight, scales, offsets) as `int4_pack` takes them; offsets is None unless affine. Device of
-        packed.
+        (qweight, scales, offsets) as `int4_pack` takes them; offsets is None unless affine. Device
+        of packed.
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit packed.
+        TypeError: a dtype that is not listed. ValueError: a size or format that does not fit
+            packed.
     Gradients: none. Determinism: bitwise. Numerics: nothing is rounded.
     Source: layout in csrc/int4_linear/int4_linear.h.
     """
@@ -377,8 +383,8 @@ def int4_quantize(
     """Codes, scales and offsets that stand for a dense weight.
 
         rtn: scale and offset from each group's range, codes rounded to nearest
-        mse: scale and offset that minimise sum_k importance[k] * (w[n, k] - dequantised[n, k])^2, searched
-             over clipped ranges; never worse than rtn by that measure
+        mse: scale and offset that minimise sum_k importance[k] * (w[n, k] - dequantised[n, k])^2,
+             searched over clipped ranges; never worse than rtn by that measure
 
     Args:
         weight: [N, K] float32 | bfloat16 | float16, finite.
@@ -386,7 +392,8 @@ def int4_quantize(
         bits: 4 or 8.
         symmetric: True for scales only, False for scales and offsets.
         method: "rtn" or "mse".
-        importance: [K] float32, not negative, for example mean squares of the layer's input; or None.
+        importance: [K] float32, not negative, for example mean squares of the layer's input; or
+            None.
         scale_dtype: float32 | float16 the scales and offsets are rounded to.
         progress: called as progress(rows done, rows), from this thread; or None.
     Returns:
@@ -411,7 +418,9 @@ def int4_quantize(
     if importance is not None:
         importance = _as_numpy(op, "importance", importance, (torch.float32,), 1)
         if importance.shape[0] != w.shape[1]:
-            raise ValueError(f"{op}: importance must be [{w.shape[1]}], got {list(importance.shape)}")
+            raise ValueError(
+                f"{op}: importance must be [{w.shape[1]}], got {list(importance.shape)}"
+            )
     q, s, o = _native.quantize(
         w,
         group_size,
@@ -427,8 +436,8 @@ def int4_quantize(
     for name, tensor in (("scales", scales), ("offsets", offsets)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{op}: {name} must be finite in {_checks.dtype_name(scale_dtype)}, got a value beyond "
-                f"its range; use scale_dtype=torch.float32"
+                f"{op}: {name} must be finite in {_checks.dtype_name(scale_dtype)}, got a value "
+                f"beyond its range; use scale_dtype=torch.float32"
             )
     device = weight.device
     return (

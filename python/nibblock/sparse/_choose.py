@@ -1,4 +1,6 @@
-"""Block lists [Z, 2] of one weight: spread evenly, by magnitude, from a mask, or as the caller says."""
+"""Block lists [Z, 2] of one weight: spread evenly, by magnitude, from a mask, or as the caller
+says.
+"""
 
 from __future__ import annotations
 
@@ -88,32 +90,72 @@ def _mask(op, name, mask, out_features, in_features, block) -> torch.Tensor:
     return mask.nonzero().to("cpu", torch.int32)
 
 
-def split_blocks(weight: torch.Tensor, block: int) -> torch.Tensor:
-    """[N, K] as [ceil(N/B), ceil(K/B), B, B], zero outside; a view where nothing is ragged."""
-    rows, columns = _block_checks.grid(*weight.shape, block)
-    pad = (0, columns * block - weight.shape[1], 0, rows * block - weight.shape[0])
-    if any(pad):
-        weight = F.pad(weight, pad)
-    return weight.reshape(rows, block, columns, block).transpose(1, 2)
+def _inside(weight: torch.Tensor, blocks: torch.Tensor, block: int):
+    """The whole blocks of a dense weight as a view [N // B, K // B, B, B], and which of `blocks`
+    are
+    whole: a bool [Z]."""
+    rows, columns = weight.shape[0] // block, weight.shape[1] // block
+    whole = (blocks[:, 0] < rows) & (blocks[:, 1] < columns)
+    area = weight[: rows * block, : columns * block]
+    return area.unflatten(0, (rows, block)).unflatten(2, (columns, block)).transpose(1, 2), whole
 
 
-def gather_blocks(weight: torch.Tensor, blocks: torch.Tensor, block: int) -> torch.Tensor:
-    """The listed blocks of a dense [N, K]: [Z, B, B], zero outside [N, K]."""
-    index = blocks.long().to(weight.device)
-    return split_blocks(weight, block)[index[:, 0], index[:, 1]]
+def _edges(blocks: torch.Tensor, whole: torch.Tensor, block: int):
+    """(position, row slice, column slice) of each ragged block."""
+    for z in (~whole).nonzero().flatten().tolist():
+        row, column = (int(v) * block for v in blocks[z])
+        yield z, slice(row, row + block), slice(column, column + block)
+
+
+@torch.no_grad()
+def read_blocks(weight: torch.Tensor, blocks: torch.Tensor, block: int) -> torch.Tensor:
+    """A copy [Z, B, B] of the listed blocks of a dense [N, K], zero outside it; nothing else is
+    copied."""
+    out = weight.new_zeros(len(blocks), block, block)
+    index = blocks.long().cpu()
+    grid, whole = _inside(weight, index, block)
+    if whole.any():
+        row, column = index[whole].to(weight.device).unbind(1)
+        out[whole.to(weight.device)] = grid[row, column]
+    for z, rows, columns in _edges(index, whole, block):
+        part = weight[rows, columns]
+        out[z, : part.shape[0], : part.shape[1]] = part
+    return out
+
+
+@torch.no_grad()
+def write_blocks(
+    weight: torch.Tensor, blocks: torch.Tensor, values: torch.Tensor, block: int
+) -> None:
+    """The inverse of `read_blocks`: overwrites the listed blocks of a dense weight, in place."""
+    index = blocks.long().cpu()
+    grid, whole = _inside(weight, index, block)
+    if whole.any():
+        row, column = index[whole].to(weight.device).unbind(1)
+        grid[row, column] = values[whole.to(values.device)]
+    for z, rows, columns in _edges(index, whole, block):
+        part = weight[rows, columns]
+        part.copy_(values[z, : part.shape[0], : part.shape[1]])
 
 
 def scatter_blocks(
     values: torch.Tensor, blocks: torch.Tensor, out_features: int, in_features: int
 ) -> torch.Tensor:
     """The dense [N, K] that stored blocks stand for; dtype of values."""
-    block = values.shape[-1]
-    rows, columns = _block_checks.grid(out_features, in_features, block)
-    index = blocks.long().to(values.device)
-    dense = values.new_zeros(rows, columns, block, block)
-    dense[index[:, 0], index[:, 1]] = values
-    whole = dense.transpose(1, 2).reshape(rows * block, columns * block)
-    return whole[:out_features, :in_features].contiguous()
+    dense = values.new_zeros(out_features, in_features)
+    write_blocks(dense, blocks, values.detach(), values.shape[-1])
+    return dense
+
+
+def block_norms(weight: torch.Tensor, block: int) -> torch.Tensor:
+    """Squared Frobenius norm of every block: float64 [ceil(N/B), ceil(K/B)], on the CPU."""
+    rows, columns = _block_checks.grid(*weight.shape, block)
+    out = torch.zeros(rows, columns, dtype=torch.float64)
+    for row in range(rows):  # a block row at a time: no float64 copy of the weight
+        part = weight[row * block : (row + 1) * block].detach().to("cpu", torch.float64)
+        squares = F.pad(part.square().sum(0), (0, columns * block - weight.shape[1]))
+        out[row] = squares.view(columns, block).sum(1)
+    return out
 
 
 def magnitude_blocks(weight: torch.Tensor, block: int, density: float) -> torch.Tensor:
@@ -138,7 +180,7 @@ def magnitude_blocks(weight: torch.Tensor, block: int, density: float) -> torch.
         raise ValueError(f"{op}: weight must be 2-D, got {list(weight.shape)}")
     if weight.is_meta:
         raise ValueError(f"{op}: weight must hold data, got a tensor on the meta device")
-    norms = split_blocks(weight.detach().to("cpu", torch.float64), block).square().sum((2, 3))
+    norms = block_norms(weight, block)
     if not torch.isfinite(norms).all():
         row, column = (~torch.isfinite(norms)).nonzero()[0].tolist()
         raise ValueError(f"{op}: weight must be finite, got NaN or Inf in block [{row}, {column}]")
@@ -169,9 +211,7 @@ def resolve_blocks(
         share = check_density(op, blocks, zero=True)
         return even_blocks(out_features, in_features, block, share)
     if isinstance(blocks, (list, tuple)):
-        blocks = torch.tensor(blocks, dtype=torch.int64).reshape(-1, 2) if blocks else None
-        if blocks is None:
-            return torch.empty(0, 2, dtype=torch.int32)
+        blocks = torch.tensor(blocks, dtype=torch.int64) if blocks else torch.empty(0, 2).int()
     if isinstance(blocks, torch.Tensor) and blocks.dtype == torch.bool:
         return _mask(op, "blocks", blocks, out_features, in_features, block)
     index = _block_checks.check_blocks(op, blocks, out_features, in_features, block)

@@ -1,0 +1,48 @@
+// Checks of the arguments that describe an int4 weight, shared by every op that takes one.
+#pragma once
+
+#include <string>
+
+#include "../int4_linear/int4_linear.h"
+#include "check.h"
+
+namespace nibblock {
+namespace glue {
+
+// Checks `packed` against the format and makes it contiguous.
+inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_t k, int64_t group,
+                        int64_t bits, bool affine, ScalarType scale_dtype) {
+  STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
+  STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || group == 256 || group == -1, op,
+                  ": group_size must be 32, 64, 128, 256 or -1 (whole row), got ", group);
+  STD_TORCH_CHECK(scale_dtype == ScalarType::Half || scale_dtype == ScalarType::Float, op,
+                  ": scale_dtype must be float16 or float32, got ", dtype_name(scale_dtype));
+  STD_TORCH_CHECK(n >= 0, op, ": out_features must be at least 0, got ", n);
+  STD_TORCH_CHECK(k >= 0, op, ": in_features must be at least 0, got ", k);
+  Int4Format f;
+  f.n = n;
+  f.k = k;
+  f.group = group;
+  f.bits = static_cast<int32_t>(bits);
+  f.affine = affine;
+  f.scale_type = scale_dtype == ScalarType::Half ? Dtype::kF16 : Dtype::kF32;
+  check_cpu(op, "packed", packed);
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte, op, ": packed must be uint8, got ",
+                  dtype_name(packed.scalar_type()));
+  const int64_t bytes = int4_geometry(f).bytes;
+  STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == bytes, op,
+                  ": packed must be a contiguous [", bytes, "] for out_features=", n,
+                  ", in_features=", k, ", group_size=", group, ", bits=", bits,
+                  ", affine=", affine ? "True" : "False", ", got ", shape_text(packed));
+  if (!packed.is_contiguous()) packed = torch::stable::contiguous(packed);
+  return f;
+}
+
+inline Compute check_compute(const char* op, const std::string& compute) {
+  STD_TORCH_CHECK(compute == "bf16" || compute == "int8", op,
+                  ": compute must be \"bf16\" or \"int8\", got \"", compute, "\"");
+  return compute == "int8" ? Compute::kInt8 : Compute::kBF16;
+}
+
+}  // namespace glue
+}  // namespace nibblock
