@@ -125,9 +125,9 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
         (share_of_read(c, entry), where(c, entry["density"]) + f" {entry['name'][9:]}")
         for c in of("forward", lambda m: m == 1)
         for entry in c["lines"].values()
-        if entry["name"].startswith("nibblock") and entry["bytes"] >= 1e6
+        if entry["name"].startswith("nibblock") and entry["bytes"] >= 4e6
     ]
-    rows.append(goal_row("M = 1, cold, 1 MB and more: share of read bandwidth", 0.60, 0.85,
+    rows.append(goal_row("M = 1, cold, 4 MB and more: share of read bandwidth", 0.60, 0.85,
                          single, "%"))  # fmt: skip
     rows.append(goal_row("block_weight_grad, M >= 256, d <= 50 %: e after 1.5 copies", 0.55, 0.7,
                          shares("weight_grad", 1.5, 0.5), "x"))  # fmt: skip
@@ -137,6 +137,8 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _adapter_rows(cases: list[Case]) -> list[dict[str, Any]]:
+    """The seconds of one op over those of the base, or of two ops: smaller is better."""
+
     def over(labels, baseline, m):
         return [
             (
@@ -149,14 +151,14 @@ def _adapter_rows(cases: list[Case]) -> list[dict[str, Any]]:
         ]
 
     one, many, both = (lambda m: m == 1), (lambda m: m >= 256), ("bf16", "fp32")
-    text = "int4 base + 2 % adapter in one op over it"
-    return [
-        goal_row(f"{text}, M = 1, bf16 values", 1.12, 1.08, over(["bf16"], "base", one), lower=True),
-        goal_row(f"{text}, M = 1, fp32 values", 1.20, 1.08, over(["fp32"], "base", one), lower=True),
-        goal_row(f"{text}, M >= 256", 1.10, 1.05, over(both, "base", many), lower=True),
-        goal_row("the same over base and adapter as two ops", 1.0, 0.9,
-                 over(both, "two ops {}", lambda m: m == 1 or m >= 256), lower=True),
-    ]  # fmt: skip
+    text = "int4 base + 2 % adapter in one op, over the base"
+    plan = [
+        (f"{text}, M = 1, bf16 values", 1.12, 1.08, over(["bf16"], "base", one)),
+        (f"{text}, M = 1, fp32 values", 1.20, 1.08, over(["fp32"], "base", one)),
+        (f"{text}, M >= 256", 1.10, 1.05, over(both, "base", many)),
+        ("the same over base and adapter as two ops", 1.0, 0.9, over(both, "two ops {}", bool)),
+    ]
+    return [goal_row(*row, lower=True) for row in plan]
 
 
 def losses(cases: list[Case]) -> list[dict[str, Any]]:

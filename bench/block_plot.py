@@ -62,6 +62,11 @@ def _panel(axis, case: dict[str, Any]) -> None:
         _curve(axis, case, name, colour, 1.2)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    ticks = [100 * d for d in case["densities"]]
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_xticks([], minor=True)
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:g}")
     axis.set_xlabel("density, %")
     axis.set_ylabel("ms a call")
     axis.set_title(f"{case['kind']}, M = {case['m']}, {case['weights']}", fontsize=10)

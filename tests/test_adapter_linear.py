@@ -413,6 +413,32 @@ def test_merge_and_exact_unmerge(kind, rank):
         nb.AdapterLinear(base_of("int4")).merge()
 
 
+@pytest.mark.parametrize("kind", ["float32", "int4"])
+def test_state_dict_and_pickle(kind):
+    layer = fill(nb.AdapterLinear(base_of(kind), blocks=0.4, rank=2))
+    x = x_of(kind, 4, 100)
+    state = layer.state_dict()
+    parts = {f"adapters.default.{p}" for p in ("values", "blocks", "lora_a", "lora_c")}
+    weight = ("weight",) if kind == "float32" else ("qweight", "scales", "offsets")
+    assert state.keys() == parts | {f"base.{p}" for p in (*weight, "bias")}
+    other = nb.AdapterLinear(base_of(kind, seed=7), blocks=0.1, rank=2)
+    other.load_state_dict(state)
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+    if kind == "float32":
+        layer.merge()
+        with pytest.raises(ValueError, match="must be unmerged for a state dict, got 'default'"):
+            nn.Sequential(layer).state_dict()
+
+
+def test_functional_call():
+    layer = fill(nb.AdapterLinear(base_of("int4"), blocks=0.4))
+    x = torch.randn(3, 100)
+    zero = torch.zeros_like(layer.values)
+    y = torch.func.functional_call(layer, {"adapters.default.values": zero}, (x,))
+    assert torch.equal(y, layer.base(x))
+
+
 def test_base_is_quantised_under_its_adapter():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
     nb.add_adapters(model, nb.AdapterConfig(density=0.5))

@@ -160,13 +160,20 @@ NB_API Status int4_block_sparse_run(const Int4BlockSparseTable& t, const Int4Blo
 
 // --- what the kernel files share --------------------------------------------------------------------
 
-// Runs the int4 base of a fused call with `add`, on the best int4 kernel up to level `isa`.
-Status int4_base_run(const Int4LinearParams& base, const TileAdd* add, bool dx, Isa isa);
+// The best int4 kernel up to level `isa` for the base of a fused call, or null. Chosen for the whole call: its
+// parts run on the same one, so a row's bits do not depend on how many rows there are.
+const Int4LinearKernel* int4_base_kernel(const Int4LinearParams& base, bool dx, Isa isa);
 
 Status block_sparse_linear_avx2(const BlockSparseParams& p);
 Status block_sparse_linear_avx512(const BlockSparseParams& p);
 Status block_sparse_linear_dx_avx2(const BlockSparseParams& p);
 Status block_sparse_linear_dx_avx512(const BlockSparseParams& p);
+Status block_sparse_linear_small_avx2(const BlockSparseParams& p);
+Status block_sparse_linear_small_avx512(const BlockSparseParams& p);
+Status int4_block_sparse_linear_avx2(const Int4BlockSparseParams& p);
+Status int4_block_sparse_linear_avx512(const Int4BlockSparseParams& p);
+Status int4_block_sparse_linear_dx_avx2(const Int4BlockSparseParams& p);
+Status int4_block_sparse_linear_dx_avx512(const Int4BlockSparseParams& p);
 Status block_weight_grad_avx2(const BlockWeightGradParams& p);
 Status block_weight_grad_avx512(const BlockWeightGradParams& p);
 Status block_sparse_linear_scalar(const BlockSparseParams& p);

@@ -35,7 +35,8 @@ Status product(const BlockSparseParams& p, bool dx) {
       for (int64_t i = 0; i < width; ++i) {
         double sum = column_sum(p.s, p.values, p.vtype, dx, p.x, p.xtype, m * p.x_stride, i);
         if (p.bias) sum += load_as_f32(p.bias, p.bias_type, i);
-        if (p.y0) sum += load_as_f32(p.y0, p.xtype, m * p.y0_stride + i);
+        // Subtracting +0 keeps the bits of y0, -0 included, where the product is zero.
+        if (p.y0) sum = load_as_f32(p.y0, p.xtype, m * p.y0_stride + i) - (0.0 - sum);
         store_f32_as(p.y, p.xtype, m * p.y_stride + i, static_cast<float>(sum));
       }
     }
@@ -85,8 +86,12 @@ void scalar_add(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64
 }
 
 Status fused_scalar(const Int4BlockSparseParams& p, bool dx) {
+  const Int4LinearKernel* kernel = int4_base_kernel(p.base, dx, Isa::kScalar);
+  if (!kernel) return kNoKernel;
   const ScalarAdd add = {{scalar_add}, &p, dx};
-  return int4_base_run(p.base, &add.base, dx, Isa::kScalar);
+  Int4LinearParams base = p.base;
+  base.add = &add.base;
+  return kernel->run(base);
 }
 
 }  // namespace
@@ -139,14 +144,12 @@ bool block_layout_in_range(const BlockLayout& s) {
          below(s.col_row, rows) && below(s.col_block, s.count);
 }
 
-Status int4_base_run(const Int4LinearParams& base, const TileAdd* add, bool dx, Isa isa) {
-  Int4LinearParams p = base;
-  p.add = add;
+const Int4LinearKernel* int4_base_kernel(const Int4LinearParams& base, bool dx, Isa isa) {
   const Int4LinearTable t = dx ? int4_linear_dx_table() : int4_linear_table();
   for (int i = 0; i < t.count; ++i) {
-    if (t.rows[i].isa <= isa && t.rows[i].serves(p)) return t.rows[i].run(p);
+    if (t.rows[i].isa <= isa && t.rows[i].serves(base)) return &t.rows[i];
   }
-  return kNoKernel;
+  return nullptr;
 }
 
 // --- the tables ---------------------------------------------------------------------------------------
@@ -154,12 +157,17 @@ Status int4_base_run(const Int4LinearParams& base, const TileAdd* add, bool dx, 
 namespace {
 
 bool any(const BlockSparseParams&) { return true; }
+bool few_rows(const BlockSparseParams& p) { return p.m <= 4; }
 bool any_grad(const BlockWeightGradParams&) { return true; }
 bool any_fused(const Int4BlockSparseParams&) { return true; }
 
 const BlockSparseKernel kForward[] = {
+    {"block_sparse_linear.cpu.avx512.small", Isa::kAvx512, "m <= 4", few_rows,
+     block_sparse_linear_small_avx512},
     {"block_sparse_linear.cpu.avx512.tile", Isa::kAvx512, "any call", any,
      block_sparse_linear_avx512},
+    {"block_sparse_linear.cpu.avx2.small", Isa::kAvx2, "m <= 4", few_rows,
+     block_sparse_linear_small_avx2},
     {"block_sparse_linear.cpu.avx2.tile", Isa::kAvx2, "any call", any, block_sparse_linear_avx2},
     {"block_sparse_linear.cpu.scalar.reference", Isa::kScalar, "any call", any,
      block_sparse_linear_scalar},
@@ -179,10 +187,16 @@ const BlockWeightGradKernel kGrad[] = {
      block_weight_grad_scalar},
 };
 const Int4BlockSparseKernel kFused[] = {
+    {"int4_block_sparse_linear.cpu.avx512.fused", Isa::kAvx512, "any call", any_fused,
+     int4_block_sparse_linear_avx512},
+    {"int4_block_sparse_linear.cpu.avx2.fused", Isa::kAvx2, "any call", any_fused, int4_block_sparse_linear_avx2},
     {"int4_block_sparse_linear.cpu.scalar.reference", Isa::kScalar, "any call", any_fused,
      int4_block_sparse_linear_scalar},
 };
 const Int4BlockSparseKernel kFusedDx[] = {
+    {"int4_block_sparse_linear_dx.cpu.avx512.fused", Isa::kAvx512, "any call", any_fused,
+     int4_block_sparse_linear_dx_avx512},
+    {"int4_block_sparse_linear_dx.cpu.avx2.fused", Isa::kAvx2, "any call", any_fused, int4_block_sparse_linear_dx_avx2},
     {"int4_block_sparse_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any_fused,
      int4_block_sparse_linear_dx_scalar},
 };

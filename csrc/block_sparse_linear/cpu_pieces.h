@@ -7,8 +7,8 @@
 // The register tile holds R rows of x times C vectors of output columns over all blocks of a block row.
 // One step loads C vectors of the block and broadcasts R elements of x for R * C FMAs: with AVX-512 12 x 2
 // (blocks of 32) 14 loads in 12 cycles, 6 x 4 (64 and 128) 10 in 12, 16 x 1 (16) 17 in 8.
-// Packed x is [tile of H rows][column block][row of the tile][B]: every broadcast of a step is a constant
-// distance from one pointer, rows never fall 4 KiB apart, and a tile reads 1.5 KiB runs.
+// Packed x is [column block][tile of H rows][row of the tile][B]: every broadcast of a step is a constant
+// distance from one pointer, rows never fall 4 KiB apart, and going down the rows a block reads on.
 //
 // Determinism: every output is one chain of FMAs over its blocks in the order of the layout, k ascending,
 // whatever the tile, chunk, pass or thread.
@@ -73,16 +73,16 @@ template <class O, class T> static inline void widen(T type, int size, const voi
   memcpy(out + i, wide, static_cast<size_t>(count - i) * 4);
 }
 
-// What packed x is made of: rows [0, rows) are rows m0 .. of x, `blocks` column blocks to a tile.
+// Rows [m0, m0 + rows) of x, packed with room for `tiles` tiles to a column block.
 struct PackedRows {
   float* data;
-  int64_t m0, rows, blocks;
+  int64_t m0, rows, tiles;
 };
 
 template <class O, int B>
 static void pack_tile(const Walk& w, const void* x, Dtype type, int64_t stride, const PackedRows& p, int64_t tile) {
   constexpr int H = Shape<O, B>::kRows;
-  float* out = p.data + tile * p.blocks * H * B;
+  float* out = p.data + tile * H * B;
   const int64_t rows = min64(H, p.rows - tile * H);
   with_type(type, [&](auto tag, int size) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -90,7 +90,7 @@ static void pack_tile(const Walk& w, const void* x, Dtype type, int64_t stride, 
       for (int64_t j = 0; j < w.ins; ++j) {
         if (w.used[j] == w.used[j + 1]) continue;
         const int64_t count = min64(B, w.in_size - j * B);
-        widen<O>(tag, size, row + j * B * size, count, out + (j * H + r) * B);
+        widen<O>(tag, size, row + j * B * size, count, out + (j * p.tiles * H + r) * B);
       }
     }
   });
@@ -132,6 +132,7 @@ static void lay_out(const void* values, Dtype type, int64_t z, bool dx, int64_t 
 
 struct TileJob {
   const float* x;      // first row of the tile, column block 0
+  int64_t x_block;     // from one column block to the next
   const int32_t* in;   // column block of each entry
   int64_t count;       // entries
   int64_t in_size;     // columns of x: the last block may be short
@@ -158,8 +159,8 @@ template <class O, int B, int R> static __attribute__((noinline)) void tile(cons
   const float* w = t.w;
   for (int64_t e = 0; e < t.count; ++e, w += B * W) {
     const int64_t j = t.in[e], depth = min64(B, t.in_size - j * B);
-    const float* x = t.x + j * H * B;
-    const float* next = t.x + t.in[e + 1 < t.count ? e + 1 : 0] * H * B;
+    const float* x = t.x + j * t.x_block;
+    const float* next = x + H * B;
     const float* wk = w;
     const char* ahead = e < t.fetched ? t.ahead[e] + t.ahead_at : reinterpret_cast<const char*>(next);
     for (int64_t k = 0; k < depth; ++k, ++x, wk += W) {
@@ -198,10 +199,11 @@ template <class O, int B>
 static void multiply_rows(const PackedRows& x, int64_t r0, int64_t rows, TileJob t) {
   constexpr int H = Shape<O, B>::kRows;
   float* const acc = t.acc;
+  t.x_block = x.tiles * H * B;
   t.ahead_step = t.ahead_step * H / max64(rows, H);  // of the whole block, shared out among the tiles
   for (int64_t i = 0; i < rows;) {
     const int64_t in_tile = (r0 + i) % H, height = min64(H - in_tile, rows - i);
-    t.x = x.data + ((r0 + i) / H * x.blocks * H + in_tile) * B;
+    t.x = x.data + (r0 + i) * B;
     t.acc = acc + i * t.acc_stride;
     t.ahead_at = i / H * t.ahead_step * B;
     TileOf<O, B, H>::run(height, t);
@@ -246,31 +248,37 @@ static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype
   return begin < end;
 }
 
-// y[m, at .. at + count) = acc (+ bias) (+ y0), rounded to y's type. acc and bias have room for whole vectors.
-template <class O>
-static inline void store_outputs(const BlockSparseParams& p, int64_t m, int64_t at, int64_t count,
-                                 const float* acc, const float* bias) {
-  with_type(p.xtype, [&](auto tag, int size) {
-    char* y = static_cast<char*>(p.y) + (m * p.y_stride + at) * size;
-    const char* y0 = p.y0 ? static_cast<const char*>(p.y0) + (m * p.y0_stride + at) * size : nullptr;
-    for (int64_t i = 0; i < count; i += O::kLanes) {
-      const size_t live = static_cast<size_t>(min64(O::kLanes, count - i));
-      const bool whole = live == O::kLanes;
+// y[m0 + r, at .. at + count) = acc[r] (+ bias) (+ y0), rounded to y's type. acc has room for whole vectors,
+// and so has bias.
+template <class O, class T>
+static void store_rows_as(T type, int size, const BlockSparseParams& p, int64_t m0, int64_t rows, int64_t at,
+                          int64_t count, const float* acc, int64_t acc_stride, const float* bias) {
+  const int64_t whole = count / O::kLanes * O::kLanes;
+  const size_t left = static_cast<size_t>((count - whole) * size);
+  for (int64_t r = 0; r < rows; ++r, acc += acc_stride) {
+    char* y = static_cast<char*>(p.y) + ((m0 + r) * p.y_stride + at) * size;
+    const char* y0 = p.y0 ? static_cast<const char*>(p.y0) + ((m0 + r) * p.y0_stride + at) * size : nullptr;
+    const auto sum = [&](int64_t i, const char* y0_at) {
       typename O::F v = O::loadf(acc + i);
       if (bias) v = O::addf(v, O::loadf(bias + i));
-      if (y0) {
-        char rest[O::kLanes * 4] = {};
-        if (!whole) memcpy(rest, y0 + i * size, live * size);
-        v = O::addf(v, O::load_as(tag, whole ? y0 + i * size : rest));
-      }
-      if (whole) {
-        O::store_as(tag, y + i * size, v);
-      } else {
-        char rest[O::kLanes * 4];
-        O::store_as(tag, rest, v);
-        memcpy(y + i * size, rest, live * size);
-      }
+      return y0_at ? O::addf(v, O::load_as(type, y0_at)) : v;
+    };
+    for (int64_t i = 0; i < whole; i += O::kLanes) {
+      O::store_as(type, y + i * size, sum(i, y0 ? y0 + i * size : nullptr));
     }
+    if (!left) continue;
+    char rest[O::kLanes * 4] = {};
+    if (y0) memcpy(rest, y0 + whole * size, left);
+    O::store_as(type, rest, sum(whole, y0 ? rest : nullptr));
+    memcpy(y + whole * size, rest, left);
+  }
+}
+
+template <class O>
+static void store_rows(const BlockSparseParams& p, int64_t m0, int64_t rows, int64_t at, int64_t count,
+                       const float* acc, int64_t acc_stride, const float* bias) {
+  with_type(p.xtype, [&](auto tag, int size) {
+    store_rows_as<O>(tag, size, p, m0, rows, at, count, acc, acc_stride, bias);
   });
 }
 

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kChunkBytes = 1 << 20;
 constexpr int64_t kChunkRows = 480;
+constexpr int64_t kStoreColumns = 128;
 constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds below which waking threads costs more than it saves
 
 // First output block of part i of `parts`: equal shares of blocks + 1 (the way out costs about a block).
@@ -40,22 +41,32 @@ template <class O> static inline const float* widen_bias(const BlockSparseParams
   return out;
 }
 
+// Output blocks [u0, u1) of rows [r0, r0 + rows), kStoreColumns at a time: strips of y of one 32-wide block
+// would be one cache line a row.
 template <class O, int B>
 static void multiply_chunk(const BlockSparseParams& p, const Walk& walk, const PackedRows& x, int64_t r0,
                            int64_t rows, int64_t u0, int64_t u1, float* w, float* acc) {
   using S = Shape<O, B>;
-  for (int64_t u = u0; u < u1; ++u) {
-    for (int64_t at = u * B; at < min64(walk.out_size, (u + 1) * B); at += S::kWidth) {
-      const int64_t count = min64(S::kWidth, walk.out_size - at);
-      const bool any = multiply_block_row<O, B>(walk, p.values, p.vtype, u, at - u * B, x, r0, rows, w, acc,
-                                                S::kWidth, true);
-      float wide[S::kWidth] = {};
-      const float* bias = widen_bias<O>(p, at, count, wide);
-      if (!any) memset(acc, 0, S::kWidth * sizeof(float));
-      for (int64_t r = 0; r < rows; ++r) {
-        store_outputs<O>(p, x.m0 + r0 + r, at, count, any ? acc + r * S::kWidth : acc, bias);
-      }
+  const int64_t end = min64(walk.out_size, u1 * B);
+  for (int64_t at = u0 * B; at < end; at += kStoreColumns) {
+    const int64_t count = min64(kStoreColumns, end - at);
+    bool any = false;
+    for (int64_t c = 0; c < count; c += S::kWidth) {
+      const int64_t u = (at + c) / B;
+      any |= walk.ptr[u] != walk.ptr[u + 1];
     }
+    for (int64_t c = 0; any && c < count; c += S::kWidth) {
+      const int64_t u = (at + c) / B;
+      if (multiply_block_row<O, B>(walk, p.values, p.vtype, u, at + c - u * B, x, r0, rows, w, acc + c,
+                                   kStoreColumns, true)) {
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) memset(acc + r * kStoreColumns + c, 0, S::kWidth * sizeof(float));
+    }
+    if (!any) memset(acc, 0, kStoreColumns * sizeof(float));
+    alignas(64) float wide[kStoreColumns];
+    const float* bias = widen_bias<O>(p, at, count, wide);
+    store_rows<O>(p, x.m0 + r0, rows, at, count, acc, any ? kStoreColumns : 0, bias);
   }
 }
 
@@ -79,7 +90,7 @@ template <class O, int B> static Status product_of(const BlockSparseParams& p, b
   if (!own) {
     shared = static_cast<float*>(aligned_malloc(x_floats * 4));
     if (!shared) return kOutOfMemory;
-    const PackedRows x = {shared, 0, p.m, walk.ins};
+    const PackedRows x = {shared, 0, p.m, tiles};
     auto pack = [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) pack_tile<O, B>(walk, p.x, p.xtype, p.x_stride, x, t);
     };
@@ -87,7 +98,7 @@ template <class O, int B> static Status product_of(const BlockSparseParams& p, b
   }
   int failed = 0;
   auto multiply = [&](int64_t begin, int64_t end) {
-    const int64_t fixed = S::kPass * S::kPanelFloats + chunk_tiles * H * S::kWidth;
+    const int64_t fixed = S::kPass * S::kPanelFloats + chunk_tiles * H * kStoreColumns;
     float* w = static_cast<float*>(aligned_malloc((fixed + (own ? x_floats : 0)) * 4));
     if (!w) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
@@ -97,9 +108,9 @@ template <class O, int B> static Status product_of(const BlockSparseParams& p, b
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / groups, group = task % groups;
       const int64_t r0 = tiles * chunk / chunks * H, r1 = min64(p.m, tiles * (chunk + 1) / chunks * H);
-      PackedRows x = {shared, 0, p.m, walk.ins};
+      PackedRows x = {shared, 0, p.m, tiles};
       if (own) {
-        x = {w + fixed, r0, r1 - r0, walk.ins};
+        x = {w + fixed, r0, r1 - r0, chunk_tiles};
         for (int64_t t = 0; t < ceil_div(r1 - r0, H); ++t) pack_tile<O, B>(walk, p.x, p.xtype, p.x_stride, x, t);
       }
       multiply_chunk<O, B>(p, walk, x, r0 - x.m0, r1 - r0, balanced(walk, groups, group),

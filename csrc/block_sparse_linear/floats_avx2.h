@@ -16,6 +16,10 @@ struct FloatBits {  // element types by name, so that a template can ask for one
 struct Floats2 : Avx2 {
   static constexpr int tile_rows(int) { return 6; }  // 6 x 2 sums of 16 registers
 
+  // a + v, and the bits of a where v is 0 or -0: -0 + 0 would be +0, but -0 - (+0) is -0.
+  static inline F add_keeping(F a, F v) {
+    return _mm256_sub_ps(a, _mm256_sub_ps(_mm256_setzero_ps(), v));
+  }
   static inline F load_as(FloatBits::F32, const void* p) { return loadf(p); }
   static inline F load_as(FloatBits::BF16, const void* p) {
     const __m128i h = _mm_loadu_si128(static_cast<const __m128i*>(p));

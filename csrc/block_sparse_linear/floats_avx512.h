@@ -17,6 +17,10 @@ struct Floats512 : Avx512Base {
   // Rows of x in a register tile of `cols` vectors: 16 x 1, 12 x 2 or 6 x 4 sums of 32 registers.
   static constexpr int tile_rows(int cols) { return cols == 1 ? 16 : cols == 2 ? 12 : 6; }
 
+  // a + v, and the bits of a where v is 0 or -0: -0 + 0 would be +0, but -0 - (+0) is -0.
+  static inline F add_keeping(F a, F v) {
+    return _mm512_sub_ps(a, _mm512_sub_ps(_mm512_setzero_ps(), v));
+  }
   static inline F load_as(FloatBits::F32, const void* p) { return _mm512_loadu_ps(p); }
   static inline F load_as(FloatBits::BF16, const void* p) {
     const __m256i h = _mm256_loadu_si256(static_cast<const __m256i*>(p));

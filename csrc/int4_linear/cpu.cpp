@@ -31,16 +31,15 @@ Status int4_linear_scalar(const Int4LinearParams& p) {
     for (int64_t n = begin; n < end; ++n) {
       dequantize_row(p, n, w);
       const double bias = p.bias ? load_as_f32(p.bias, p.bias_type, n) : 0.0;
-      float tile;
       for (int64_t m = 0; m < p.m; ++m) {
-        double sum = p.add ? 0.0 : bias;
+        double sum = bias;
         for (int64_t k = 0; k < K; ++k) {
           sum += static_cast<double>(load_as_f32(p.x, p.xtype, m * p.x_stride + k)) * w[k];
         }
         if (p.add) {
-          tile = static_cast<float>(sum);
+          float tile = 0.0f;  // apart from the float64 sum, so that adding zeros changes no bit
           p.add->add(p.add, m, 1, n, 1, &tile, 1);
-          sum = tile + bias;
+          sum += tile;
         }
         store_f32_as(p.y, p.xtype, m * p.y_stride + n, static_cast<float>(sum));
       }
@@ -79,9 +78,10 @@ Status int4_linear_dx_scalar(const Int4LinearParams& p) {
       }
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t k = 0; k < K; ++k) {
-          float sum = static_cast<float>(acc[i * K + k]);
-          if (p.add) p.add->add(p.add, m0 + i, 1, k, 1, &sum, 1);
-          store_f32_as(p.y, p.xtype, (m0 + i) * p.y_stride + k, sum);
+          float tile = 0.0f;
+          if (p.add) p.add->add(p.add, m0 + i, 1, k, 1, &tile, 1);
+          store_f32_as(p.y, p.xtype, (m0 + i) * p.y_stride + k,
+                       static_cast<float>(acc[i * K + k] + tile));
         }
       }
     }

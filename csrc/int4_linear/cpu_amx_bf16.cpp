@@ -14,45 +14,49 @@
 // bfloat16 with float32 sums in the order of the steps: the same for any tile shape, chunk or
 // thread.
 //
-// Budgets, in cycles of one core, per unit and step (32 x 32 weights; a TDP takes 16, a tile load
-// from L1 8, a tile store 16; L2 gives about 43 B a cycle, so 64 cycles of TDP can hide 2.7 KiB
-// from L2):
-//   TDP        64 per 32 rows (2 x 2 tiles), 32 per 16 rows (2 x 1)
-//   tile loads 4 x 8 = 32 on the load ports, under the TDPs
-//   dequantise 56 / 64 / 80 at group 128 / 64 / 32 (dx 112, 8 bits 176), once per chunk of rows,
-//   issued between the
-//              TDPs of the chunk's first 32 rows, which hide most of it
-//   C          a sum block (4 KiB) is loaded and stored once per kBlockSteps steps: 16 cycles a
-//              step, overlapped in part
-// Blocks. L1 (48 KiB) holds 64 columns x 192 of dequantised weights, 24 KiB; 32 rows x 192 of x, 12
-// KiB; two sum blocks, 8 KiB: 44 KiB, all contiguous, so LRU keeps the weights while x streams
-// through. (At 512 instead of 192 neither would survive one pass of the other, and all four tile
-// loads would come from L2: 102 cycles instead of 64.) From L2 a step then takes 1 KiB of x (each
-// slice serves two units) and 1.4 KiB of sums, prefetched one block ahead, because a tile load that
-// misses waits with 16 fills. L2 (2 MiB) holds a chunk of at most 512 rows: its slice of x, 192
-// KiB, and the sums of a group of columns, at most 768 KiB. x is read again for each group: 2 to 4
-// B a cycle from L3. Chunks are large because each chunk dequantises all of W again: 56..80 cycles
-// beside 64 for each 32 rows. Expected share of the tile peak for 4096 x 4096, group 128 / 32 (TDP
-// / (TDP + what is not hidden)):
-//   M = 16    waits for memory: 8.9 MB packed; 56..80 cycles a step against 16 of peak work, 28 % /
-//             20 % cached
-//   M = 64    128 of about 128 + 40 + 40 cycles: 60 % / 55 % cached, bounded by memory when cold
-//   M = 256   512 of 512 + 40 + 8 x 10: 75 % / 70 %
-//   M = 1024  two chunks of 512: 80 % / 78 %
-// What a shared host leaves of L1 and L2 comes off that.
+// Budgets, in cycles of one core, per unit and step (32 x 32 weights) and 32 rows. A TDP takes 16,
+// a tile load from L1 8, a tile store 16; L2 gives about 43 bytes a cycle.
+//   TDP         64 for 2 x 2 tiles, 32 for 2 x 1 (at most 16 rows)
+//   tile loads  4 x 8 = 32 on the load ports, under the TDPs
+//   dequantise  120 / 145 / 160..190 at group 128 / 64 / 32, 8 bits 270, once per chunk of rows,
+//               between the TDPs of the chunk's first 32 rows
+//   sums        a block (4 KiB) is loaded and stored once a pass: 30 at 6 steps a pass, 3 at 64
+//   x, y        packing x and writing y move 6 and 2..4 bytes an element through L3: 15 at N = K =
+//               2048
+// Two ways through the steps, chosen by whether the chunk's packed x fits half of L2 (kResidentX):
+//   it does     long passes of 64 steps: both operands come from L2, sums almost never leave the
+//               tiles (on AMX this 2 x 2 loop was measured at 102 cycles a step), one pair of units
+//               at a time
+//   it does not passes of 6 steps, for which L1 (48 KiB) holds 64 columns of weights, 24 KiB, 32
+//   rows
+//               of x, 12 KiB, and two blocks of sums, 8 KiB. (With longer passes neither weights
+//               nor x would survive one pass of the other.) L2 (2 MiB) holds a chunk's slice of x
+//               twice, this pass's and the next one's on its way from L3, 384 KiB, and the sums of
+//               a group of columns, at most 768 KiB; x is read again for each group, 2..4 bytes a
+//               cycle.
+// Chunks are as large as that allows, 512 rows, because each one dequantises all of W again.
+// Measured on an AVX-512 core with the TDPs left out and tile loads and stores as 16 vector loads
+// and stores, N = K = 2048, group 128: 165 cycles a step at M = 16, 190 at 32, 180 at 64, 150 at
+// 128, 145..160 at 256 and 512. The TDPs (32 at M = 16, else 64) overlap with that wholly at best,
+// not at all at worst, which gives these shares of the tile peak at 4096 x 4096, group 128 (32):
+//   M = 16         8..10 % (6..8 %): at 20 GB/s memory takes as long
+//   M = 64         26..35 % (22..30 %)
+//   M = 256, 1024  31..44 % (29..41 %)
+// Fetching x or sums into L1 a block ahead, and passes of 4, 8, 10 or 12 steps, were slower or
+// equal there.
 #include "cpu_amx_tiles.h"
 
 namespace nibblock {
 namespace {
 
-// Steps per pass over L1, rows in a chunk and sizes in L2: tuned together, see above.
+// Steps in a pass, rows in a chunk and sizes in L2: tuned together, see above.
 constexpr int64_t kBlockSteps = 6;
-constexpr int64_t kSoleBlockSteps = 16;  // chunks of at most 32 rows reuse nothing: fewer passes
-constexpr int64_t kRing = 4;             // and keep only this many steps of weights
-constexpr int64_t kRows = 32;            // rows of x in a block
-constexpr int64_t kChunkBlocks = 16;     // blocks of rows in a chunk
-constexpr int64_t kUnit = 32;            // columns in a unit
-constexpr int64_t kPair = 2;             // units that share a slice of x in L1
+constexpr int64_t kLongBlockSteps = 64;  // of a chunk whose x stays in L2
+constexpr int64_t kRing = 4;   // steps of weights kept by a chunk of one block, which reuses none
+constexpr int64_t kRows = 32;  // rows of x in a block
+constexpr int64_t kChunkBlocks = 16;  // blocks of rows in a chunk
+constexpr int64_t kUnit = 32;         // columns in a unit
+constexpr int64_t kPair = 2;          // units that share a slice of x in L1
 constexpr int64_t kStepBytes = 2 * amx::kTileBytes;
 constexpr int64_t kSumBytes = 4 * amx::kTileBytes;
 constexpr int64_t kResidentX = 1 << 20;    // x of a chunk below this stays in L2 as a whole
@@ -75,6 +79,7 @@ struct Problem {
 struct Plan {
   int64_t first, blocks;   // blocks of 32 rows
   int64_t chunks, groups;  // tasks = chunks x groups of columns
+  int64_t block_steps;     // at most, in a pass
   int64_t passes;          // over the steps
   uint8_t* x;              // packed: [chunk][pass][block][step][2 tiles]
 };
@@ -95,10 +100,12 @@ static inline const uint8_t* codes_at(const Problem& q, int64_t unit, int64_t st
 
 // Where a task keeps what it makes; one per running task.
 struct Scratch {
-  uint8_t* weights;  // [kPair][kBlockSteps or kRing][2 tiles]
+  uint8_t* weights;  // [kPair][plan's block_steps, or kRing][2 tiles]
   uint8_t* sums;     // [unit of the group][block of the chunk][4 tiles]
-  PanelScales scales[2];
-  int64_t scales_of[2];  // panel * groups + group in `scales`
+  // Forward: of the unit's two panels. dx: of all panels of a pass, because the units of a group of
+  // k follow each other there.
+  PanelScales scales[2 * kBlockSteps];
+  int64_t scales_of[2 * kBlockSteps];  // panel * groups + group in `scales`, or -1
 };
 
 template <bool Dx, int Bits>
@@ -116,9 +123,10 @@ static inline void dequantize_step(const Problem& q, Scratch& s, int64_t unit, i
       continue;
     }
     const int64_t panel = 2 * (Dx ? step : unit) + half;
-    PanelScales& scales = s.scales[half];
-    if (s.scales_of[half] != panel * q.g.groups + group) {
-      s.scales_of[half] = panel * q.g.groups + group;
+    const int64_t slot = 2 * ((Dx ? step : unit) % kBlockSteps) + half;
+    PanelScales& scales = s.scales[slot];
+    if (s.scales_of[slot] != panel * q.g.groups + group) {
+      s.scales_of[slot] = panel * q.g.groups + group;
       load_panel_scales(q.p->w, q.g, q.p->packed + panel * q.g.panel_stride, group, &scales);
     }
     RowReader<Bits> reader;
@@ -168,22 +176,19 @@ NB_AMX_INLINE void tile_step(const uint8_t* w, const uint8_t* x) {
 // What to fetch while a block is computed. Fetching never faults, so the last block may name
 // anything.
 struct Ahead {
-  const uint8_t* x;     // next block's slice of x: this half of each step's lines
-  const uint8_t* sums;  // next block's sums
-  int64_t unit, step;   // where the next weights to dequantise start
+  const uint8_t*
+      x;  // this block's share of the next pass's x, from L3 to L2: `lines` for each step
+  int64_t lines;
+  int64_t unit, step;  // where the next weights to dequantise start
 };
-
-NB_AMX_INLINE void fetch(const uint8_t* p, int lines) {
-#pragma GCC unroll 16
-  for (int i = 0; i < lines; ++i)
-    _mm_prefetch(reinterpret_cast<const char*>(p + 64 * i), _MM_HINT_T0);
-}
 
 template <bool Dx>
 NB_AMX_INLINE void fetch_codes(const Problem& q, const Ahead& next, int64_t step) {
   for (int half = 0; half < 2; ++half) {
     const uint8_t* codes = codes_at<Dx>(q, next.unit, next.step + step, half);
-    if (codes) fetch(codes, static_cast<int>(q.code_bytes / 64));
+    for (int64_t at = 0; codes && at < q.code_bytes; at += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + at), _MM_HINT_T1);
+    }
   }
 }
 
@@ -212,8 +217,9 @@ static void run_block(const Problem& q, Scratch& s, uint8_t* weights, int64_t ri
       fetch_codes<Dx>(q, next, i);
     }
     tile_step<Dx, Tiles>(weights + (i & ring) * kStepBytes, x + i * kStepBytes);
-    fetch(next.x + i * kStepBytes, amx::kTileBytes / 64);
-    fetch(next.sums + i * (kSumBytes / kBlockSteps / 64 * 64), kSumBytes / kBlockSteps / 64);
+    for (int64_t line = i * next.lines; line < (i + 1) * next.lines; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(next.x + 64 * line), _MM_HINT_T1);
+    }
   }
   amx::store<0>(sums, 64), amx::store<2>(sums + 2 * amx::kTileBytes, 64);
   if (Tiles == 2)
@@ -319,6 +325,10 @@ static void run_task(const Problem& q, const Plan& plan, int64_t task, Scratch& 
   const int64_t u1 = min64(q.units, kPair * cut(pairs, plan.groups, group + 1));
   const bool sole = b1 - b0 == 1;
   const int64_t ring = sole ? kRing - 1 : -1;
+  // The next pass's x is as many lines for each step as all units of the group fetch in their
+  // steps.
+  const bool resident = (b1 - b0) * q.steps * kStepBytes <= kResidentX;
+  const int64_t x_lines = resident ? 0 : ceil_div(kStepBytes / 64, max64(1, u1 - u0));
   for (int64_t pass = 0; pass < plan.passes; ++pass) {
     const int64_t begin = cut(q.steps, plan.passes, pass),
                   end = cut(q.steps, plan.passes, pass + 1);
@@ -326,23 +336,21 @@ static void run_task(const Problem& q, const Plan& plan, int64_t task, Scratch& 
     const uint8_t* x = plan.x + (b0 * q.steps + begin * (b1 - b0)) * kStepBytes;
     const bool last = pass + 1 == plan.passes;
     for (int64_t pair = u0; pair < u1; pair += kPair) {
-      const bool wraps = pair + kPair >= u1;  // the weights after these are the next pass's first
+      // After the group's last weights come the next pass's first, or the next task's.
+      const bool wraps = pair + kPair >= u1;
       for (int64_t b = b0; b < b1; ++b) {
         for (int64_t u = pair; u < min64(pair + kPair, u1); ++u) {
-          auto sums_at = [&](int64_t unit, int64_t block) {
-            return plan.passes == 1 ? s.sums
-                                    : s.sums + ((unit - u0) * (b1 - b0) + block - b0) * kSumBytes;
-          };
-          uint8_t* sums = sums_at(u, b);
-          uint8_t* weights = s.weights + (u - pair) * (sole ? kRing : kBlockSteps) * kStepBytes;
+          const int64_t at = plan.passes == 1 ? 0 : (u - u0) * (b1 - b0) + b - b0;
+          uint8_t* sums = s.sums + at * kSumBytes;
+          uint8_t* weights =
+              s.weights + (u - pair) * (sole ? kRing : plan.block_steps) * kStepBytes;
           const uint8_t* xs = x + (b - b0) * slice;
           Ahead next;
-          next.x = (b + 1 < b1 ? xs + slice : x) + (u - pair) * amx::kTileBytes;
-          next.sums = u + 1 < min64(pair + kPair, u1) ? sums_at(u + 1, b)
-                      : b + 1 < b1                    ? sums_at(pair, b + 1)
-                                                      : sums_at(wraps ? u0 : pair + kPair, b0);
-          next.unit = wraps ? u0 + (u - pair) : min64(u + kPair, u1 - 1);
-          next.step = wraps ? end : begin;
+          next.x = x + (b1 - b0) * slice +
+                   ((u - u0) * (b1 - b0) + b - b0) * (end - begin) * x_lines * 64;
+          next.lines = x_lines;
+          next.unit = (wraps && !last ? u0 : pair + kPair) + (u - pair);
+          next.step = !wraps ? begin : last ? 0 : end;
           const int64_t absolute = plan.first + b;
           const bool two = block_tiles(q, absolute) == 2;
           auto run = two ? b == b0 ? run_block<Dx, Bits, 2, true> : run_block<Dx, Bits, 2, false>
@@ -374,24 +382,35 @@ static void pack_x(const Problem& q, const Plan& plan, int64_t block, int64_t pa
       plan.x + (b0 * q.steps + begin * (b1 - b0) + (block - b0) * (end - begin)) * kStepBytes;
   const int64_t absolute = plan.first + block;
   const int64_t tiles = block_tiles(q, absolute);
-  alignas(64) uint8_t rows[amx::kTileBytes];
-  for (int64_t step = begin; step < end; ++step, out += kStepBytes) {
-    const int64_t at = step * kStepK, count = q.summed - at;
+  // Row by row over a few steps at a time: 64 bytes of 16 rows in turn would leave the prefetchers
+  // idle.
+  constexpr int64_t kSteps = 8;
+  alignas(64) uint8_t rows[kSteps * amx::kTileBytes];
+  for (int64_t s0 = begin; s0 < end; s0 += kSteps, out += kSteps * kStepBytes) {
+    const int64_t steps = min64(kSteps, end - s0);
     for (int64_t j = 0; j < tiles; ++j) {
       const int64_t m = absolute * kRows + 16 * j;
       uint8_t* tile = out + j * amx::kTileBytes;
       uint8_t* to = Dx ? tile : rows;
+      const int64_t to_step = Dx ? kStepBytes : amx::kTileBytes;
       for (int r = 0; r < 16; ++r) {
-        const __m512i v = m + r < p.m
-                              ? load_row_bf16(p.x, p.xtype, (m + r) * p.x_stride + at, count)
-                              : _mm512_setzero_si512();
-        _mm512_store_si512(to + 64 * r, v);
+        for (int64_t i = 0; i < steps; ++i) {
+          const int64_t at = (s0 + i) * kStepK;
+          const __m512i v =
+              m + r < p.m ? load_row_bf16(p.x, p.xtype, (m + r) * p.x_stride + at, q.summed - at)
+                          : _mm512_setzero_si512();
+          _mm512_store_si512(to + i * to_step + 64 * r, v);
+        }
       }
       if (Dx) continue;
       compiler_barrier();
-      __m512i pairs[16];
-      transpose16(rows, 64, pairs);
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 64 * pair_row<Bits>(i), pairs[i]);
+      for (int64_t i = 0; i < steps; ++i) {
+        __m512i pairs[16];
+        transpose16(rows + i * amx::kTileBytes, 64, pairs);
+        for (int c = 0; c < 16; ++c) {
+          _mm512_store_si512(tile + i * kStepBytes + 64 * pair_row<Bits>(c), pairs[c]);
+        }
+      }
     }
   }
 }
@@ -408,15 +427,17 @@ static Plan make_plan(const Problem& q, int64_t first, int64_t blocks) {
   // Few columns and many threads: smaller chunks, at the price of dequantising more often.
   while (plan.chunks * pairs < threads && 2 * plan.chunks <= blocks) ++plan.chunks;
   const int64_t chunk_blocks = ceil_div(blocks, plan.chunks);
+  const bool resident = chunk_blocks * q.steps * kStepBytes <= kResidentX;
   int64_t group_pairs = 1;
-  if (chunk_blocks * q.steps * kStepBytes > kResidentX) {
+  if (!resident) {
     group_pairs = max64(1, min64(8, kGroupSums / (chunk_blocks * kPair * kSumBytes)));
   }
   plan.groups = ceil_div(pairs, group_pairs);
   const int64_t multiple =
       threads / gcd(threads, plan.chunks);  // the same number of tasks per thread
   plan.groups = min64(pairs, round_up(plan.groups, multiple));
-  plan.passes = max64(1, ceil_div(q.steps, chunk_blocks == 1 ? kSoleBlockSteps : kBlockSteps));
+  plan.block_steps = resident ? kLongBlockSteps : kBlockSteps;
+  plan.passes = max64(1, ceil_div(q.steps, plan.block_steps));
   plan.x = nullptr;
   return plan;
 }
@@ -436,7 +457,7 @@ static Status run_plan(const Problem& q, const Plan& plan) {
 
   const int64_t chunk_blocks = ceil_div(plan.blocks, plan.chunks);
   const int64_t group_units = kPair * ceil_div(ceil_div(q.units, kPair), plan.groups);
-  const int64_t weight_bytes = kPair * kBlockSteps * kStepBytes;
+  const int64_t weight_bytes = kPair * (chunk_blocks == 1 ? kRing : plan.block_steps) * kStepBytes;
   const int64_t sum_bytes = (plan.passes == 1 ? 1 : group_units * chunk_blocks) * kSumBytes;
   int failed = 0;
   auto multiply_tasks = [&](int64_t begin, int64_t end) {
@@ -448,7 +469,7 @@ static Status run_plan(const Problem& q, const Plan& plan) {
     Scratch s;
     s.weights = memory;
     s.sums = memory + weight_bytes;
-    s.scales_of[0] = s.scales_of[1] = -1;
+    for (int64_t& of : s.scales_of) of = -1;
     amx::configure(amx::full_tiles());
     for (int64_t t = begin; t < end; ++t) run_task<Dx, Bits>(q, plan, t, s);
     amx::release();

@@ -14,7 +14,7 @@
 // Cycles of one core per 16 x 16 sums and block, group 128 / 64 / 32 (32-byte tile rows):
 //   TDPBSSD      32 / 16 / 16
 //   tile loads   32 / 16 / 8    of A and B, from L1
-//   TILESTORED   16             the same port as nothing else here
+//   TILESTORED   16             the store port has nothing else to do
 //   flush loads  16             sums and broadcasts; with the tile loads 48 / 32 / 24 on the load
 //                ports
 //   flush ALU    24 (32 affine)

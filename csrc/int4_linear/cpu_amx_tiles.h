@@ -11,11 +11,12 @@
 //      twice.
 // Word 8p + 2l + j of the result is k = 8l + 2p + j: a fixed order of k inside the 32, which the
 // packing of x repeats, so nothing is ever put back.
-// Cost for 128 weights: 6 uops on port 5 (2 unpack, 4 VPERMW), 4 on port 0 (VPSRLVW), 4 + 1 stores,
-// 4 x 2 loads; and per (row, group) one table: 1 FMA and half a VCVTNE2PS2BF16 (1 port 5, 1/2 port
-// 0), a store. Per 128 weights in cycles of the busier port: 7 at group 128, 8 at 64, 10 at 32.
-// Computing each weight as scale * float(code) + offset' and rounding costs 18 whatever the group:
-// that is why the table wins even where it serves only 32 weights.
+// Ports, for 16 rows x 32 k: VPSRLVW takes port 0 and VPERMW both 0 and 5 (two uops here; VPERMB is
+// one but needs two bytes of index), so 32 uops on port 0 and 24 on port 5; measured 38 cycles. A
+// table is one FMA and half a VCVTNE2PS2BF16 (three uops): 32 cycles for 16 rows, once per group.
+// Computing each weight as scale * float(code) + offset' and rounding it would take 8 shifts, 8
+// lookups, 8 FMAs and 4 conversions of three uops for 128 weights, 72 cycles for the same 512
+// whatever the group: the table wins even at group 32, and at 128 the rows cost 46.
 #pragma once
 
 #include <immintrin.h>

@@ -8,9 +8,10 @@
 //     kRows, kCols  largest register tile: rows of x, vectors of rows of W
 //     I, F          integer and float vectors, and the static functions used below
 //
-// Three ways through the same tile:
-//   decode  one row tile (m <= kRows): codes are unpacked on the fly; every weight byte is read once, from
-//           kCols panels at a time, because one stream does not fill this kind of CPU's memory pipes.
+// Three ways:
+//   decode  one or two rows: cpu_decode.h.
+//   direct  up to kRows rows: codes are unpacked on the fly; every weight byte is read once, from kCols panels
+//           at a time, because one stream does not fill this kind of CPU's memory pipes.
 //   panel   more rows: the codes of one flush block x kCols vectors are unpacked once into L1 (128 k x 64 n
 //           x 2 B = 16 KiB) and reused by all row tiles of a chunk of rows.
 //
@@ -56,6 +57,14 @@ NB_INLINE void unpack8(const uint8_t* at, typename O::I* w) {
     w[1] = O::load(at + 64);
   }
 }
+
+}  // namespace
+}  // namespace nibblock
+
+#include "cpu_decode.h"
+
+namespace nibblock {
+namespace {
 
 // What a tile works on.
 struct TileArgs {
@@ -115,16 +124,6 @@ static void tile(const TileArgs& a) {
       x += 4;
     }
   } else {
-    // With one row there are too few accumulators to cover the dot product's latency: two sets.
-    constexpr bool kTwoSets = R * C < 8;
-    typename O::I odd[R][C];
-    if (kTwoSets) {
-      NB_UNROLL
-      for (int r = 0; r < R; ++r) {
-        NB_UNROLL
-        for (int c = 0; c < C; ++c) odd[r][c] = O::set1(0);
-      }
-    }
     for (int64_t line = 0; line < a.lines; ++line) {
       typename O::I wv[C][kSteps];
       NB_UNROLL
@@ -141,19 +140,11 @@ static void tile(const TileArgs& a) {
           const typename O::I xv = O::broadcast(x + r * a.x_stride + 4 * s);
           NB_UNROLL
           for (int c = 0; c < C; ++c) {
-            typename O::I& to = kTwoSets && (s & 1) ? odd[r][c] : sum[r][c];
-            to = O::template dot<ACT>(to, wv[c][s], xv);
+            sum[r][c] = O::template dot<ACT>(sum[r][c], wv[c][s], xv);
           }
         }
       }
       x += 4 * kSteps;
-    }
-    if (kTwoSets) {
-      NB_UNROLL
-      for (int r = 0; r < R; ++r) {
-        NB_UNROLL
-        for (int c = 0; c < C; ++c) sum[r][c] = O::add(sum[r][c], odd[r][c]);
-      }
     }
   }
   if (a.offset) {
@@ -165,17 +156,13 @@ static void tile(const TileArgs& a) {
 
 using TileFn = void (*)(const TileArgs&);
 
-template <class O, int BITS, int ACT, bool PANEL, int C, int R>
-struct RowTable {
-  static TileFn get(int rows) {
-    if (rows == R) return &tile<O, BITS, ACT, PANEL, R, C>;
-    return RowTable<O, BITS, ACT, PANEL, C, R - 1>::get(rows);
-  }
-};
-template <class O, int BITS, int ACT, bool PANEL, int C>
-struct RowTable<O, BITS, ACT, PANEL, C, 0> {
-  static TileFn get(int) { return nullptr; }
-};
+// The tile for `rows` rows. One and two rows go through decode(), not through direct tiles.
+template <class O, int BITS, int ACT, bool PANEL, int C, int R = O::kRows>
+static TileFn tile_for(int rows) {
+  if (rows == R) return &tile<O, BITS, ACT, PANEL, R, C>;
+  if constexpr (R > (PANEL ? 1 : 3)) return tile_for<O, BITS, ACT, PANEL, C, R - 1>(rows);
+  return nullptr;
+}
 
 // Scales (or offsets) of the vectors [v0, v0 + count) for one group, as float32.
 template <class O>
@@ -245,7 +232,9 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
     const int64_t v = v0 + c;
     codes[c] = p.packed + (v / kPerPanel) * g.panel_stride + (v % kPerPanel) * O::kBytes;
   }
-  for (int64_t b = 0; b < a.blocks; ++b) {
+  if (a.rows == 1) decode<O, BITS, ACT, 1, C>(p, g, a, v0, acc);
+  if (a.rows == 2) decode<O, BITS, ACT, 2, C>(p, g, a, v0, acc);
+  for (int64_t b = 0; b < a.blocks && a.rows > 2; ++b) {
     const int64_t k0 = b * a.block;
     const int64_t k1 = k0 + a.block < a.k_pad ? k0 + a.block : a.k_pad;
     const int64_t group = k0 / g.group;
@@ -278,8 +267,8 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
       t.xsum = a.sum + b * a.rows + r0;
       t.acc = acc + r0 * acc_stride;
       const int rows = static_cast<int>(r1 - r0);
-      const TileFn fn = unpacked ? RowTable<O, 8, ACT, true, C, O::kRows>::get(rows)
-                                 : RowTable<O, BITS, ACT, false, C, O::kRows>::get(rows);
+      const TileFn fn = unpacked ? tile_for<O, 8, ACT, true, C>(rows)
+                                 : tile_for<O, BITS, ACT, false, C>(rows);
       fn(t);
     }
   }

@@ -148,7 +148,7 @@ def restore(
         if prints[key] != record["base"]:
             raise ValueError(
                 f"load: {key} must be the layer that the adapter of {path.name} was trained on, "
-                f"got another weight (fingerprint {prints[key][:12]}, the file's {record['base'][:12]})"
+                f"got another weight ({prints[key][:12]}, the file's {record['base'][:12]})"
             )
     made = {key: _adapter(path, key, records[key], tensors, bases[key]) for key in records}
     fresh = {key: _wrap(modules[key], name, made[key], key) for key in records}

@@ -312,7 +312,8 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
         """Writes the active adapter into the base's weight, in place.
 
         The base then runs alone, as fast as without an adapter; the adapter gets no gradient. What
-        stood in its blocks is kept (with a low-rank pair: the whole weight).
+        stood in its blocks is kept (with a low-rank pair: the whole weight). To stay merged for
+        good, put `base` where this module stands.
 
         Raises:
             TypeError: the base is not dense. ValueError: no adapter is active, one is merged
@@ -352,6 +353,14 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
         else:
             weight.copy_(self._saved)
         self._saved = self._merged = None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self._merged is not None:  # base and values would hold the adapter twice
+            raise ValueError(
+                f"AdapterLinear: {prefix[:-1] or 'the layer'} must be unmerged for a state dict, "
+                f"got {self._merged!r} merged; call unmerge(), or keep base alone"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     # --- running ---------------------------------------------------------------------------------
 

@@ -1,0 +1,114 @@
+// int4_linear forward for one or two rows of x: the loop over k of cpu_integer.h in one function.
+//
+// With so few rows nothing is reused, so everything outside the dot products counts: float sums stay in
+// registers over all blocks, scales go from memory to a multiply without a detour, and prefetching runs on
+// into the next panels, because a panel of a small layer (4.5 KiB of codes at K = 576) ends before the
+// hardware prefetcher has understood it. The sums are the same, operation by operation, as those of the
+// tiles in cpu_integer.h.
+#pragma once
+
+#include "activations.h"
+
+namespace nibblock {
+namespace {
+
+// Vectors of rows [v0, v0 + C) times R quantised rows into acc [R][C * kLanes].
+template <class O, int BITS, int ACT, int R, int C>
+static void decode(const Int4LinearParams& p, const Int4Geometry& g, const QuantizedRows& a,
+                   int64_t v0, float* acc) {
+  using I = typename O::I;
+  using F = typename O::F;
+  constexpr int kPerPanel = 16 / O::kLanes;
+  constexpr int kSteps = ACT == 16 ? 4 : 2;
+  constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
+  // Enough independent sums to cover the latency of the dot product (5 cycles, two a cycle).
+  constexpr int kSets = R * C >= 8 ? 1 : R * C >= 4 || kSteps == 2 ? 2 : 4;
+  const uint8_t *codes[C], *scales[C], *offsets[C];
+  NB_UNROLL
+  for (int c = 0; c < C; ++c) {
+    const int64_t v = v0 + c, lane = (v % kPerPanel) * O::kLanes;
+    const uint8_t* panel = p.packed + (v / kPerPanel) * g.panel_stride;
+    codes[c] = panel + lane * 4;
+    scales[c] = panel + g.scales_at + lane * dtype_size(p.w.scale_type);
+    offsets[c] = panel + g.offsets_at + lane * dtype_size(p.w.scale_type);
+  }
+  const int64_t scale_row = kPanelRows * dtype_size(p.w.scale_type);
+  // The next C vectors' panels. Behind the last ones this names memory that is never read: a prefetch does
+  // not fault.
+  const int64_t next_panels = ceil_div(C, kPerPanel) * g.panel_stride;
+  F y[R][C];
+  NB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) y[r][c] = O::set1f(0.0f);
+  }
+  for (int64_t b = 0; b < a.blocks; ++b) {
+    const int64_t k0 = b * a.block;
+    const int64_t k1 = k0 + a.block < a.k_pad ? k0 + a.block : a.k_pad;
+    const int64_t group = k0 / g.group;
+    I sum[R][C][kSets];
+    NB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      NB_UNROLL
+      for (int c = 0; c < C; ++c) {
+        sum[r][c][0] = O::set1(a.init[b * a.rows + r]);
+        NB_UNROLL
+        for (int s = 1; s < kSets; ++s) sum[r][c][s] = O::set1(0);
+      }
+    }
+    const int64_t at = k0 / 8 * kLineBytes;
+    int64_t ahead = O::kPrefetch;
+    if (at + ahead >= g.scales_at) ahead += next_panels - g.scales_at;
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) {
+      O::prefetch(scales[c] + next_panels + group * scale_row);
+      if (p.w.affine) O::prefetch(offsets[c] + next_panels + group * scale_row);
+    }
+    const uint8_t* x = a.q + k0 * ACT / 8;
+    for (int64_t j = at; j < at + (k1 - k0) / 8 * kLineBytes; j += kLineBytes) {
+      I w[C][kSteps];
+      NB_UNROLL
+      for (int c = 0; c < C; ++c) {
+        O::prefetch(codes[c] + j + ahead);
+        if (BITS == 8) O::prefetch(codes[c] + j + ahead + 64);
+        unpack8<O, BITS, ACT>(codes[c] + j, w[c]);
+      }
+      NB_UNROLL
+      for (int s = 0; s < kSteps; ++s) {
+        NB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const I xv = O::broadcast(x + r * a.stride + 4 * s);
+          NB_UNROLL
+          for (int c = 0; c < C; ++c) {
+            sum[r][c][s % kSets] = O::template dot<ACT>(sum[r][c][s % kSets], w[c][s], xv);
+          }
+        }
+      }
+      x += 4 * kSteps;
+    }
+    NB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F xscale = O::set1f(a.scale[b * a.rows + r]);
+      const F xsum = O::set1f(a.sum[b * a.rows + r]);
+      NB_UNROLL
+      for (int c = 0; c < C; ++c) {
+        I total = sum[r][c][0];
+        NB_UNROLL
+        for (int s = 1; s < kSets; ++s) total = O::add(total, sum[r][c][s]);
+        if (p.w.affine) {
+          y[r][c] = O::fmaf(O::load_scale(offsets[c] + group * scale_row, p.w.scale_type), xsum, y[r][c]);
+        }
+        const F s = O::mulf(O::load_scale(scales[c] + group * scale_row, p.w.scale_type), xscale);
+        y[r][c] = O::fmaf(O::to_float(total), s, y[r][c]);
+      }
+    }
+  }
+  NB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) O::storef(acc + (r * C + c) * O::kLanes, y[r][c]);
+  }
+}
+
+}  // namespace
+}  // namespace nibblock
