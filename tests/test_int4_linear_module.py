@@ -185,8 +185,34 @@ def test_state_dict_in_a_tree_with_dense_weight():
     target = nn.Sequential(nb.Int4Linear(64, 64), nn.ReLU(), nb.Int4Linear(64, 8, bias=False))
     assert str(target.load_state_dict(dense.state_dict())) == "<All keys matched successfully>"
     for i in (0, 2):
-        expected = nb.Int4Linear.from_linear(dense[i])
+        expected = nb.Int4Linear.from_linear(dense[i], scale_dtype=torch.float32)
         assert torch.equal(target[i].packed, expected.packed)
+
+
+def test_scale_dtype_follows_the_values_and_the_file():
+    dense = nn.Linear(96, 40)
+    q = nb.Int4Linear.from_linear(dense, group_size=32)
+    assert q.scale_dtype == torch.float16
+    fresh = nb.Int4Linear(96, 40, group_size=32)
+    assert fresh.scale_dtype == torch.float32
+    x = torch.randn(3, 96)
+    fresh(x)
+    fresh.load_state_dict(q.state_dict())
+    assert fresh.scale_dtype == torch.float16
+    assert torch.equal(fresh(x), q(x))
+    with torch.no_grad():
+        dense.weight.mul_(1e-5)  # scales below float16's normal numbers
+    tiny = nb.Int4Linear.from_linear(dense, group_size=32)
+    assert tiny.scale_dtype == torch.float32
+    q.load_state_dict(tiny.state_dict())
+    assert torch.equal(q(x), tiny(x))
+    # A refused file changes nothing.
+    before = q.packed.clone()
+    bad = {**fresh.state_dict(), "qweight": torch.zeros(40, 3, dtype=torch.uint8)}
+    with pytest.raises(RuntimeError, match="size mismatch for qweight"):
+        q.load_state_dict(bad)
+    assert q.scale_dtype == torch.float32
+    assert torch.equal(q.packed, before)
 
 
 def test_strict_load_reports_keys():
@@ -210,19 +236,20 @@ def test_strict_load_reports_keys():
 
 
 def test_scale_dtype_of_the_file_is_converted_only_when_exact():
-    exact = nb.Int4Linear.from_codes(
-        torch.zeros(16, 32, dtype=torch.uint8),
-        torch.rand(16, 2).half(),
-        in_features=64,
-        group_size=32,
-    )
-    wide = nb.Int4Linear(64, 16, bias=False, group_size=32, symmetric=True)
-    wide.load_state_dict(exact.state_dict())
-    assert torch.equal(wide.weight, exact.weight)
-    exact.load_state_dict(wide.state_dict())
-    rounding = {**wide.state_dict(), "scales": torch.rand(16, 2)}
+    """While fused the siblings share one format, so a file's dtype is converted, not taken over."""
+    block = nn.Module()
+    for name in ("gate_proj", "up_proj"):
+        q = nb.Int4Linear.from_linear(nn.Linear(64, 16, bias=False), group_size=32)
+        setattr(block, name, q)
+    nb.nn.fused.fuse_linears(block)
+    fused = block.gate_proj
+    assert fused.scale_dtype == torch.float16
+    state = fused.state_dict()
+    fused.load_state_dict({k: v.float() if k != "qweight" else v for k, v in state.items()})
+    assert fused.scale_dtype == torch.float16
+    assert torch.equal(fused.state_dict()["scales"], state["scales"])
     with pytest.raises(RuntimeError, match="scales must be exact in float16"):
-        exact.load_state_dict(rounding)
+        fused.load_state_dict({**state, "scales": torch.rand(16, 2)})
 
 
 def test_meta_device():

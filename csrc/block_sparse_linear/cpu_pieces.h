@@ -261,7 +261,8 @@ static void store_rows_as(T type, int size, const BlockSparseParams& p, int64_t 
     const auto sum = [&](int64_t i, const char* y0_at) {
       typename O::F v = O::loadf(acc + i);
       if (bias) v = O::addf(v, O::loadf(bias + i));
-      return y0_at ? O::addf(v, O::load_as(type, y0_at)) : v;
+      // An adapter of zeros must not change a bit of the base's result, -0 included.
+      return y0_at ? O::add_keeping(O::load_as(type, y0_at), v) : v;
     };
     for (int64_t i = 0; i < whole; i += O::kLanes) {
       O::store_as(type, y + i * size, sum(i, y0 ? y0 + i * size : nullptr));

@@ -21,25 +21,23 @@
 //   dequantise  120 / 145 / 160..190 at group 128 / 64 / 32, 8 bits 270, once per chunk of rows,
 //               between the TDPs of the chunk's first 32 rows
 //   sums        a block (4 KiB) is loaded and stored once a pass: 30 at 6 steps a pass, 3 at 64
-//   x, y        packing x and writing y move 6 and 2..4 bytes an element through L3: 15 at N = K =
-//               2048
+//   x, y        packing x and writing y move 6 and 2..4 bytes an element through L3: 15 at 2048 columns
 // Two ways through the steps, chosen by whether the chunk's packed x fits half of L2 (kResidentX):
 //   it does     long passes of 64 steps: both operands come from L2, sums almost never leave the
 //               tiles (on AMX this 2 x 2 loop was measured at 102 cycles a step), one pair of units
 //               at a time
-//   it does not passes of 6 steps, for which L1 (48 KiB) holds 64 columns of weights, 24 KiB, 32
-//   rows
-//               of x, 12 KiB, and two blocks of sums, 8 KiB. (With longer passes neither weights
-//               nor x would survive one pass of the other.) L2 (2 MiB) holds a chunk's slice of x
-//               twice, this pass's and the next one's on its way from L3, 384 KiB, and the sums of
-//               a group of columns, at most 768 KiB; x is read again for each group, 2..4 bytes a
-//               cycle.
+//   it does not passes of 6 steps, for which L1 (48 KiB) holds 64 columns of weights, 24 KiB,
+//               32 rows of x, 12 KiB, and two blocks of sums, 8 KiB. (With longer passes neither
+//               weights nor x would survive one pass of the other.) L2 (2 MiB) holds a chunk's
+//               slice of x twice, this pass's and the next one's on its way from L3, 384 KiB, and
+//               the sums of a group of columns, at most 768 KiB; x is read again for each group,
+//               2..4 bytes a cycle.
 // Chunks are as large as that allows, 512 rows, because each one dequantises all of W again.
 // Measured on an AVX-512 core with the TDPs left out and tile loads and stores as 16 vector loads
 // and stores, N = K = 2048, group 128: 165 cycles a step at M = 16, 190 at 32, 180 at 64, 150 at
 // 128, 145..160 at 256 and 512. The TDPs (32 at M = 16, else 64) overlap with that wholly at best,
 // not at all at worst, which gives these shares of the tile peak at 4096 x 4096, group 128 (32):
-//   M = 16         8..10 % (6..8 %): at 20 GB/s memory takes as long
+//   M = 16         16..19 % (13..16 %): at 20 GB/s memory takes as long
 //   M = 64         26..35 % (22..30 %)
 //   M = 256, 1024  31..44 % (29..41 %)
 // Fetching x or sums into L1 a block ahead, and passes of 4, 8, 10 or 12 steps, were slower or

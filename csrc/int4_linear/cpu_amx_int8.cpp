@@ -57,6 +57,7 @@ struct Problem {
   QuantizedRows x;  // rows [first, first + rows) of x, padded to a multiple of 16
   int64_t first, rows;
   int64_t units, passes, chunks, groups;
+  int group_shift;  // flush block -> group
 };
 
 // 512 k (or what is left) of one panel as signed bytes in tile order: 16 rows of 64 bytes for each
@@ -83,8 +84,7 @@ static void unpack_panel(const Problem& q, int64_t panel, int64_t k0, int64_t k1
 
 // One 16 x 16 tile of sums over the flush blocks of one pass.
 struct TileJob {
-  const uint8_t* x;  // row 0 of the tile, first k of the pass
-  int64_t x_stride;
+  const uint8_t* x;        // in tile order, first k of the pass
   const uint8_t* weights;  // unpacked, first k of the pass
   const uint8_t* panel;
   int64_t k0, k1;  // k1 is a multiple of 64, at most k_pad
@@ -95,14 +95,15 @@ struct TileJob {
 // bytes.
 template <int Acc, bool Half>
 NB_AMX_INLINE void multiply_block(const TileJob& t, int64_t k, int64_t length) {
-  const uint8_t* x = t.x + (k - t.k0);
+  const int64_t half = Half ? k & 32 : 0;  // the second 32 of 64 k
+  const uint8_t* x = t.x + (k - half - t.k0) * 16 + half;
   const uint8_t* w = t.weights + (k - t.k0) * 16;
   amx::zero<Acc>();
-  amx::load<2>(x, t.x_stride);
+  amx::load<2>(x, kTileK);
   amx::load<4>(w, 64);
   amx::dot_int8<Acc, 2, 4>();
   if (!Half && length > kTileK) {
-    amx::load<3>(x + kTileK, t.x_stride);
+    amx::load<3>(x + amx::kTileBytes, kTileK);
     amx::load<5>(w + amx::kTileBytes, 64);
     amx::dot_int8<Acc, 3, 5>();
   }
@@ -112,7 +113,7 @@ template <int Acc, bool Affine>
 NB_AMX_INLINE void flush_sums(const Problem& q, const TileJob& t, int64_t b, int32_t* parking,
                               __m512 sums[16]) {
   amx::store<Acc>(parking, 64);
-  const int64_t group = b * q.x.block / q.g.group;
+  const int64_t group = b >> q.group_shift;
   const __m512 scale = load_scales(t.panel + q.g.scales_at, q.p->w.scale_type, group);
   __m512 offset = _mm512_setzero_ps();
   if (Affine) {
@@ -196,8 +197,7 @@ static void run_task(const Problem& q, int64_t task, uint8_t* weights, uint8_t* 
           for (int64_t i = 0; i < panels; ++i) {
             TileJob t;
             t.row = tile * 16;
-            t.x = q.x.q + t.row * q.x.stride + k0;
-            t.x_stride = q.x.stride;
+            t.x = q.x.q + t.row * q.g.k_pad + 16 * k0;
             t.weights = weights + i * kWeightBytes / 2;
             t.panel = q.p->packed + (2 * u + i) * q.g.panel_stride;
             t.k0 = k0;
@@ -250,7 +250,7 @@ static void make_plan(Problem* q) {
   while (q->chunks * q->units < threads && 4 * q->chunks <= tiles) ++q->chunks;
   const int64_t chunk_rows = 16 * ceil_div(tiles, q->chunks);
   const int64_t wide =
-      chunk_rows * q->x.stride <= kResidentX ? 2 : kGroupSums / (chunk_rows * kUnit * 4);
+      chunk_rows * q->g.k_pad <= kResidentX ? 2 : kGroupSums / (chunk_rows * kUnit * 4);
   q->groups = ceil_div(q->units, max64(1, min64(16, wide)));
   int64_t multiple = threads;  // the same number of tasks for every thread
   for (int64_t d = 2; d <= q->chunks; ++d) {
@@ -260,21 +260,38 @@ static void make_plan(Problem* q) {
   q->passes = max64(1, ceil_div(q->g.k_pad, kPassK));
 }
 
-static void quantize_rows(const Problem& q) {
+// Rows of x to int8 in tile order: [16 rows][64 k], 1 KiB each, one after the other along k. (As rows
+// of k_pad bytes they would crowd into a few cache sets.) False when memory is short.
+static bool quantize_rows(const Problem& q) {
+  const int64_t k_pad = q.g.k_pad;
+  int failed = 0;
   auto body = [&](int64_t begin, int64_t end) {
+    QuantizedRows one = q.x;  // writes every row to the same place
+    one.stride = 0;
+    one.q = static_cast<uint8_t*>(allocate(k_pad));
+    if (!one.q) {
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
     for (int64_t r = begin; r < end; ++r) {
       if (r < q.rows) {
-        quantize_row<HalfLoader, 8>(*q.p, q.first + r, r, q.x);
-        continue;
+        quantize_row<HalfLoader, 8>(*q.p, q.first + r, r, one);
+      } else {
+        memset(one.q, 0, static_cast<size_t>(k_pad));
+        for (int64_t b = 0; b < q.x.blocks; ++b) {
+          q.x.scale[b * q.x.rows + r] = 0.0f;
+          q.x.sum[b * q.x.rows + r] = 0.0f;
+        }
       }
-      memset(q.x.q + r * q.x.stride, 0, static_cast<size_t>(q.x.stride));
-      for (int64_t b = 0; b < q.x.blocks; ++b) {
-        q.x.scale[b * q.x.rows + r] = 0.0f;
-        q.x.sum[b * q.x.rows + r] = 0.0f;
+      uint8_t* out = q.x.q + (r & ~15) * k_pad + (r & 15) * kTileK;
+      for (int64_t k = 0; k < k_pad; k += kTileK) {
+        _mm512_store_si512(out + 16 * k, _mm512_load_si512(one.q + k));
       }
     }
+    free(one.q);
   };
   parallel_for(*q.p->parallel, round_up(q.rows, 16), body);
+  return !failed;
 }
 
 }  // namespace
@@ -288,11 +305,17 @@ Status int4_linear_amx_int8(const Int4LinearParams& p) {
   const int64_t most = max64(1, kQuantizedX / max64(1, q.g.k_pad) / kChunkRows) * kChunkRows;
   if (!quantized_rows_alloc(&q.x, q.g, p.w.k, round_up(min64(p.m, most), 16), 8))
     return kOutOfMemory;
+  // Groups are powers of two, or the whole row.
+  q.group_shift = 0;
+  while (q.group_shift < 62 && (q.x.block << q.group_shift) < q.g.group) ++q.group_shift;
   Status status = kOk;
   for (q.first = 0; q.first < p.m && status == kOk; q.first += most) {
     q.rows = min64(most, p.m - q.first);
     make_plan(&q);
-    quantize_rows(q);
+    if (!quantize_rows(q)) {
+      status = kOutOfMemory;
+      break;
+    }
     const bool half = q.x.block == 32;
     status = half ? (p.w.affine ? run_rows<true, true>(q) : run_rows<true, false>(q))
                   : (p.w.affine ? run_rows<false, true>(q) : run_rows<false, false>(q));

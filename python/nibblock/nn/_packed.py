@@ -173,6 +173,7 @@ class PackedWeight:
     ):
         # nn.Module loads `packed` and `bias`; this turns what the file holds into `packed` first,
         # and what nn.Module reports about `packed` back into the file's names.
+        self._adopt_scale_dtype(state_dict, prefix)
         shapes = self._canonical_shapes()
         local = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         dense = local.pop(prefix + "weight", None)
@@ -201,6 +202,34 @@ class PackedWeight:
                 missing_keys.extend(prefix + part for part in absent)
             else:
                 missing_keys.append(name)
+
+    def _adopt_scale_dtype(self, state_dict, prefix):
+        """Takes over the file's dtype of scales, so that a state dict round trip changes nothing.
+
+        Only when everything it holds fits (nothing may have changed if loading is refused), and not
+        while fused with siblings, which share one format.
+        """
+        shapes = self._canonical_shapes()
+        given = {name: state_dict.get(prefix + name) for name in shapes}
+        if any(v is None or tuple(v.shape) != shapes[k][0] for k, v in given.items()):
+            return
+        dtypes = {v.dtype for k, v in given.items() if k != "qweight"}
+        dtype = dtypes.pop()
+        if (
+            dtypes
+            or dtype == self.scale_dtype
+            or dtype not in _checks.SCALE_DTYPES
+            or given["qweight"].dtype != torch.uint8
+            or getattr(self, "_fused", None) is not None
+        ):
+            return
+        self.scale_dtype = dtype
+        packed = self._parameters["packed"]
+        packed.data = torch.empty(self._packed_bytes(), dtype=torch.uint8, device=packed.device)
+        self._format_changed()
+
+    def _format_changed(self) -> None:
+        """Renews what a class derives from the format."""
 
     def _pack_dense(self, prefix, dense, errors):
         if tuple(dense.shape) != (self._rows, self._columns):

@@ -134,10 +134,11 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         qweight, scales, offsets = _ops.int4_quantize(
             weight, group_size=group_size, bits=bits, symmetric=symmetric, method=method
         )
+        scale_dtype = _checks.compact_scale_dtype(scales, offsets)
         out = cls.from_codes(
             qweight,
-            scales,
-            offsets,
+            scales.to(scale_dtype),
+            None if offsets is None else offsets.to(scale_dtype),
             embedding_dim=weight.shape[1],
             group_size=group_size,
             bits=bits,

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from nibblock.ops import _block_checks, _checks
+from nibblock.ops._autograd import register_autograd
 from nibblock.ops._int4_register import _cast, _refuse_vmap
 
 _ops = torch.ops.nibblock
@@ -153,15 +154,9 @@ def _weight_grad_backward(ctx, upstream):
     return dgrad, dx, None, None, None
 
 
-torch.library.register_autograd(
-    "nibblock::block_sparse_linear", _linear_backward, setup_context=_linear_context
-)
-torch.library.register_autograd(
-    "nibblock::block_sparse_linear_dx", _dx_backward, setup_context=_dx_context
-)
-torch.library.register_autograd(
-    "nibblock::block_weight_grad", _weight_grad_backward, setup_context=_weight_grad_context
-)
+register_autograd("block_sparse_linear", _linear_backward, _linear_context)
+register_autograd("block_sparse_linear_dx", _dx_backward, _dx_context)
+register_autograd("block_weight_grad", _weight_grad_backward, _weight_grad_context)
 
 
 # --- gradients of the int4 base with its adapter ------------------------------------------------
@@ -227,12 +222,8 @@ def _fused_dx_backward(ctx, upstream):
     return (dgrad, *[None] * 7, dvalues, None, None, da, dc)
 
 
-torch.library.register_autograd(
-    "nibblock::int4_block_sparse_linear", _fused_backward, setup_context=_fused_context
-)
-torch.library.register_autograd(
-    "nibblock::int4_block_sparse_linear_dx", _fused_dx_backward, setup_context=_fused_dx_context
-)
+register_autograd("int4_block_sparse_linear", _fused_backward, _fused_context)
+register_autograd("int4_block_sparse_linear_dx", _fused_dx_backward, _fused_dx_context)
 
 
 # --- autocast: x, bias and y0 as F.linear's arguments; values and the low-rank pair stay as they
