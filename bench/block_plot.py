@@ -51,6 +51,8 @@ def chart(result: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axis, case: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator
+
     axis.set_visible(True)
     for label, colour in _COLOURS.items():
         dense = case["lines"][best_dense(case, label)]["median_s"]
@@ -65,6 +67,7 @@ def _panel(axis, case: dict[str, Any]) -> None:
     ticks = [100 * d for d in case["densities"]]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_xticks([], minor=True)
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         which(lambda value, _: f"{value:g}")
     axis.set_xlabel("density, %")

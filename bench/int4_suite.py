@@ -125,11 +125,10 @@ def run_dx(shape: Shape, m: int, ceilings: Ceilings | None, budget: float) -> di
 
     problem = P.Problem(shape, 128)
     n, k, group = shape.out_features, shape.in_features, problem.group
-    scale_type = P.scale_type(group)
     packed = int4_pack(
         problem.qweight(),
-        problem.scale.to(scale_type),
-        problem.offset.to(scale_type),
+        problem.scale.to(P.SCALES),
+        problem.offset.to(P.SCALES),
         in_features=k,
         group_size=group,
     )
@@ -140,7 +139,7 @@ def run_dx(shape: Shape, m: int, ceilings: Ceilings | None, budget: float) -> di
     onednn = torch.ops.mkldnn._linear_pointwise.default
     op = torch.ops.nibblock.int4_linear_dx.default
     calls = {
-        "nibblock bf16": lambda _: op(dy, packed, k, group, 4, True, scale_type, "bf16"),
+        "nibblock bf16": lambda _: op(dy, packed, k, group, 4, True, P.SCALES, "bf16"),
         "dense bf16 eager": lambda _: torch.mm(dy, w),
         "dense bf16 oneDNN": lambda _: onednn(dy, w_t, None, "none", [], ""),
     }

@@ -238,15 +238,16 @@ def bitsandbytes_nf4(p: Problem, m: int) -> Candidate:
 # --- ours -----------------------------------------------------------------------------------------
 
 
+SCALES = torch.float16  # of our op, as Int4Linear.from_linear stores them
+
+
 def nibblock_int4(
     p: Problem, m: int, copies: int, dtype: torch.dtype, compute: str = "bf16"
 ) -> Candidate:
-    """Our op, with the scales as the package stores them: float16 for GGUF's groups of 32, which
-    are float16 in the file, and float32 otherwise."""
+    """Our op, with the scales as `Int4Linear.from_linear` stores them: float16."""
     from nibblock.ops import int4_pack
 
-    scale_dtype = scale_type(p.group)
-    scale, offset = p.scale.to(scale_dtype), None if p.symmetric else p.offset.to(scale_dtype)
+    scale, offset = p.scale.to(SCALES), None if p.symmetric else p.offset.to(SCALES)
     n, k, group, affine = *p.shape[2:], p.group, not p.symmetric
     blobs = [
         int4_pack(p.qweight(), scale, offset, in_features=k, group_size=group, bits=4)
@@ -256,16 +257,12 @@ def nibblock_int4(
     op = torch.ops.nibblock._int4_linear_forward.default
     return Candidate(
         "",
-        lambda i: op(x, blobs[i], None, n, group, 4, affine, scale_dtype, compute),
+        lambda i: op(x, blobs[i], None, n, group, 4, affine, SCALES, compute),
         x,
         _nbytes(blobs[0]),
         p.dense,
         copies,
     )
-
-
-def scale_type(group: int) -> torch.dtype:
-    return torch.float16 if group == 32 else torch.float32
 
 
 # --- shared ---------------------------------------------------------------------------------------
@@ -297,8 +294,7 @@ def weight_bytes(name: str, p: Problem) -> int:
     n, k = p.shape.out_features, p.shape.in_features
     if name.startswith("dense"):
         return n * k * (2 if "bf16" in name else 4)
-    wide = name.startswith("nibblock") and scale_type(p.group) == torch.float32
-    return n * k // 2 + n * p.groups * (8 if wide else 4)
+    return n * k // 2 + n * p.groups * 4
 
 
 def make(name: str, problem: Problem, m: int, copies: int = 1) -> Candidate:

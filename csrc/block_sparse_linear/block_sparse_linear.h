@@ -160,8 +160,7 @@ NB_API Status int4_block_sparse_run(const Int4BlockSparseTable& t, const Int4Blo
 
 // --- what the kernel files share --------------------------------------------------------------------
 
-// The best int4 kernel up to level `isa` for the base of a fused call, or null. Chosen for the whole call: its
-// parts run on the same one, so a row's bits do not depend on how many rows there are.
+// The best int4 kernel up to level `isa` for the base of a fused call, or null.
 const Int4LinearKernel* int4_base_kernel(const Int4LinearParams& base, bool dx, Isa isa);
 
 Status block_sparse_linear_avx2(const BlockSparseParams& p);

@@ -1,9 +1,9 @@
 // int4_block_sparse_linear and its input gradient for AVX2 and AVX-512: the adapter's side of the product.
 //
 // The int4 kernel of this level runs as ever and hands each finished tile of float32 sums to `add`, before
-// bias, rounding and the store. Rows go through in chunks (the int4 kernels' own size), whose x is packed
-// once for all tiles; blocks are laid out when a tile meets them. From 1 to 4 rows nothing is laid out.
-// The low-rank pair is t = x A^T (float32, once per chunk), then t C^T in the same place.
+// bias, rounding and the store. Blocks are laid out, and x widened, when a tile meets them: no memory but the
+// stack. From 1 to 4 rows nothing is laid out. The low-rank pair is t = x A^T (float32, once), then t C^T in
+// the same place.
 #pragma once
 
 #include "cpu_small.h"
@@ -11,15 +11,14 @@
 namespace nibblock {
 namespace {
 
-constexpr int64_t kFusedRows = 512;
-
 template <class O, int B> struct Adapter {
   TileAdd base;  // first: the callback gets its address
   const Int4BlockSparseParams* p;
   Walk walk;
-  PackedRows x;   // of the chunk; m0 is 0: the base runs on the chunk alone
-  int64_t slots;  // 1, 2, 4 for few rows, when x.data is pack_small's; else 0
-  const float* t; // [rows][rank]
+  SourceRows x;
+  int64_t slots;       // 1, 2 or 4 for few rows, and x in `small`; else 0
+  const float* small;  // pack_small's
+  const float* t;      // [rows][rank]
 };
 
 // acc[0 .. lanes) of `rows` rows += t times the columns [n0, n0 + lanes) of C^T (of A for dx).
@@ -94,7 +93,7 @@ static void add_tile(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, 
     if (a.walk.ptr[u] == a.walk.ptr[u + 1]) {
       n = stop;
     } else if (a.slots) {
-      small_rows<O, B>(a.walk, a.p->values, a.p->vtype, u, a.x.data + m0 * B, a.slots, c0, c0 + width, to,
+      small_rows<O, B>(a.walk, a.p->values, a.p->vtype, u, a.small + m0 * B, a.slots, c0, c0 + width, to,
                        acc_stride, rows, true);
       n = stop;
     } else if (width >= S::kWidth && c0 % S::kWidth == 0) {
@@ -150,64 +149,54 @@ static void rank_row(const float* x, const float* l, int64_t in, int64_t rank, f
   }
 }
 
+template <class O>
+static void rank_rows(const Int4BlockSparseParams& p, const float* inner, int64_t in, int64_t begin, int64_t end,
+                      float* row, float* t) {
+  const Int4LinearParams& b = p.base;
+  with_type(b.xtype, [&](auto tag, int size) {
+    for (int64_t m = begin; m < end; ++m) {
+      widen<O>(tag, size, static_cast<const char*>(b.x) + m * b.x_stride * size, in, row);
+      rank_row<O>(row, inner, in, p.rank, t + m * p.rank);
+    }
+  });
+}
+
 template <class O, int B> static Status fused_of(const Int4BlockSparseParams& p, bool dx, Isa isa) {
-  using S = Shape<O, B>;
-  constexpr int H = S::kRows;
-  const Int4LinearParams& base = p.base;
+  Int4LinearParams base = p.base;
+  base.add = nullptr;
   const Int4LinearKernel* kernel = int4_base_kernel(base, dx, isa);
   if (!kernel) return kNoKernel;
   Adapter<O, B> a;
   a.base.add = add_tile<O, B>;
   a.p = &p;
   a.walk = make_walk(p.s, dx);
+  a.x = {static_cast<const char*>(base.x), base.xtype, base.x_stride};
   a.slots = !dx && base.m <= kSmallRows ? small_slots(base.m) : 0;
-  const int64_t most = min64(kFusedRows, base.m), tiles = ceil_div(most, H);
-  const int64_t x_floats = a.walk.ins * B * (a.slots ? a.slots : tiles * H) + kSmallRows * B;
-  float* memory = static_cast<float*>(aligned_malloc((x_floats + most * p.rank) * 4));
+  const int64_t in = a.walk.in_size, x_floats = a.slots ? (a.walk.ins * a.slots + kSmallRows) * B : 0;
+  float* memory = static_cast<float*>(aligned_malloc((x_floats + base.m * p.rank) * 4));
   float* inner = p.rank ? inner_rank<O>(p, dx) : nullptr;
-  if (!memory || (p.rank && !inner)) {
-    free(memory);
-    free(inner);
-    return kOutOfMemory;
-  }
   float* t = memory + x_floats;
-  a.t = t;
-  static const Parallel serial = {nullptr, 1};
-  Status status = kOk;
-  for (int64_t m0 = 0; m0 < base.m && status == kOk; m0 += most) {
-    Int4LinearParams part = base;
-    part.add = &a.base;
-    part.m = min64(most, base.m - m0);
-    part.x = static_cast<const char*>(base.x) + m0 * base.x_stride * dtype_size(base.xtype);
-    part.y = static_cast<char*>(base.y) + m0 * base.y_stride * dtype_size(base.xtype);
-    a.x = {memory, 0, part.m, tiles};
-    const Parallel& parallel = part.m * a.walk.in_size < 65536 ? serial : *base.parallel;
-    if (a.slots) {
-      pack_small<O, B>(a.walk, part.x, base.xtype, base.x_stride, part.m, a.slots, memory);
-    } else if (p.s.count) {
-      auto pack = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) pack_tile<O, B>(a.walk, part.x, base.xtype, base.x_stride, a.x, i);
-      };
-      parallel_for(parallel, ceil_div(part.m, H), pack);
-    }
-    int failed = 0;
+  int failed = !memory || (p.rank && !inner);
+  if (!failed && a.slots) {
+    pack_small<O, B>(a.walk, base.x, base.xtype, base.x_stride, base.m, a.slots, memory);
+  }
+  if (!failed && p.rank) {
+    static const Parallel serial = {nullptr, 1};
     auto rank = [&](int64_t begin, int64_t end) {
-      float* row = static_cast<float*>(aligned_malloc(a.walk.in_size * 4));
-      if (!row) {
+      float* row = static_cast<float*>(aligned_malloc(in * 4));
+      if (row) {
+        rank_rows<O>(p, inner, in, begin, end, row, t);
+      } else {
         __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-        return;
-      }
-      for (int64_t m = begin; m < end; ++m) {
-        with_type(base.xtype, [&](auto tag, int size) {
-          widen<O>(tag, size, static_cast<const char*>(part.x) + m * base.x_stride * size, a.walk.in_size, row);
-        });
-        rank_row<O>(row, inner, a.walk.in_size, p.rank, t + m * p.rank);
       }
       free(row);
     };
-    if (p.rank) parallel_for(parallel, part.m, rank);
-    status = failed ? kOutOfMemory : kernel->run(part);
+    parallel_for(base.m * in * p.rank < (1 << 18) ? serial : *base.parallel, base.m, rank);
   }
+  a.small = memory;
+  a.t = t;
+  base.add = &a.base;
+  const Status status = failed ? kOutOfMemory : kernel->run(base);
   free(memory);
   free(inner);
   return status;

@@ -132,6 +132,7 @@ static void lay_out(const void* values, Dtype type, int64_t z, bool dx, int64_t 
 
 struct TileJob {
   const float* x;      // first row of the tile, column block 0
+  const int32_t* at;   // which block of x an entry reads: its column block when x is packed
   int64_t x_block;     // from one column block to the next
   const int32_t* in;   // column block of each entry
   int64_t count;       // entries
@@ -159,7 +160,7 @@ template <class O, int B, int R> static __attribute__((noinline)) void tile(cons
   const float* w = t.w;
   for (int64_t e = 0; e < t.count; ++e, w += B * W) {
     const int64_t j = t.in[e], depth = min64(B, t.in_size - j * B);
-    const float* x = t.x + j * t.x_block;
+    const float* x = t.x + t.at[e] * t.x_block;
     const float* next = x + H * B;
     const float* wk = w;
     const char* ahead = e < t.fetched ? t.ahead[e] + t.ahead_at : reinterpret_cast<const char*>(next);
@@ -211,11 +212,60 @@ static void multiply_rows(const PackedRows& x, int64_t r0, int64_t rows, TileJob
   }
 }
 
+// Rows of x as they lie. A fused product meets each block once for all rows, so widening x beside the tile
+// (a tenth of its FMAs) is cheaper than keeping all of x a second time.
+struct SourceRows {
+  const char* data;
+  Dtype type;
+  int64_t stride;
+};
+
+// The same as multiply_rows from x as it lies: each tile's part of x is widened just before it is used, and
+// the next tile's is fetched.
+template <class O, int B>
+static void multiply_source(const SourceRows& x, int64_t r0, int64_t rows, TileJob t) {
+  using S = Shape<O, B>;
+  constexpr int H = S::kRows;
+  alignas(64) float wide[S::kPass * H * B];
+  int32_t order[S::kPass];
+  for (int i = 0; i < S::kPass; ++i) order[i] = i;
+  float* const acc = t.acc;
+  t.x = wide;
+  t.x_block = H * B;
+  t.at = order;
+  t.ahead_step = t.ahead_step * H / max64(rows, H);
+  for (int64_t i = 0; i < rows; i += H) {
+    const int64_t height = min64(H, rows - i);
+    with_type(x.type, [&](auto tag, int size) {
+      for (int64_t e = 0; e < t.count; ++e) {
+        const int64_t k = t.in[e] * B, live = min64(B, t.in_size - k);
+        const char* row = x.data + ((r0 + i) * x.stride + k) * size;
+        for (int64_t r = 0; r < height; ++r, row += x.stride * size) {
+          for (int64_t b = 0; b < live * size; b += 64) O::prefetch(row + H * x.stride * size + b);
+          widen<O>(tag, size, row, live, wide + (e * H + r) * B);
+        }
+      }
+    });
+    t.acc = acc + i * t.acc_stride;
+    t.ahead_at = i / H * t.ahead_step * B;
+    TileOf<O, B, H>::run(height, t);
+  }
+}
+
+template <class O, int B>
+static void multiply_any(const PackedRows& x, int64_t r0, int64_t rows, const TileJob& t) {
+  multiply_rows<O, B>(x, r0, rows, t);
+}
+template <class O, int B>
+static void multiply_any(const SourceRows& x, int64_t r0, int64_t rows, const TileJob& t) {
+  multiply_source<O, B>(x, r0, rows, t);
+}
+
 // acc = all stored blocks of output block `out` for columns [c0, c0 + W) of it, in passes that fit L1.
 // `w` holds Shape::kPass panels. Returns false, acc untouched, when `first` and there are no blocks.
-template <class O, int B>
+template <class O, int B, class Rows>
 static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype, int64_t out, int64_t c0,
-                               const PackedRows& x, int64_t r0, int64_t rows, float* w, float* acc,
+                               const Rows& x, int64_t r0, int64_t rows, float* w, float* acc,
                                int64_t acc_stride, bool first) {
   using S = Shape<O, B>;
   const int64_t begin = walk.ptr[out], end = walk.ptr[out + 1], all = walk.ptr[walk.outs];
@@ -236,14 +286,14 @@ static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype
     t.ahead_at = 0;
     t.ahead_step = bytes / B;
     t.x = nullptr;
-    t.in = walk.in + e;
+    t.in = t.at = walk.in + e;
     t.count = count;
     t.in_size = walk.in_size;
     t.w = w;
     t.acc = acc;
     t.acc_stride = acc_stride;
     t.first = first && e == begin;
-    multiply_rows<O, B>(x, r0, rows, t);
+    multiply_any<O, B>(x, r0, rows, t);
   }
   return begin < end;
 }

@@ -13,6 +13,7 @@ namespace nibblock {
 namespace {
 
 constexpr int64_t kSmallRows = 4;
+constexpr int64_t kAheadBytes = 8 << 10;  // values fetched ahead, across the pages that hardware stops at
 
 // x as [column block][MR][B], zeros behind its last column and in rows that do not exist.
 template <class O, int B>
@@ -48,6 +49,7 @@ NB_INLINE void small_blocks(T type, int size, const char* values, const int32_t*
       const char* row = values + (g * B + i) * B * size;
       NB_UNROLL
       for (int k = 0; k < B; k += O::kLanes) {
+        if (k * size % 64 == 0) O::prefetch(row + k * size + kAheadBytes);
         const typename O::F w = O::load_as(type, row + k * size);
         NB_UNROLL
         for (int m = 0; m < MR; ++m) sum[m] = O::fmaf(w, O::loadf(xs[g] + m * B + k), sum[m]);

@@ -15,14 +15,18 @@
 namespace nibblock {
 namespace {
 
+// Block by block, all rows of a block together: a tile walks the rows of one block, and rows that stand k_pad
+// elements apart would crowd into a few cache sets.
 struct QuantizedRows {
   int64_t rows, k_pad, block, blocks;
-  int64_t stride;      // bytes between rows of q; not a multiple of 4 KiB
-  uint8_t* q;          // int16 in the order of k, or int8 in the order k0 k4 k1 k5 k2 k6 k3 k7 of each 8
-  float* scale;        // [blocks][rows]: a row tile reads neighbours
-  int32_t* init;       // [blocks][rows] what the integer sum starts from: -zero * sum(q), 0 when affine
-  float* sum;          // [blocks][rows] scale * sum(q): what the offset multiplies when affine
-  uint8_t* nonfinite;  // [rows]
+  int64_t padded_k;      // elements of a row that are written: the last block ends here
+  int64_t stride;        // bytes between rows of a block
+  int64_t block_stride;  // bytes between blocks
+  uint8_t* q;            // int16 in the order of k, or int8 in the order k0 k4 k1 k5 k2 k6 k3 k7 of each 8
+  float* scale;          // [blocks][rows]
+  int32_t* init;         // [blocks][rows] what the integer sum starts from: -zero * sum(q), 0 when affine
+  float* sum;            // [blocks][rows] scale * sum(q): what the offset multiplies when affine
+  uint8_t* nonfinite;    // [rows]
   void* memory;
 };
 
@@ -33,14 +37,18 @@ static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_
   a->k_pad = g.k_pad;
   a->block = flush_block(g);
   a->blocks = a->block > 0 ? ceil_div(k, a->block) : 0;
-  a->stride = round_up(g.k_pad * act_bits / 8, 64);
-  if (a->stride % 4096 == 0) a->stride += 64;
+  a->padded_k = a->blocks * a->block < g.k_pad ? a->blocks * a->block : g.k_pad;
+  a->stride = a->block * act_bits / 8;
+  a->block_stride = rows * a->stride;
+  // At least k_pad a row, for callers that arrange q themselves.
+  const int64_t row_k = a->blocks * a->block > g.k_pad ? a->blocks * a->block : g.k_pad;
+  const int64_t bytes = round_up(rows * row_k * act_bits / 8, 64);
   const int64_t meta = round_up(rows * a->blocks * 4, 64);
-  char* mem = static_cast<char*>(aligned_malloc(rows * a->stride + 3 * meta + rows));
+  char* mem = static_cast<char*>(aligned_malloc(bytes + 3 * meta + rows));
   a->memory = mem;
   if (!mem) return false;
   a->q = reinterpret_cast<uint8_t*>(mem);
-  mem += rows * a->stride;
+  mem += bytes;
   a->scale = reinterpret_cast<float*>(mem);
   a->init = reinterpret_cast<int32_t*>(mem + meta);
   a->sum = reinterpret_cast<float*>(mem + 2 * meta);
@@ -75,12 +83,11 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row, cons
   const int64_t K = p.w.k;
   const float levels = ACT == 16 ? 32767.0f : 127.0f;
   const int32_t zero = p.w.bits == 8 ? 128 : 8;
-  uint8_t* out = a.q + row * a.stride;
   uint32_t worst = 0;
   for (int64_t b = 0; b < a.blocks; ++b) {
     const int64_t k0 = b * a.block;
     const int64_t len = K - k0 < a.block ? K - k0 : a.block;
-    const int64_t end = k0 + a.block < a.k_pad && b + 1 < a.blocks ? k0 + a.block : a.k_pad;
+    const int64_t end = b + 1 < a.blocks ? k0 + a.block : a.padded_k;
     const int64_t padded = end - k0;  // at most kFlushK + 63: a short last block reaches up to k_pad
     alignas(64) float buf[kFlushK + 64];
     load_block<O>(p.x, p.xtype, m * p.x_stride + k0, len, padded, buf);
@@ -106,10 +113,11 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row, cons
       for (int64_t i = 0; i < padded; ++i) buf[i] = 0.0f;
     }
 
+    uint8_t* out = a.q + b * a.block_stride + row * a.stride;
     // Adding 1.5 * 2^23 rounds to an integer (ties to even) and leaves it in the low mantissa bits.
     int32_t sum = 0;
     if (ACT == 16) {
-      int16_t* q = reinterpret_cast<int16_t*>(out) + k0;
+      int16_t* q = reinterpret_cast<int16_t*>(out);
       for (int64_t i = 0; i < padded; ++i) {
         const int32_t v = static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
         q[i] = static_cast<int16_t>(v);
@@ -122,7 +130,7 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row, cons
         q[i] = static_cast<int8_t>(v);
         sum += v;
       }
-      int8_t* o = reinterpret_cast<int8_t*>(out) + k0;
+      int8_t* o = reinterpret_cast<int8_t*>(out);
       for (int64_t i = 0; i < padded; i += 8) {  // the byte order of a packed line, see int4_linear.h
         o[i + 0] = q[i + 0], o[i + 1] = q[i + 4], o[i + 2] = q[i + 1], o[i + 3] = q[i + 5];
         o[i + 4] = q[i + 2], o[i + 5] = q[i + 6], o[i + 6] = q[i + 3], o[i + 7] = q[i + 7];

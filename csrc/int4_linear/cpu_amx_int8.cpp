@@ -2,29 +2,28 @@
 //
 // Activations are quantised per row and flush block of min(group, 128) elements (activations.h).
 // Codes are unpacked to signed bytes, code - zero, once per chunk of rows, so the int32 sum of a
-// block needs no
-// correction: it is flushed to float32 as  sum * scale[n] * xscale[m]  (+ offset'[n] * xsum[m]).
+// block needs no correction: it is flushed to float32 as
+//     sum * scale[n] * xscale[m]  (+ offset'[n] * xsum[m]).
 //
-// The flush decides the speed, not the tiles. Per 16 x 16 sums and block: TILESTORED (16 cycles),
-// then for each of 16 rows a convert with a load, a multiply by the 16 scales and a fused
-// multiply-add with x's scale, broadcast from memory (affine: one more). So the sums of a tile stay
-// in 16 registers over a pass of 512 k instead of in memory, and the tiles of the next block are
-// multiplied while this one is
-// flushed: two accumulators in turn, TDP before flush in program order.
+// The flush decides the speed, not the tiles. Per 16 x 16 sums and block: TILESTORED, then for each
+// of 16 rows a convert with a load, a multiply by the 16 scales and a fused multiply-add with x's
+// scale, broadcast from memory (affine: one more). So the sums of a tile stay in 16 registers over
+// a pass of 512 k instead of in memory, and the tiles of the next block are multiplied while this
+// one is flushed: two accumulators in turn, TDP before flush in program order.
 // Cycles of one core per 16 x 16 sums and block, group 128 / 64 / 32 (32-byte tile rows):
-//   TDPBSSD      32 / 16 / 16
+//   TDPBSSD      32 / 16 / 16   where the peak takes 32 / 16 / 8
 //   tile loads   32 / 16 / 8    of A and B, from L1
+//   flush loads  16             sums and broadcasts, on the same ports
 //   TILESTORED   16             the store port has nothing else to do
-//   flush loads  16             sums and broadcasts; with the tile loads 48 / 32 / 24 on the load
-//                ports
 //   flush ALU    24 (32 affine)
-// The busiest resource bounds a block to 48 / 32 / 32 cycles where the peak takes 32 / 16 / 8: 66
-// %, 50 %, 25 % of the int8 peak at best; without any overlap (96 / 72 / 64) 33 %, 22 %, 12 %.
-// Expected between: 40 / 30 / 15 % at M >= 256; at M = 64 unpacking adds 5 %, at M = 16 (one tile
-// row, 64 cycles a block of 2048 weights) memory takes as long.
+// Measured on an AVX-512 core with the TDPs left out and tile loads and stores as vector ones:
+// 71 cycles for one tile at group 128 in L1; 110 at group 128 and 68 at 64 for M = 256, K = 4096;
+// quantising x 0.9..1.1 cycles an element, which 2048 columns spread to 14 (10 at 64). With the
+// TDPs overlapped wholly or not at all that is 20..26 % of the int8 peak at group 128, 17..21 % at
+// 64, and by the same flush 9..12 % at 32. At M = 16 unpacking takes about as long as memory.
 // L1 (48 KiB): weights of 32 columns x 512 k, 16 KiB; x of 32 rows x 512 k, 16 KiB; 4 KiB of sums.
-// L2: x of a chunk, 256 rows, when that is below 1 MiB; else 512 k of it and a group's sums, 768
-// KiB.
+// L2: x of a chunk, 256 rows, when that is below 1 MiB; else 512 k of it and a group's sums,
+// 768 KiB.
 #include "activations.h"
 #include "cpu_amx_tiles.h"
 
@@ -260,14 +259,16 @@ static void make_plan(Problem* q) {
   q->passes = max64(1, ceil_div(q->g.k_pad, kPassK));
 }
 
-// Rows of x to int8 in tile order: [16 rows][64 k], 1 KiB each, one after the other along k. (As rows
-// of k_pad bytes they would crowd into a few cache sets.) False when memory is short.
+// Rows of x to int8 in tile order: [16 rows][64 k], 1 KiB each, one after the other along k. (As
+// rows of k_pad bytes they would crowd into a few cache sets.) False when memory is short.
 static bool quantize_rows(const Problem& q) {
   const int64_t k_pad = q.g.k_pad;
   int failed = 0;
   auto body = [&](int64_t begin, int64_t end) {
     QuantizedRows one = q.x;  // writes every row to the same place
     one.stride = 0;
+    one.block_stride = one.block;
+    one.padded_k = k_pad;
     one.q = static_cast<uint8_t*>(allocate(k_pad));
     if (!one.q) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);

@@ -64,7 +64,7 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
       O::prefetch(scales[c] + next_panels + group * scale_row);
       if (p.w.affine) O::prefetch(offsets[c] + next_panels + group * scale_row);
     }
-    const uint8_t* x = a.q + k0 * ACT / 8;
+    const uint8_t* x = a.q + b * a.block_stride;
     for (int64_t j = at; j < at + (k1 - k0) / 8 * kLineBytes; j += kLineBytes) {
       I w[C][kSteps];
       NB_UNROLL

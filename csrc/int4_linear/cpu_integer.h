@@ -30,7 +30,7 @@
 namespace nibblock {
 namespace {
 
-constexpr int64_t kRowChunk = 512;  // rows quantised and multiplied at a time: bounds the workspace
+constexpr int64_t kRowChunk = 256;  // rows quantised and multiplied at a time: bounds the workspace
 
 // Codes of 8 k for one vector of rows, as operands of the dot product: ACT == 16 gives 4 vectors of
 // 16-bit pairs, ACT == 8 gives 2 vectors of byte quadruples.
@@ -261,7 +261,7 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
     for (int64_t i = 0; i < tiles; ++i) {
       // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
       const int64_t r0 = a.rows * i / tiles, r1 = a.rows * (i + 1) / tiles;
-      t.x = a.q + r0 * a.stride + k0 * ACT / 8;
+      t.x = a.q + b * a.block_stride + r0 * a.stride;
       t.xscale = a.scale + b * a.rows + r0;
       t.init = a.init + b * a.rows + r0;
       t.xsum = a.sum + b * a.rows + r0;

@@ -14,23 +14,6 @@ using std::to_string;
 
 // --- canonical <-> packed ------------------------------------------------------------------------
 
-const uint8_t* want_packed(const string& op, const Int4Format& f, const py::object& value,
-                           bool aligned, py::array* keep) {
-  py::array a = want_array(op, "packed", value, {"uint8"});
-  want_shape(op, "packed", a, {int4_geometry(f).bytes});
-  *keep = aligned ? a : contiguous(a);
-  if (a.ndim() == 1 && a.size() > 1 && a.strides(0) != 1 && aligned) {
-    fail_value(op, "packed must be contiguous, got stride " + to_string(a.strides(0)));
-  }
-  const auto* data = static_cast<const uint8_t*>(keep->data());
-  if (aligned && reinterpret_cast<uintptr_t>(data) % 64) {
-    fail_value(op, "packed must start at a multiple of 64 bytes, got an address " +
-                       to_string(reinterpret_cast<uintptr_t>(data) % 64) +
-                       " past one; use pack()'s own array");
-  }
-  return data;
-}
-
 int64_t packed_bytes(int64_t out_features, int64_t in_features, int64_t group_size, int64_t bits,
                      bool affine, const string& scale_dtype) {
   const string op = "packed_bytes";
@@ -202,30 +185,6 @@ py::dict select(const string& which, int64_t m, int64_t out_features, int64_t in
 }
 
 // --- running a row -------------------------------------------------------------------------------
-
-// The row stride of a [M, last] array in elements; its last dimension must be contiguous.
-int64_t row_stride(const string& op, const string& name, const py::array& a) {
-  const int64_t item = a.itemsize();
-  if (a.size() == 0) return a.shape(1);  // NumPy gives an empty array strides of 0
-  if (a.shape(1) > 1 && a.strides(1) != item) {
-    fail_value(op, name + " must be contiguous along its last dimension, got strides [" +
-                       to_string(a.strides(0)) + ", " + to_string(a.strides(1)) + "] bytes");
-  }
-  if (a.shape(0) <= 1) return a.shape(1);
-  if (a.strides(0) % item) {
-    fail_value(op, name + " must have a row stride of whole elements, got " +
-                       to_string(a.strides(0)) + " bytes");
-  }
-  return a.strides(0) / item;
-}
-
-void want_matrix(const string& op, const string& name, const string& last_name, const py::array& a,
-                 int64_t last) {
-  if (a.ndim() != 2 || a.shape(1) != last) {
-    fail_value(op, name + " must be [M, " + last_name + " = " + to_string(last) + "], got " +
-                       shape_text(a));
-  }
-}
 
 void check_status(const string& op, Status status, const char* id, const Int4LinearTable& t) {
   if (status == kOk) return;

@@ -71,6 +71,8 @@ PYBIND11_MODULE(_native, m) {
       "CPU features, quantise, pack and unpack, and every int4 kernel by name. NumPy in and out.";
   nibblock::native::bind_features(m);
   nibblock::native::bind_int4_linear(m);
+  nibblock::native::bind_block_sparse(m);
+  nibblock::native::bind_block_select(m);
   nibblock::native::bind_quantize(m);
   nibblock::native::bind_ceilings(m);
 }

@@ -57,6 +57,13 @@ Dtype want_scale_dtype(const std::string& op, const std::string& name);
 Compute want_compute(const std::string& op, const std::string& name);
 Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_features,
                        int64_t group_size, int64_t bits, bool affine, Dtype scale_type);
+// The data of a packed weight of format f; `aligned` asks for a multiple of 64 bytes instead of copying.
+const uint8_t* want_packed(const std::string& op, const Int4Format& f, const py::object& value,
+                           bool aligned, py::array* keep);
+// The row stride of a [M, last] array in elements; its last dimension must be contiguous.
+int64_t row_stride(const std::string& op, const std::string& name, const py::array& a);
+void want_matrix(const std::string& op, const std::string& name, const std::string& last_name,
+                 const py::array& a, int64_t last);
 // Bytes of one row of canonical codes.
 inline int64_t code_row_bytes(const Int4Format& f) { return f.bits == 4 ? ceil_div(f.k, 2) : f.k; }
 
@@ -64,6 +71,8 @@ inline int64_t code_row_bytes(const Int4Format& f) { return f.bits == 4 ? ceil_d
 
 void bind_features(py::module_& m);
 void bind_int4_linear(py::module_& m);
+void bind_block_sparse(py::module_& m);
+void bind_block_select(py::module_& m);
 void bind_quantize(py::module_& m);
 void bind_ceilings(py::module_& m);
 

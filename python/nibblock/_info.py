@@ -98,6 +98,11 @@ def info(self_test: bool = False) -> dict[str, Any]:
         "kernels": {
             "int4_linear": _native.int4_linear_kernels("forward"),
             "int4_linear_dx": _native.int4_linear_kernels("dx"),
+            "block_sparse_linear": _native.block_sparse_kernels("forward"),
+            "block_sparse_linear_dx": _native.block_sparse_kernels("dx"),
+            "block_weight_grad": _native.block_sparse_kernels("weight_grad"),
+            "int4_block_sparse_linear": _native.block_sparse_kernels("fused"),
+            "int4_block_sparse_linear_dx": _native.block_sparse_kernels("fused_dx"),
         },
         "build": {**_library.build_info(), "native": _native.build_info()},
         "optional": {name: _version(name) for name in _OPTIONAL},

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nibblock import _native
-from nibblock.nn import Int4Linear
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear
 from nibblock.ops import _checks
 
 
@@ -18,7 +18,7 @@ class Explanation:
     """The choice for one layer shape. `str()` is a small table.
 
     Attributes:
-        layer: its name (or "Int4Linear"), with " xN" for N layers of one shape.
+        layer: its name (or its class), with " xN" for N layers of one shape.
         kernel: id of the row that runs; None when no row serves the call.
         refused: (id, reason) of every other row.
         call: what was asked, in words.
@@ -48,38 +48,48 @@ class Explanations(tuple):
         return "\n\n".join(str(item) for item in self)
 
 
+Layer = Union[Int4Linear, BlockSparseLinear, AdapterLinear]
+_LAYERS = (Int4Linear, BlockSparseLinear, AdapterLinear)
+
+
 def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
     """Says which kernel runs for an input, and why each other row of the table was refused.
 
     Args:
-        module: an `Int4Linear`, or any model that holds some.
-        x: for an `Int4Linear`, its input [..., K] float32 | bfloat16 | float16 (nothing is
-            computed; it may be a meta tensor). For a model, what its forward takes: a tensor, a
-            tuple of positional or a dict of keyword arguments; the forward runs once, without
-            gradients, to see the shapes.
+        module: an `Int4Linear`, `BlockSparseLinear` or `AdapterLinear`, or any model that holds
+            some.
+        x: for a layer, its input [..., K] float32 | bfloat16 | float16 (nothing is computed; it may
+            be a meta tensor). For a model, what its forward takes: a tensor, a tuple of positional
+            or a dict of keyword arguments; the forward runs once, without gradients, to see the
+            shapes.
     Returns:
-        An `Explanation`, or for a model `Explanations`, one for each distinct shape; both print.
+        An `Explanation`, or for a model `Explanations`, one for each distinct shape; both print. An
+        `AdapterLinear` without an active adapter, or with a merged one, runs its base alone.
     Raises:
         TypeError: module is not a module, or x of a dtype that is not served. ValueError: x of
-        another shape, or a model without any Int4Linear.
+        another shape, or a model without any such layer.
     Determinism: the rows are those the dispatcher walks.
     """
-    if isinstance(module, Int4Linear):
-        module._diagnose(
-            x.to("meta") if isinstance(x, torch.Tensor) and module.packed.is_meta else x
-        )
-        return _explain_layer("Int4Linear", module, x)
+    if isinstance(module, _LAYERS):
+        if _plain_base(module):
+            raise ValueError(
+                "explain: module must run a kernel of this package, got an AdapterLinear that runs "
+                "its nn.Linear alone"
+            )
+        meta = isinstance(x, torch.Tensor) and _is_meta(module)
+        _running(module)._diagnose(x.to("meta") if meta else x)
+        return _explain_layer(type(module).__name__, module, x)
     if not isinstance(module, nn.Module):
         raise TypeError(f"explain: module must be an nn.Module, got {type(module).__name__}")
-    layers = {m: name for name, m in module.named_modules() if isinstance(m, Int4Linear)}
+    layers = _layers(module)
     if not layers:
         raise ValueError("explain: module must hold an Int4Linear, got none; accelerate it first")
-    seen: dict[tuple, list[tuple[str, Int4Linear, torch.Tensor]]] = {}
+    seen: dict[tuple, list[tuple[str, Layer, torch.Tensor]]] = {}
 
     def note(layer, args):
         value = args[0]
         rows = value.numel() // max(1, value.shape[-1])
-        key = (rows, value.dtype, layer._args, layer.in_features, layer.bias is None)
+        key = (rows, value.dtype, *_shape_key(layer))
         seen.setdefault(key, []).append((layers[layer], layer, value.detach().to("meta")))
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
@@ -107,10 +117,74 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
     return Explanations(out)
 
 
-def _explain_layer(name: str, layer: Int4Linear, x: torch.Tensor) -> Explanation:
+def _layers(model: nn.Module) -> dict[Layer, str]:
+    """The layers of a model that run kernels of this package; a base belongs to its adapter."""
+    found = {m: name for name, m in model.named_modules() if isinstance(m, _LAYERS)}
+    bases = {id(m.base) for m in found if isinstance(m, AdapterLinear)}
+    return {m: name for m, name in found.items() if id(m) not in bases and not _plain_base(m)}
+
+
+def _running(layer: Layer) -> Layer:
+    """The base of an AdapterLinear that runs it alone; otherwise the layer itself."""
+    if isinstance(layer, AdapterLinear) and (layer.active is None or layer.merged is not None):
+        return layer.base
+    return layer
+
+
+def _plain_base(layer: Layer) -> bool:
+    return not isinstance(_running(layer), _LAYERS)
+
+
+def _is_meta(layer: Layer) -> bool:
+    return next(layer.parameters()).is_meta
+
+
+def _shape_key(layer: Layer) -> tuple:
+    layer = _running(layer)
+    if isinstance(layer, Int4Linear):
+        return (Int4Linear, layer._args, layer.in_features, layer.bias is None)
+    key = (type(layer), layer.out_features, layer.in_features, layer.bias is None)
+    key += (layer.block, layer.values.shape[0], layer.values.dtype)
+    if isinstance(layer, AdapterLinear):
+        own = layer.base._args if isinstance(layer.base, Int4Linear) else None
+        key += (layer.adapter().rank, own)
+    return key
+
+
+def _explain_layer(name: str, layer: Layer, x: torch.Tensor) -> Explanation:
+    layer = _running(layer)
     rows = x.numel() // max(1, x.shape[-1])
     dtype = _checks.dtype_name(x.dtype)
-    choice = _native.int4_linear_select(
+    call = f"[{rows}, {layer.in_features}] {dtype} -> {layer.out_features}"
+    if isinstance(layer, Int4Linear):
+        choice = _int4_choice(layer, rows, dtype)
+        call += _int4_text(layer)
+    else:
+        values = layer.values
+        fused = isinstance(layer, AdapterLinear) and isinstance(layer.base, Int4Linear)
+        choice = _native.block_sparse_select(
+            "fused" if fused else "forward",
+            rows,
+            layer.out_features,
+            layer.in_features,
+            layer.block,
+            values.shape[0],
+            dtype,
+            _checks.dtype_name(values.dtype),
+        )
+        call += f", {values.shape[0]} {_checks.dtype_name(values.dtype)} blocks of {layer.block}"
+        if fused:
+            call += f"{_int4_text(layer.base)} base"
+        elif isinstance(layer, AdapterLinear):
+            call += f", {_checks.dtype_name(layer.base.weight.dtype)} base by torch"
+        if isinstance(layer, AdapterLinear) and layer.adapter().rank:
+            call += f", rank {layer.adapter().rank}"
+    refused = tuple((str(i), str(reason)) for i, reason in choice["refused"])
+    return Explanation(name, choice["kernel"], refused, call, _native.cpu_isa())
+
+
+def _int4_choice(layer: Int4Linear, rows: int, dtype: str) -> dict:
+    return _native.int4_linear_select(
         "forward",
         rows,
         layer.out_features,
@@ -122,9 +196,10 @@ def _explain_layer(name: str, layer: Int4Linear, x: torch.Tensor) -> Explanation
         dtype,
         layer.compute,
     )
-    call = (
-        f"[{rows}, {layer.in_features}] {dtype} -> {layer.out_features}, int{layer.bits} group "
-        f"{layer.group_size}, {'affine' if layer.affine else 'symmetric'}, compute {layer.compute}"
+
+
+def _int4_text(layer: Int4Linear) -> str:
+    return (
+        f", int{layer.bits} group {layer.group_size}, "
+        f"{'affine' if layer.affine else 'symmetric'}, compute {layer.compute}"
     )
-    refused = tuple((str(i), str(reason)) for i, reason in choice["refused"])
-    return Explanation(name, choice["kernel"], refused, call, _native.cpu_isa())
