@@ -12,7 +12,7 @@ from torch import nn
 def test_block_sparse_layer():
     layer = nb.BlockSparseLinear(100, 70, blocks=0.5)
     for rows in (1, 40):
-        found = nb.explain(layer, torch.empty(rows, 100, device="meta").to("cpu"))
+        found = nb.explain(layer, torch.zeros(rows, 100))
         ids = [row["id"] for row in native.block_sparse_kernels("forward")]
         assert found.layer == "BlockSparseLinear"
         assert {found.kernel, *(i for i, _ in found.refused)} == set(ids)

@@ -241,7 +241,8 @@ static void multiply_source(const SourceRows& x, int64_t r0, int64_t rows, TileJ
         const int64_t k = t.in[e] * B, live = min64(B, t.in_size - k);
         const char* row = x.data + ((r0 + i) * x.stride + k) * size;
         for (int64_t r = 0; r < height; ++r, row += x.stride * size) {
-          for (int64_t b = 0; b < live * size; b += 64) O::prefetch(row + H * x.stride * size + b);
+          // Into L2 only: rows a power of two apart share one set of L1.
+          for (int64_t b = 0; b < live * size; b += 64) __builtin_prefetch(row + H * x.stride * size + b, 0, 2);
           widen<O>(tag, size, row, live, wide + (e * H + r) * B);
         }
       }

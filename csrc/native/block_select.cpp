@@ -1,4 +1,5 @@
-// Which row of a block-sparse table serves a call, and why each other row does not: what nb.explain prints.
+// Which row of a block-sparse table serves a call, and why each other row does not: what nb.explain
+// prints.
 #include "native.h"
 
 #include "../block_sparse_linear/block_sparse_linear.h"
