@@ -1,6 +1,6 @@
-// Every operator's schema, one line each. Mutated arguments are marked (a!). The CPU bodies are registered
-// in csrc/<op>/torch_cpu.cpp; fakes and autograd live in python/nibblock/ops/<op>.py, because the stable
-// ABI has neither.
+// Every operator's schema, one line each. Mutated arguments are marked (a!). The CPU bodies are
+// registered in csrc/<op>/torch_cpu.cpp; fakes and autograd live in python/nibblock/ops/<op>.py,
+// because the stable ABI has neither.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(nibblock, m) {

@@ -1,7 +1,7 @@
 """Every row of the block-sparse tables, on NumPy storage, against float64.
 
-The oracle and the layout array come from `reference_blocks`; nothing of the Python package lies between
-the test and the kernel.
+The oracle and the layout array come from `reference_blocks`; nothing of the Python package lies
+between the test and the kernel.
 """
 
 from __future__ import annotations

@@ -175,7 +175,8 @@ const BlockSparseKernel kForward[] = {
 const BlockSparseKernel kDx[] = {
     {"block_sparse_linear_dx.cpu.avx512.tile", Isa::kAvx512, "any call", any,
      block_sparse_linear_dx_avx512},
-    {"block_sparse_linear_dx.cpu.avx2.tile", Isa::kAvx2, "any call", any, block_sparse_linear_dx_avx2},
+    {"block_sparse_linear_dx.cpu.avx2.tile", Isa::kAvx2, "any call", any,
+     block_sparse_linear_dx_avx2},
     {"block_sparse_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any,
      block_sparse_linear_dx_scalar},
 };
@@ -189,14 +190,16 @@ const BlockWeightGradKernel kGrad[] = {
 const Int4BlockSparseKernel kFused[] = {
     {"int4_block_sparse_linear.cpu.avx512.fused", Isa::kAvx512, "any call", any_fused,
      int4_block_sparse_linear_avx512},
-    {"int4_block_sparse_linear.cpu.avx2.fused", Isa::kAvx2, "any call", any_fused, int4_block_sparse_linear_avx2},
+    {"int4_block_sparse_linear.cpu.avx2.fused", Isa::kAvx2, "any call", any_fused,
+     int4_block_sparse_linear_avx2},
     {"int4_block_sparse_linear.cpu.scalar.reference", Isa::kScalar, "any call", any_fused,
      int4_block_sparse_linear_scalar},
 };
 const Int4BlockSparseKernel kFusedDx[] = {
     {"int4_block_sparse_linear_dx.cpu.avx512.fused", Isa::kAvx512, "any call", any_fused,
      int4_block_sparse_linear_dx_avx512},
-    {"int4_block_sparse_linear_dx.cpu.avx2.fused", Isa::kAvx2, "any call", any_fused, int4_block_sparse_linear_dx_avx2},
+    {"int4_block_sparse_linear_dx.cpu.avx2.fused", Isa::kAvx2, "any call", any_fused,
+     int4_block_sparse_linear_dx_avx2},
     {"int4_block_sparse_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any_fused,
      int4_block_sparse_linear_dx_scalar},
 };

@@ -8,11 +8,21 @@
 
 namespace nibblock {
 
-Status block_sparse_linear_avx512(const BlockSparseParams& p) { return product<Floats512>(p, false); }
-Status block_sparse_linear_dx_avx512(const BlockSparseParams& p) { return product<Floats512>(p, true); }
-Status block_weight_grad_avx512(const BlockWeightGradParams& p) { return weight_grad<Floats512>(p); }
+Status block_sparse_linear_avx512(const BlockSparseParams& p) {
+  return product<Floats512>(p, false);
+}
+Status block_sparse_linear_dx_avx512(const BlockSparseParams& p) {
+  return product<Floats512>(p, true);
+}
+Status block_weight_grad_avx512(const BlockWeightGradParams& p) {
+  return weight_grad<Floats512>(p);
+}
 Status block_sparse_linear_small_avx512(const BlockSparseParams& p) { return small<Floats512>(p); }
-Status int4_block_sparse_linear_avx512(const Int4BlockSparseParams& p) { return fused<Floats512>(p, false, cpu_isa()); }
-Status int4_block_sparse_linear_dx_avx512(const Int4BlockSparseParams& p) { return fused<Floats512>(p, true, cpu_isa()); }
+Status int4_block_sparse_linear_avx512(const Int4BlockSparseParams& p) {
+  return fused<Floats512>(p, false, cpu_isa());
+}
+Status int4_block_sparse_linear_dx_avx512(const Int4BlockSparseParams& p) {
+  return fused<Floats512>(p, true, cpu_isa());
+}
 
 }  // namespace nibblock

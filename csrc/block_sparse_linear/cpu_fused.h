@@ -11,7 +11,8 @@
 namespace nibblock {
 namespace {
 
-template <class O, int B> struct Adapter {
+template <class O, int B>
+struct Adapter {
   TileAdd base;  // first: the callback gets its address
   const Int4BlockSparseParams* p;
   Walk walk;
@@ -23,8 +24,8 @@ template <class O, int B> struct Adapter {
 
 // acc[0 .. lanes) of `rows` rows += t times the columns [n0, n0 + lanes) of C^T (of A for dx).
 template <class O>
-static void add_low_rank(const Int4BlockSparseParams& p, bool dx, const float* t, int64_t rows, int64_t n0,
-                         int64_t count, float* acc, int64_t acc_stride) {
+static void add_low_rank(const Int4BlockSparseParams& p, bool dx, const float* t, int64_t rows,
+                         int64_t n0, int64_t count, float* acc, int64_t acc_stride) {
   const int64_t width = dx ? p.base.w.k : p.base.w.n;
   alignas(64) float panel[16 * O::kLanes];
   with_type(p.ltype, [&](auto tag, int size) {
@@ -40,7 +41,8 @@ static void add_low_rank(const Int4BlockSparseParams& p, bool dx, const float* t
         for (int64_t i = 0; i < O::kLanes; ++i) {
           float line[O::kLanes] = {};
           if (i < count) {
-            widen<O>(tag, size, static_cast<const char*>(p.c) + ((n0 + i) * p.rank + j0) * size, depth, line);
+            widen<O>(tag, size, static_cast<const char*>(p.c) + ((n0 + i) * p.rank + j0) * size,
+                     depth, line);
           }
           lines[i] = O::loadf(line);
         }
@@ -60,16 +62,16 @@ static void add_low_rank(const Int4BlockSparseParams& p, bool dx, const float* t
 // Part [c0, c0 + width) of an output block that is narrower than a register tile: the tile around it is
 // computed aside, a few rows at a time.
 template <class O, int B>
-static void add_narrow(const Adapter<O, B>& a, int64_t u, int64_t c0, int64_t width, int64_t m0, int64_t rows,
-                       float* w, float* acc, int64_t acc_stride) {
+static void add_narrow(const Adapter<O, B>& a, int64_t u, int64_t c0, int64_t width, int64_t m0,
+                       int64_t rows, float* w, float* acc, int64_t acc_stride) {
   using S = Shape<O, B>;
   constexpr int64_t kSlab = 4 * S::kRows;
   alignas(64) float aside[kSlab * S::kWidth];
   const int64_t left = c0 % S::kWidth;
   for (int64_t r0 = 0; r0 < rows; r0 += kSlab) {
     const int64_t count = min64(kSlab, rows - r0);
-    multiply_block_row<O, B>(a.walk, a.p->values, a.p->vtype, u, c0 - left, a.x, m0 + r0, count, w, aside,
-                             S::kWidth, true);
+    multiply_block_row<O, B>(a.walk, a.p->values, a.p->vtype, u, c0 - left, a.x, m0 + r0, count, w,
+                             aside, S::kWidth, true);
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t i = 0; i < width; i += O::kLanes) {
         float* to = acc + (r0 + r) * acc_stride + i;
@@ -81,8 +83,8 @@ static void add_narrow(const Adapter<O, B>& a, int64_t u, int64_t c0, int64_t wi
 
 // TileAdd::add. A tile may cover parts of several output blocks, or a part of one.
 template <class O, int B>
-static void add_tile(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* acc,
-                     int64_t acc_stride) {
+static void add_tile(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                     float* acc, int64_t acc_stride) {
   using S = Shape<O, B>;
   const Adapter<O, B>& a = *reinterpret_cast<const Adapter<O, B>*>(self);
   alignas(64) float w[S::kPass * S::kPanelFloats];
@@ -93,11 +95,12 @@ static void add_tile(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, 
     if (a.walk.ptr[u] == a.walk.ptr[u + 1]) {
       n = stop;
     } else if (a.slots) {
-      small_rows<O, B>(a.walk, a.p->values, a.p->vtype, u, a.small + m0 * B, a.slots, c0, c0 + width, to,
-                       acc_stride, rows, true);
+      small_rows<O, B>(a.walk, a.p->values, a.p->vtype, u, a.small + m0 * B, a.slots, c0,
+                       c0 + width, to, acc_stride, rows, true);
       n = stop;
     } else if (width >= S::kWidth && c0 % S::kWidth == 0) {
-      multiply_block_row<O, B>(a.walk, a.p->values, a.p->vtype, u, c0, a.x, m0, rows, w, to, acc_stride, false);
+      multiply_block_row<O, B>(a.walk, a.p->values, a.p->vtype, u, c0, a.x, m0, rows, w, to,
+                               acc_stride, false);
       n += S::kWidth;
     } else {
       const int64_t part = min64(width, S::kWidth - c0 % S::kWidth);
@@ -107,20 +110,22 @@ static void add_tile(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, 
   }
   if (!a.p->rank) return;
   for (int64_t i = 0; i < cols; i += O::kLanes) {
-    add_low_rank<O>(*a.p, a.walk.dx, a.t + m0 * a.p->rank, rows, n0 + i, min64(O::kLanes, cols - i), acc + i,
-                    acc_stride);
+    add_low_rank<O>(*a.p, a.walk.dx, a.t + m0 * a.p->rank, rows, n0 + i, min64(O::kLanes, cols - i),
+                    acc + i, acc_stride);
   }
 }
 
 // The low-rank pair's inner side as float32 [rank][in]: A, or C^T for dx. Null when out of memory.
-template <class O> static float* inner_rank(const Int4BlockSparseParams& p, bool dx) {
+template <class O>
+static float* inner_rank(const Int4BlockSparseParams& p, bool dx) {
   const int64_t in = dx ? p.base.w.n : p.base.w.k;
   float* l = static_cast<float*>(aligned_malloc(p.rank * in * 4));
   if (!l) return nullptr;
   with_type(p.ltype, [&](auto tag, int size) {
     if (!dx) return widen<O>(tag, size, p.a, p.rank * in, l);
     for (int64_t n = 0; n < in; ++n) {
-      for (int64_t j = 0; j < p.rank; ++j) l[j * in + n] = load_as_f32(p.c, p.ltype, n * p.rank + j);
+      for (int64_t j = 0; j < p.rank; ++j)
+        l[j * in + n] = load_as_f32(p.c, p.ltype, n * p.rank + j);
     }
   });
   return l;
@@ -150,8 +155,8 @@ static void rank_row(const float* x, const float* l, int64_t in, int64_t rank, f
 }
 
 template <class O>
-static void rank_rows(const Int4BlockSparseParams& p, const float* inner, int64_t in, int64_t begin, int64_t end,
-                      float* row, float* t) {
+static void rank_rows(const Int4BlockSparseParams& p, const float* inner, int64_t in, int64_t begin,
+                      int64_t end, float* row, float* t) {
   const Int4LinearParams& b = p.base;
   with_type(b.xtype, [&](auto tag, int size) {
     for (int64_t m = begin; m < end; ++m) {
@@ -161,7 +166,8 @@ static void rank_rows(const Int4BlockSparseParams& p, const float* inner, int64_
   });
 }
 
-template <class O, int B> static Status fused_of(const Int4BlockSparseParams& p, bool dx, Isa isa) {
+template <class O, int B>
+static Status fused_of(const Int4BlockSparseParams& p, bool dx, Isa isa) {
   Int4LinearParams base = p.base;
   base.add = nullptr;
   const Int4LinearKernel* kernel = int4_base_kernel(base, dx, isa);
@@ -172,7 +178,8 @@ template <class O, int B> static Status fused_of(const Int4BlockSparseParams& p,
   a.walk = make_walk(p.s, dx);
   a.x = {static_cast<const char*>(base.x), base.xtype, base.x_stride};
   a.slots = !dx && base.m <= kSmallRows ? small_slots(base.m) : 0;
-  const int64_t in = a.walk.in_size, x_floats = a.slots ? (a.walk.ins * a.slots + kSmallRows) * B : 0;
+  const int64_t in = a.walk.in_size,
+                x_floats = a.slots ? (a.walk.ins * a.slots + kSmallRows) * B : 0;
   float* memory = static_cast<float*>(aligned_malloc((x_floats + base.m * p.rank) * 4));
   float* inner = p.rank ? inner_rank<O>(p, dx) : nullptr;
   float* t = memory + x_floats;
@@ -202,12 +209,17 @@ template <class O, int B> static Status fused_of(const Int4BlockSparseParams& p,
   return status;
 }
 
-template <class O> static Status fused(const Int4BlockSparseParams& p, bool dx, Isa isa) {
+template <class O>
+static Status fused(const Int4BlockSparseParams& p, bool dx, Isa isa) {
   switch (p.s.block) {
-  case 16: return fused_of<O, 16>(p, dx, isa);
-  case 32: return fused_of<O, 32>(p, dx, isa);
-  case 64: return fused_of<O, 64>(p, dx, isa);
-  default: return fused_of<O, 128>(p, dx, isa);
+  case 16:
+    return fused_of<O, 16>(p, dx, isa);
+  case 32:
+    return fused_of<O, 32>(p, dx, isa);
+  case 64:
+    return fused_of<O, 64>(p, dx, isa);
+  default:
+    return fused_of<O, 128>(p, dx, isa);
   }
 }
 

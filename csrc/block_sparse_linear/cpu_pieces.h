@@ -20,13 +20,15 @@
 namespace nibblock {
 namespace {
 
-constexpr int64_t kPassBytes = 24 << 10;  // blocks laid out at a time: they stay in L1 while x streams
+constexpr int64_t kPassBytes =
+    24 << 10;  // blocks laid out at a time: they stay in L1 while x streams
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Calls f with the tag of an element type.
-template <class Fn> static inline void with_type(Dtype t, Fn&& f) {
+template <class Fn>
+static inline void with_type(Dtype t, Fn&& f) {
   if (t == Dtype::kF32) {
     f(FloatBits::F32{}, 4);
   } else if (t == Dtype::kBF16) {
@@ -52,19 +54,23 @@ static inline Walk make_walk(const BlockLayout& s, bool dx) {
   return {s.row_ptr, s.col, nullptr, s.col_ptr, s.n, s.k, rows, cols, false};
 }
 
-template <class O, int B> struct Shape {
+template <class O, int B>
+struct Shape {
   static constexpr int kCols = B / O::kLanes < O::kColsF ? B / O::kLanes : O::kColsF;
-  static constexpr int kWidth = kCols * O::kLanes;    // output columns of a tile
-  static constexpr int kRows = O::tile_rows(kCols);   // H
-  static constexpr int kPanelFloats = B * kWidth;     // a block laid out for one tile
-  static constexpr int kPass = kPassBytes / 4 / kPanelFloats > 1 ? kPassBytes / 4 / kPanelFloats : 1;
+  static constexpr int kWidth = kCols * O::kLanes;   // output columns of a tile
+  static constexpr int kRows = O::tile_rows(kCols);  // H
+  static constexpr int kPanelFloats = B * kWidth;    // a block laid out for one tile
+  static constexpr int kPass =
+      kPassBytes / 4 / kPanelFloats > 1 ? kPassBytes / 4 / kPanelFloats : 1;
 };
 
 // out[0 .. count) = x[0 .. count) as float32. Reads nothing behind `count`.
-template <class O, class T> static inline void widen(T type, int size, const void* x, int64_t count, float* out) {
+template <class O, class T>
+static inline void widen(T type, int size, const void* x, int64_t count, float* out) {
   const char* at = static_cast<const char*>(x);
   int64_t i = 0;
-  for (; i + O::kLanes <= count; i += O::kLanes) O::storef(out + i, O::load_as(type, at + i * size));
+  for (; i + O::kLanes <= count; i += O::kLanes)
+    O::storef(out + i, O::load_as(type, at + i * size));
   if (i == count) return;
   char rest[O::kLanes * 4] = {};
   float wide[O::kLanes];
@@ -80,7 +86,8 @@ struct PackedRows {
 };
 
 template <class O, int B>
-static void pack_tile(const Walk& w, const void* x, Dtype type, int64_t stride, const PackedRows& p, int64_t tile) {
+static void pack_tile(const Walk& w, const void* x, Dtype type, int64_t stride, const PackedRows& p,
+                      int64_t tile) {
   constexpr int H = Shape<O, B>::kRows;
   float* out = p.data + tile * H * B;
   const int64_t rows = min64(H, p.rows - tile * H);
@@ -114,7 +121,8 @@ NB_INLINE void lay_out_as(T type, int size, const char* v, bool dx, int64_t c0, 
     for (int64_t k = 0; k < B; k += O::kLanes) {
       typename O::F rows[O::kLanes];
       NB_UNROLL
-      for (int i = 0; i < O::kLanes; ++i) rows[i] = O::load_as(type, v + ((c0 + c + i) * B + k) * size);
+      for (int i = 0; i < O::kLanes; ++i)
+        rows[i] = O::load_as(type, v + ((c0 + c + i) * B + k) * size);
       O::transpose_store(rows, out + k * W + c, W);
     }
   }
@@ -131,22 +139,23 @@ static void lay_out(const void* values, Dtype type, int64_t z, bool dx, int64_t 
 }
 
 struct TileJob {
-  const float* x;      // first row of the tile, column block 0
-  const int32_t* at;   // which block of x an entry reads: its column block when x is packed
-  int64_t x_block;     // from one column block to the next
-  const int32_t* in;   // column block of each entry
-  int64_t count;       // entries
-  int64_t in_size;     // columns of x: the last block may be short
-  const float* w;      // [entry][B][W]
+  const float* x;            // first row of the tile, column block 0
+  const int32_t* at;         // which block of x an entry reads: its column block when x is packed
+  int64_t x_block;           // from one column block to the next
+  const int32_t* in;         // column block of each entry
+  int64_t count;             // entries
+  int64_t in_size;           // columns of x: the last block may be short
+  const float* w;            // [entry][B][W]
   const char* const* ahead;  // values of each of the `fetched` entries that come next
   int64_t fetched;
   int64_t ahead_at, ahead_step;  // which part of them this tile fetches: bytes, bytes for each k
-  float* acc;          // [R][acc_stride]
+  float* acc;                    // [R][acc_stride]
   int64_t acc_stride;
-  bool first;          // start from zero instead of from acc
+  bool first;  // start from zero instead of from acc
 };
 
-template <class O, int B, int R> static __attribute__((noinline)) void tile(const TileJob& t) {
+template <class O, int B, int R>
+static __attribute__((noinline)) void tile(const TileJob& t) {
   using F = typename O::F;
   constexpr int C = Shape<O, B>::kCols, W = Shape<O, B>::kWidth, H = Shape<O, B>::kRows;
   F sum[R][C];
@@ -163,7 +172,8 @@ template <class O, int B, int R> static __attribute__((noinline)) void tile(cons
     const float* x = t.x + t.at[e] * t.x_block;
     const float* next = x + H * B;
     const float* wk = w;
-    const char* ahead = e < t.fetched ? t.ahead[e] + t.ahead_at : reinterpret_cast<const char*>(next);
+    const char* ahead =
+        e < t.fetched ? t.ahead[e] + t.ahead_at : reinterpret_cast<const char*>(next);
     for (int64_t k = 0; k < depth; ++k, ++x, wk += W) {
       O::prefetch(next + k * R);
       O::prefetch(ahead + k * t.ahead_step);
@@ -185,13 +195,15 @@ template <class O, int B, int R> static __attribute__((noinline)) void tile(cons
   }
 }
 
-template <class O, int B, int R> struct TileOf {
+template <class O, int B, int R>
+struct TileOf {
   static void run(int64_t rows, const TileJob& t) {
     if (rows == R) return tile<O, B, R>(t);
     TileOf<O, B, R - 1>::run(rows, t);
   }
 };
-template <class O, int B> struct TileOf<O, B, 0> {
+template <class O, int B>
+struct TileOf<O, B, 0> {
   static void run(int64_t, const TileJob&) {}
 };
 
@@ -201,7 +213,8 @@ static void multiply_rows(const PackedRows& x, int64_t r0, int64_t rows, TileJob
   constexpr int H = Shape<O, B>::kRows;
   float* const acc = t.acc;
   t.x_block = x.tiles * H * B;
-  t.ahead_step = t.ahead_step * H / max64(rows, H);  // of the whole block, shared out among the tiles
+  t.ahead_step =
+      t.ahead_step * H / max64(rows, H);  // of the whole block, shared out among the tiles
   for (int64_t i = 0; i < rows;) {
     const int64_t in_tile = (r0 + i) % H, height = min64(H - in_tile, rows - i);
     t.x = x.data + (r0 + i) * B;
@@ -242,7 +255,8 @@ static void multiply_source(const SourceRows& x, int64_t r0, int64_t rows, TileJ
         const char* row = x.data + ((r0 + i) * x.stride + k) * size;
         for (int64_t r = 0; r < height; ++r, row += x.stride * size) {
           // Into L2 only: rows a power of two apart share one set of L1.
-          for (int64_t b = 0; b < live * size; b += 64) __builtin_prefetch(row + H * x.stride * size + b, 0, 2);
+          for (int64_t b = 0; b < live * size; b += 64)
+            __builtin_prefetch(row + H * x.stride * size + b, 0, 2);
           widen<O>(tag, size, row, live, wide + (e * H + r) * B);
         }
       }
@@ -265,9 +279,9 @@ static void multiply_any(const SourceRows& x, int64_t r0, int64_t rows, const Ti
 // acc = all stored blocks of output block `out` for columns [c0, c0 + W) of it, in passes that fit L1.
 // `w` holds Shape::kPass panels. Returns false, acc untouched, when `first` and there are no blocks.
 template <class O, int B, class Rows>
-static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype, int64_t out, int64_t c0,
-                               const Rows& x, int64_t r0, int64_t rows, float* w, float* acc,
-                               int64_t acc_stride, bool first) {
+static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype, int64_t out,
+                               int64_t c0, const Rows& x, int64_t r0, int64_t rows, float* w,
+                               float* acc, int64_t acc_stride, bool first) {
   using S = Shape<O, B>;
   const int64_t begin = walk.ptr[out], end = walk.ptr[out + 1], all = walk.ptr[walk.outs];
   const char* ahead[S::kPass];
@@ -302,13 +316,15 @@ static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype
 // y[m0 + r, at .. at + count) = acc[r] (+ bias) (+ y0), rounded to y's type. acc has room for whole vectors,
 // and so has bias.
 template <class O, class T>
-static void store_rows_as(T type, int size, const BlockSparseParams& p, int64_t m0, int64_t rows, int64_t at,
-                          int64_t count, const float* acc, int64_t acc_stride, const float* bias) {
+static void store_rows_as(T type, int size, const BlockSparseParams& p, int64_t m0, int64_t rows,
+                          int64_t at, int64_t count, const float* acc, int64_t acc_stride,
+                          const float* bias) {
   const int64_t whole = count / O::kLanes * O::kLanes;
   const size_t left = static_cast<size_t>((count - whole) * size);
   for (int64_t r = 0; r < rows; ++r, acc += acc_stride) {
     char* y = static_cast<char*>(p.y) + ((m0 + r) * p.y_stride + at) * size;
-    const char* y0 = p.y0 ? static_cast<const char*>(p.y0) + ((m0 + r) * p.y0_stride + at) * size : nullptr;
+    const char* y0 =
+        p.y0 ? static_cast<const char*>(p.y0) + ((m0 + r) * p.y0_stride + at) * size : nullptr;
     const auto sum = [&](int64_t i, const char* y0_at) {
       typename O::F v = O::loadf(acc + i);
       if (bias) v = O::addf(v, O::loadf(bias + i));
@@ -327,8 +343,8 @@ static void store_rows_as(T type, int size, const BlockSparseParams& p, int64_t 
 }
 
 template <class O>
-static void store_rows(const BlockSparseParams& p, int64_t m0, int64_t rows, int64_t at, int64_t count,
-                       const float* acc, int64_t acc_stride, const float* bias) {
+static void store_rows(const BlockSparseParams& p, int64_t m0, int64_t rows, int64_t at,
+                       int64_t count, const float* acc, int64_t acc_stride, const float* bias) {
   with_type(p.xtype, [&](auto tag, int size) {
     store_rows_as<O>(tag, size, p, m0, rows, at, count, acc, acc_stride, bias);
   });

@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kChunkBytes = 1 << 20;
 constexpr int64_t kChunkRows = 480;
 constexpr int64_t kStoreColumns = 128;
-constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds below which waking threads costs more than it saves
+constexpr int64_t kSerialWork =
+    1 << 17;  // multiply-adds below which waking threads costs more than it saves
 
 // First output block of part i of `parts`: equal shares of blocks + 1 (the way out costs about a block).
 static inline int64_t balanced(const Walk& w, int64_t parts, int64_t i) {
@@ -33,7 +34,9 @@ static inline int64_t balanced(const Walk& w, int64_t parts, int64_t i) {
 }
 
 // bias[at .. at + W) as float32, zeros behind its end; null when there is none.
-template <class O> static inline const float* widen_bias(const BlockSparseParams& p, int64_t at, int64_t count, float* out) {
+template <class O>
+static inline const float* widen_bias(const BlockSparseParams& p, int64_t at, int64_t count,
+                                      float* out) {
   if (!p.bias) return nullptr;
   with_type(p.bias_type, [&](auto tag, int size) {
     widen<O>(tag, size, static_cast<const char*>(p.bias) + at * size, count, out);
@@ -44,8 +47,8 @@ template <class O> static inline const float* widen_bias(const BlockSparseParams
 // Output blocks [u0, u1) of rows [r0, r0 + rows), kStoreColumns at a time: strips of y of one 32-wide block
 // would be one cache line a row.
 template <class O, int B>
-static void multiply_chunk(const BlockSparseParams& p, const Walk& walk, const PackedRows& x, int64_t r0,
-                           int64_t rows, int64_t u0, int64_t u1, float* w, float* acc) {
+static void multiply_chunk(const BlockSparseParams& p, const Walk& walk, const PackedRows& x,
+                           int64_t r0, int64_t rows, int64_t u0, int64_t u1, float* w, float* acc) {
   using S = Shape<O, B>;
   const int64_t end = min64(walk.out_size, u1 * B);
   for (int64_t at = u0 * B; at < end; at += kStoreColumns) {
@@ -57,11 +60,12 @@ static void multiply_chunk(const BlockSparseParams& p, const Walk& walk, const P
     }
     for (int64_t c = 0; any && c < count; c += S::kWidth) {
       const int64_t u = (at + c) / B;
-      if (multiply_block_row<O, B>(walk, p.values, p.vtype, u, at + c - u * B, x, r0, rows, w, acc + c,
-                                   kStoreColumns, true)) {
+      if (multiply_block_row<O, B>(walk, p.values, p.vtype, u, at + c - u * B, x, r0, rows, w,
+                                   acc + c, kStoreColumns, true)) {
         continue;
       }
-      for (int64_t r = 0; r < rows; ++r) memset(acc + r * kStoreColumns + c, 0, S::kWidth * sizeof(float));
+      for (int64_t r = 0; r < rows; ++r)
+        memset(acc + r * kStoreColumns + c, 0, S::kWidth * sizeof(float));
     }
     if (!any) memset(acc, 0, kStoreColumns * sizeof(float));
     alignas(64) float wide[kStoreColumns];
@@ -70,12 +74,14 @@ static void multiply_chunk(const BlockSparseParams& p, const Walk& walk, const P
   }
 }
 
-template <class O, int B> static Status product_of(const BlockSparseParams& p, bool dx) {
+template <class O, int B>
+static Status product_of(const BlockSparseParams& p, bool dx) {
   using S = Shape<O, B>;
   constexpr int H = S::kRows;
   const Walk walk = make_walk(p.s, dx);
   static const Parallel serial = {nullptr, 1};
-  const Parallel& parallel = p.m * (p.s.count * B * B + walk.out_size) < kSerialWork ? serial : *p.parallel;
+  const Parallel& parallel =
+      p.m * (p.s.count * B * B + walk.out_size) < kSerialWork ? serial : *p.parallel;
   const int64_t threads = max64(1, parallel.threads);
   const int64_t tiles = ceil_div(p.m, H), tile_floats = walk.ins * H * B;
   const int64_t most = max64(4, min64(kChunkRows / H, kChunkBytes / 4 / max64(1, tile_floats)));
@@ -107,11 +113,13 @@ template <class O, int B> static Status product_of(const BlockSparseParams& p, b
     float* acc = w + S::kPass * S::kPanelFloats;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / groups, group = task % groups;
-      const int64_t r0 = tiles * chunk / chunks * H, r1 = min64(p.m, tiles * (chunk + 1) / chunks * H);
+      const int64_t r0 = tiles * chunk / chunks * H,
+                    r1 = min64(p.m, tiles * (chunk + 1) / chunks * H);
       PackedRows x = {shared, 0, p.m, tiles};
       if (own) {
         x = {w + fixed, r0, r1 - r0, chunk_tiles};
-        for (int64_t t = 0; t < ceil_div(r1 - r0, H); ++t) pack_tile<O, B>(walk, p.x, p.xtype, p.x_stride, x, t);
+        for (int64_t t = 0; t < ceil_div(r1 - r0, H); ++t)
+          pack_tile<O, B>(walk, p.x, p.xtype, p.x_stride, x, t);
       }
       multiply_chunk<O, B>(p, walk, x, r0 - x.m0, r1 - r0, balanced(walk, groups, group),
                            balanced(walk, groups, group + 1), w, acc);
@@ -123,12 +131,17 @@ template <class O, int B> static Status product_of(const BlockSparseParams& p, b
   return failed ? kOutOfMemory : kOk;
 }
 
-template <class O> static Status product(const BlockSparseParams& p, bool dx) {
+template <class O>
+static Status product(const BlockSparseParams& p, bool dx) {
   switch (p.s.block) {
-  case 16: return product_of<O, 16>(p, dx);
-  case 32: return product_of<O, 32>(p, dx);
-  case 64: return product_of<O, 64>(p, dx);
-  default: return product_of<O, 128>(p, dx);
+  case 16:
+    return product_of<O, 16>(p, dx);
+  case 32:
+    return product_of<O, 32>(p, dx);
+  case 64:
+    return product_of<O, 64>(p, dx);
+  default:
+    return product_of<O, 128>(p, dx);
   }
 }
 

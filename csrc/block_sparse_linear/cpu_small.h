@@ -13,12 +13,13 @@ namespace nibblock {
 namespace {
 
 constexpr int64_t kSmallRows = 4;
-constexpr int64_t kAheadBytes = 8 << 10;  // values fetched ahead, across the pages that hardware stops at
+constexpr int64_t kAheadBytes =
+    8 << 10;  // values fetched ahead, across the pages that hardware stops at
 
 // x as [column block][MR][B], zeros behind its last column and in rows that do not exist.
 template <class O, int B>
-static void pack_small(const Walk& w, const void* x, Dtype type, int64_t stride, int64_t rows, int64_t slots,
-                       float* out) {
+static void pack_small(const Walk& w, const void* x, Dtype type, int64_t stride, int64_t rows,
+                       int64_t slots, float* out) {
   with_type(type, [&](auto tag, int size) {
     for (int64_t j = 0; j < w.ins; ++j) {
       if (w.used[j] == w.used[j + 1]) continue;
@@ -35,8 +36,8 @@ static void pack_small(const Walk& w, const void* x, Dtype type, int64_t stride,
 
 // Adds G neighbouring blocks to the partial sums of rows [i0, i1): acc[i - i0][m][lanes].
 template <class O, int B, int MR, int G, class T>
-NB_INLINE void small_blocks(T type, int size, const char* values, const int32_t* in, const float* x, int64_t i0,
-                            int64_t i1, float* acc) {
+NB_INLINE void small_blocks(T type, int size, const char* values, const int32_t* in, const float* x,
+                            int64_t i0, int64_t i1, float* acc) {
   const float* xs[G];
   NB_UNROLL
   for (int g = 0; g < G; ++g) xs[g] = x + in[g] * MR * B;
@@ -62,8 +63,8 @@ NB_INLINE void small_blocks(T type, int size, const char* values, const int32_t*
 
 // The block at the ragged end of the columns: what it stores behind them may be anything.
 template <class O, int B, int MR, class T>
-static void small_ragged(T type, int size, const char* values, int64_t live, const float* x, int64_t i0, int64_t i1,
-                         float* acc) {
+static void small_ragged(T type, int size, const char* values, int64_t live, const float* x,
+                         int64_t i0, int64_t i1, float* acc) {
   for (int64_t i = i0; i < i1; ++i, acc += MR * O::kLanes) {
     float row[B] = {};
     widen<O>(type, size, values + i * B * size, live, row);
@@ -78,8 +79,9 @@ static void small_ragged(T type, int size, const char* values, int64_t live, con
 
 // out[m][i - i0] (+)= rows [i0, i1) of block row `u` times x. i0 and i1 are multiples of 16.
 template <class O, int B, int MR, class T>
-static void small_block_row(T type, int size, const Walk& walk, const void* values, int64_t u, const float* x,
-                            int64_t i0, int64_t i1, float* out, int64_t out_stride, int64_t rows, bool add) {
+static void small_block_row(T type, int size, const Walk& walk, const void* values, int64_t u,
+                            const float* x, int64_t i0, int64_t i1, float* out, int64_t out_stride,
+                            int64_t rows, bool add) {
   alignas(64) float acc[B * MR * O::kLanes];
   memset(acc, 0, static_cast<size_t>((i1 - i0) * MR * O::kLanes) * sizeof(float));
   const int64_t begin = walk.ptr[u], stored = walk.ptr[u + 1];
@@ -87,7 +89,8 @@ static void small_block_row(T type, int size, const Walk& walk, const void* valu
   const int64_t end = stored - ragged;
   const auto at = [&](int64_t e) { return static_cast<const char*>(values) + e * B * B * size; };
   int64_t e = begin;
-  for (; e + 4 <= end; e += 4) small_blocks<O, B, MR, 4>(type, size, at(e), walk.in + e, x, i0, i1, acc);
+  for (; e + 4 <= end; e += 4)
+    small_blocks<O, B, MR, 4>(type, size, at(e), walk.in + e, x, i0, i1, acc);
   if (e + 2 <= end) {
     small_blocks<O, B, MR, 2>(type, size, at(e), walk.in + e, x, i0, i1, acc);
     e += 2;
@@ -111,13 +114,20 @@ static void small_block_row(T type, int size, const Walk& walk, const void* valu
 
 // The same for any type of values and 1, 2 or 4 slots.
 template <class O, int B>
-static void small_rows(const Walk& walk, const void* values, Dtype vtype, int64_t u, const float* x, int64_t slots,
-                       int64_t i0, int64_t i1, float* out, int64_t out_stride, int64_t rows, bool add) {
+static void small_rows(const Walk& walk, const void* values, Dtype vtype, int64_t u, const float* x,
+                       int64_t slots, int64_t i0, int64_t i1, float* out, int64_t out_stride,
+                       int64_t rows, bool add) {
   const auto run = [&](auto tag, int size) {
     switch (slots) {
-    case 1: return small_block_row<O, B, 1>(tag, size, walk, values, u, x, i0, i1, out, out_stride, rows, add);
-    case 2: return small_block_row<O, B, 2>(tag, size, walk, values, u, x, i0, i1, out, out_stride, rows, add);
-    default: return small_block_row<O, B, 4>(tag, size, walk, values, u, x, i0, i1, out, out_stride, rows, add);
+    case 1:
+      return small_block_row<O, B, 1>(tag, size, walk, values, u, x, i0, i1, out, out_stride, rows,
+                                      add);
+    case 2:
+      return small_block_row<O, B, 2>(tag, size, walk, values, u, x, i0, i1, out, out_stride, rows,
+                                      add);
+    default:
+      return small_block_row<O, B, 4>(tag, size, walk, values, u, x, i0, i1, out, out_stride, rows,
+                                      add);
     }
   };
   if (vtype == Dtype::kF32) {
@@ -129,14 +139,16 @@ static void small_rows(const Walk& walk, const void* values, Dtype vtype, int64_
 
 static inline int64_t small_slots(int64_t m) { return m <= 2 ? m : kSmallRows; }
 
-template <class O, int B> static Status small_of(const BlockSparseParams& p) {
+template <class O, int B>
+static Status small_of(const BlockSparseParams& p) {
   const Walk walk = make_walk(p.s, false);
   const int64_t slots = small_slots(p.m);
   float* x = static_cast<float*>(aligned_malloc(walk.ins * slots * B * 4));
   if (!x) return kOutOfMemory;
   pack_small<O, B>(walk, p.x, p.xtype, p.x_stride, p.m, slots, x);
   static const Parallel serial = {nullptr, 1};
-  const Parallel& parallel = p.m * (p.s.count * B * B + walk.out_size) < kSerialWork ? serial : *p.parallel;
+  const Parallel& parallel =
+      p.m * (p.s.count * B * B + walk.out_size) < kSerialWork ? serial : *p.parallel;
   const int64_t parts = min64(walk.outs, max64(1, parallel.threads));
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t u = balanced(walk, parts, begin); u < balanced(walk, parts, end); ++u) {
@@ -153,12 +165,17 @@ template <class O, int B> static Status small_of(const BlockSparseParams& p) {
   return kOk;
 }
 
-template <class O> static Status small(const BlockSparseParams& p) {
+template <class O>
+static Status small(const BlockSparseParams& p) {
   switch (p.s.block) {
-  case 16: return small_of<O, 16>(p);
-  case 32: return small_of<O, 32>(p);
-  case 64: return small_of<O, 64>(p);
-  default: return small_of<O, 128>(p);
+  case 16:
+    return small_of<O, 16>(p);
+  case 32:
+    return small_of<O, 32>(p);
+  case 64:
+    return small_of<O, 64>(p);
+  default:
+    return small_of<O, 128>(p);
   }
 }
 

@@ -18,13 +18,14 @@ namespace nibblock {
 namespace {
 
 constexpr int64_t kTokens = 256;
-constexpr int64_t kPieceFloats = 4096;    // of one operand: 16 KiB
-constexpr int64_t kShortList = 1 << 16;   // gradient elements up to which tokens are split
+constexpr int64_t kPieceFloats = 4096;   // of one operand: 16 KiB
+constexpr int64_t kShortList = 1 << 16;  // gradient elements up to which tokens are split
 constexpr int64_t kPartRows = 512;
 constexpr int64_t kMostParts = 16;
 
 template <class O, int B, int R>
-static __attribute__((noinline)) void grad_tile(const float* g, const float* x, int64_t rows, float* out) {
+static __attribute__((noinline)) void grad_tile(const float* g, const float* x, int64_t rows,
+                                                float* out) {
   using F = typename O::F;
   constexpr int C = Shape<O, B>::kCols;
   F sum[R][C];
@@ -80,26 +81,28 @@ static void grad_block(const float* g, const float* x, int64_t rows, float* out)
 
 // Columns [j * B, (j + 1) * B) of rows [m0, m0 + rows), as [rows][B]; zeros behind the last column.
 template <class O, int B>
-static void pack_columns(const void* x, Dtype type, int64_t stride, int64_t size, int64_t j, int64_t m0, int64_t rows,
-                         float* out) {
+static void pack_columns(const void* x, Dtype type, int64_t stride, int64_t size, int64_t j,
+                         int64_t m0, int64_t rows, float* out) {
   const int64_t count = min64(B, size - j * B);
   with_type(type, [&](auto tag, int bytes) {
     for (int64_t r = 0; r < rows; ++r, out += B) {
       if (count < B) memset(out, 0, B * sizeof(float));
-      widen<O>(tag, bytes, static_cast<const char*>(x) + ((m0 + r) * stride + j * B) * bytes, count, out);
+      widen<O>(tag, bytes, static_cast<const char*>(x) + ((m0 + r) * stride + j * B) * bytes, count,
+               out);
     }
   });
 }
 
 // One block's sums to its place: the sum of `parts` partial sums, zeros outside the matrix, rounded.
 template <class O, int B>
-static void finish_block(const BlockWeightGradParams& p, int64_t z, int64_t row, const float* sums, int64_t parts,
-                         int64_t part_stride) {
+static void finish_block(const BlockWeightGradParams& p, int64_t z, int64_t row, const float* sums,
+                         int64_t parts, int64_t part_stride) {
   const int64_t rows = min64(B, p.s.n - row * B), cols = min64(B, p.s.k - p.s.col[z] * B);
   for (int64_t i = 0; i < B; ++i) {
     for (int64_t k = 0; k < B; k += O::kLanes) {
       typename O::F v = O::loadf(sums + i * B + k);
-      for (int64_t q = 1; q < parts; ++q) v = O::addf(v, O::loadf(sums + q * part_stride + i * B + k));
+      for (int64_t q = 1; q < parts; ++q)
+        v = O::addf(v, O::loadf(sums + q * part_stride + i * B + k));
       if (i >= rows || k + O::kLanes > cols) {
         float lanes[O::kLanes];
         O::storef(lanes, v);
@@ -116,7 +119,8 @@ static void finish_block(const BlockWeightGradParams& p, int64_t z, int64_t row,
   }
 }
 
-template <class O, int B> static Status weight_grad_of(const BlockWeightGradParams& p) {
+template <class O, int B>
+static Status weight_grad_of(const BlockWeightGradParams& p) {
   const int64_t rows = ceil_div(p.s.n, B), cols = ceil_div(p.s.k, B), Z = p.s.count;
   const int64_t size = Z * B * B;
   static const Parallel serial = {nullptr, 1};
@@ -128,7 +132,8 @@ template <class O, int B> static Status weight_grad_of(const BlockWeightGradPara
   // g and x of kTokens rows for each part, then the sums.
   const int64_t tokens = min64(kTokens, max64(1, part_rows));
   const int64_t packed = (rows + cols) * tokens * B;
-  float* memory = static_cast<float*>(aligned_malloc((parts * packed + (in_place ? 0 : parts * size)) * 4));
+  float* memory =
+      static_cast<float*>(aligned_malloc((parts * packed + (in_place ? 0 : parts * size)) * 4));
   if (!memory) return kOutOfMemory;
   float* sums = in_place ? static_cast<float*>(p.out) : memory + parts * packed;
   memset(sums, 0, static_cast<size_t>(parts * size) * 4);
@@ -183,12 +188,17 @@ template <class O, int B> static Status weight_grad_of(const BlockWeightGradPara
   return kOk;
 }
 
-template <class O> static Status weight_grad(const BlockWeightGradParams& p) {
+template <class O>
+static Status weight_grad(const BlockWeightGradParams& p) {
   switch (p.s.block) {
-  case 16: return weight_grad_of<O, 16>(p);
-  case 32: return weight_grad_of<O, 32>(p);
-  case 64: return weight_grad_of<O, 64>(p);
-  default: return weight_grad_of<O, 128>(p);
+  case 16:
+    return weight_grad_of<O, 16>(p);
+  case 32:
+    return weight_grad_of<O, 32>(p);
+  case 64:
+    return weight_grad_of<O, 64>(p);
+  default:
+    return weight_grad_of<O, 128>(p);
   }
 }
 

@@ -57,7 +57,8 @@ struct Floats512 : Avx512Base {
                                 _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
     const F high = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88),
                                  _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                         _mm512_shuffle_f32x4(low, high, 0xdd));
   }
 };
 

@@ -33,8 +33,9 @@ BlockLayout check_layout(const char* op, Tensor& layout, int64_t n, int64_t k, i
   if (!layout.is_contiguous()) layout = torch::stable::contiguous(layout);
   const BlockLayout s =
       block_layout(static_cast<const int32_t*>(layout.const_data_ptr()), n, k, block, left / 3);
-  STD_TORCH_CHECK(block_layout_in_range(s), op, ": layout must hold indices inside out_features=", n,
-                  ", in_features=", k, ", got others; build it with block_layout()");
+  STD_TORCH_CHECK(block_layout_in_range(s), op,
+                  ": layout must hold indices inside out_features=", n, ", in_features=", k,
+                  ", got others; build it with block_layout()");
   return s;
 }
 
@@ -59,7 +60,8 @@ Dtype check_input(const char* op, const char* name, const Tensor& x) {
 }
 
 // Null, or the data of a [n] bias kept alive in `keep`.
-const void* check_bias(const char* op, const OptTensor& bias, int64_t n, Dtype* type, Tensor* keep) {
+const void* check_bias(const char* op, const OptTensor& bias, int64_t n, Dtype* type,
+                       Tensor* keep) {
   if (!bias) return nullptr;
   *type = check_float(op, "bias", bias->scalar_type());
   check_cpu(op, "bias", *bias);
@@ -72,7 +74,8 @@ const void* check_bias(const char* op, const OptTensor& bias, int64_t n, Dtype* 
 void check_status(const char* op, Status s, int64_t m, const BlockLayout& l) {
   if (s == kOk) return;
   if (s == kNoKernel && cpu_isa_error()) STD_TORCH_CHECK(false, cpu_isa_error());
-  STD_TORCH_CHECK(s != kOutOfMemory, op, ": out of memory for the workspace of [", m, ", ", l.k, "]");
+  STD_TORCH_CHECK(s != kOutOfMemory, op, ": out of memory for the workspace of [", m, ", ", l.k,
+                  "]");
   STD_TORCH_CHECK(false, op, ": internal error ", static_cast<int>(s), " (m=", m, ", n=", l.n,
                   ", k=", l.k, ", block=", l.block, ", blocks=", l.count,
                   "); please report with python -m nibblock info --json");
@@ -122,8 +125,8 @@ int64_t last_size(const Tensor& t) { return t.dim() >= 1 ? t.size(t.dim() - 1) :
 Tensor block_sparse_linear_op(const Tensor& x, const Tensor& values, const Tensor& layout,
                               const OptTensor& bias, const OptTensor& y0, int64_t out_features,
                               int64_t block) {
-  return product("block_sparse_linear", x, "x", values, layout, bias, y0, out_features, last_size(x),
-                 block, true);
+  return product("block_sparse_linear", x, "x", values, layout, bias, y0, out_features,
+                 last_size(x), block, true);
 }
 
 Tensor block_sparse_linear_dx_op(const Tensor& grad, const Tensor& values, const Tensor& layout,
@@ -144,8 +147,8 @@ Tensor block_weight_grad_op(const Tensor& grad, const Tensor& x, Tensor layout, 
                   ": dtype must be float32 or bfloat16, got ", dtype_name(dtype));
   bool same = grad.dim() == x.dim();
   for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = grad.size(i) == x.size(i);
-  STD_TORCH_CHECK(same, op, ": grad must have the leading dimensions of x, ", shape_text(x), ", got ",
-                  shape_text(grad));
+  STD_TORCH_CHECK(same, op, ": grad must have the leading dimensions of x, ", shape_text(x),
+                  ", got ", shape_text(grad));
   p.s = check_layout(op, layout, last_size(grad), last_size(x), block);
   const int64_t shape[3] = {p.s.count, block, block};
   Tensor out =
@@ -165,10 +168,10 @@ Tensor block_weight_grad_op(const Tensor& grad, const Tensor& x, Tensor layout, 
   return out;
 }
 
-Tensor fused(const char* op, const Tensor& x, const char* x_name, Tensor packed, const OptTensor& bias,
-             int64_t n, int64_t k, int64_t group, int64_t bits, bool affine, ScalarType scale_dtype,
-             const std::string& compute, Tensor values, Tensor layout, int64_t block,
-             const OptTensor& lora_a, const OptTensor& lora_c, bool forward) {
+Tensor fused(const char* op, const Tensor& x, const char* x_name, Tensor packed,
+             const OptTensor& bias, int64_t n, int64_t k, int64_t group, int64_t bits, bool affine,
+             ScalarType scale_dtype, const std::string& compute, Tensor values, Tensor layout,
+             int64_t block, const OptTensor& lora_a, const OptTensor& lora_c, bool forward) {
   Int4BlockSparseParams f;
   Int4LinearParams& p = f.base;
   p.xtype = check_input(op, x_name, x);
@@ -220,12 +223,13 @@ Tensor fused(const char* op, const Tensor& x, const char* x_name, Tensor packed,
 }
 
 Tensor int4_block_sparse_linear_op(const Tensor& x, const Tensor& packed, const OptTensor& bias,
-                                   int64_t out_features, int64_t group_size, int64_t bits, bool affine,
-                                   ScalarType scale_dtype, const std::string& compute,
+                                   int64_t out_features, int64_t group_size, int64_t bits,
+                                   bool affine, ScalarType scale_dtype, const std::string& compute,
                                    const Tensor& values, const Tensor& layout, int64_t block,
                                    const OptTensor& lora_a, const OptTensor& lora_c) {
-  return fused("int4_block_sparse_linear", x, "x", packed, bias, out_features, last_size(x), group_size,
-               bits, affine, scale_dtype, compute, values, layout, block, lora_a, lora_c, true);
+  return fused("int4_block_sparse_linear", x, "x", packed, bias, out_features, last_size(x),
+               group_size, bits, affine, scale_dtype, compute, values, layout, block, lora_a,
+               lora_c, true);
 }
 
 Tensor int4_block_sparse_linear_dx_op(const Tensor& grad, const Tensor& packed, int64_t in_features,
@@ -234,8 +238,8 @@ Tensor int4_block_sparse_linear_dx_op(const Tensor& grad, const Tensor& packed, 
                                       const Tensor& values, const Tensor& layout, int64_t block,
                                       const OptTensor& lora_a, const OptTensor& lora_c) {
   return fused("int4_block_sparse_linear_dx", grad, "grad", packed, std::nullopt, last_size(grad),
-               in_features, group_size, bits, affine, scale_dtype, compute, values, layout, block, lora_a,
-               lora_c, false);
+               in_features, group_size, bits, affine, scale_dtype, compute, values, layout, block,
+               lora_a, lora_c, false);
 }
 
 }  // namespace

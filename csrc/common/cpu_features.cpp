@@ -50,8 +50,10 @@ CpuFeatures detect() {
   const bool tile = os_tile && (d & (1u << 24));
   const bool tile_bf16 = d & (1u << 22), tile_int8 = d & (1u << 25);
   const uint32_t subleaves = a;
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512_bf16 = os_zmm && (a & (1u << 5));
-  if (tile && tile_bf16 && tile_int8 && amx_permission()) f.amx_tile = f.amx_bf16 = f.amx_int8 = true;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
+    f.avx512_bf16 = os_zmm && (a & (1u << 5));
+  if (tile && tile_bf16 && tile_int8 && amx_permission())
+    f.amx_tile = f.amx_bf16 = f.amx_int8 = true;
   return f;
 }
 
@@ -76,11 +78,14 @@ struct Level {
     if (!env || !*env) return;
     Isa asked;
     if (!isa_from_name(env, &asked)) {
-      snprintf(error, sizeof error,
-               "nibblock: NIBBLOCK_ISA must be one of scalar, avx2, avx512, avx512_vnni, amx, got %.40s", env);
+      snprintf(
+          error, sizeof error,
+          "nibblock: NIBBLOCK_ISA must be one of scalar, avx2, avx512, avx512_vnni, amx, got %.40s",
+          env);
     } else if (asked > max) {
       snprintf(error, sizeof error,
-               "nibblock: NIBBLOCK_ISA must be at most %s on this CPU, got %s; it can only lower the level",
+               "nibblock: NIBBLOCK_ISA must be at most %s on this CPU, got %s; it can only lower "
+               "the level",
                isa_name(max), isa_name(asked));
     } else {
       isa = static_cast<int>(asked);

@@ -1,7 +1,8 @@
 // What this CPU and its operating system allow, and the level nibblock runs at.
 //
-// Compiled with baseline flags only. Asks CPUID and XGETBV itself: compilers disagree on the feature names
-// that __builtin_cpu_supports knows, and none of them knows about AMX's permission from the kernel.
+// Compiled with baseline flags only. Asks CPUID and XGETBV itself: compilers disagree on the
+// feature names that __builtin_cpu_supports knows, and none of them knows about AMX's permission
+// from the kernel.
 #pragma once
 
 #include "status.h"
@@ -31,7 +32,7 @@ NB_API const char* cpu_isa_error();
 // Lowers (or restores) the level for this process; false if the level is above cpu_isa_max().
 NB_API bool set_cpu_isa(Isa level);
 
-NB_API const char* isa_name(Isa level);                  // "scalar" | "avx2" | "avx512" | "avx512_vnni" | "amx"
+NB_API const char* isa_name(Isa level);  // "scalar" | "avx2" | "avx512" | "avx512_vnni" | "amx"
 NB_API bool isa_from_name(const char* name, Isa* level);
 
 }  // namespace nibblock

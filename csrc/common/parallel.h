@@ -1,7 +1,7 @@
-// The one way a kernel runs on several threads: it cuts its work into tasks by shape alone and hands them
-// to whoever called it. Under torch that is torch's own pool (csrc/glue), under NumPy a few std::threads
-// (csrc/native). A task never depends on which thread runs it, so results are bitwise equal at any number
-// of threads.
+// The one way a kernel runs on several threads: it cuts its work into tasks by shape alone and
+// hands them to whoever called it. Under torch that is torch's own pool (csrc/glue), under NumPy a
+// few std::threads (csrc/native). A task never depends on which thread runs it, so results are
+// bitwise equal at any number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -9,9 +9,10 @@
 namespace nibblock {
 
 struct Parallel {
-  // Runs body(ctx, begin, end) over disjoint ranges that cover [0, tasks); returns when all are done.
-  void (*run)(const Parallel* self, int64_t tasks, void (*body)(void* ctx, int64_t begin, int64_t end),
-              void* ctx);
+  // Runs body(ctx, begin, end) over disjoint ranges that cover [0, tasks); returns when all are
+  // done.
+  void (*run)(const Parallel* self, int64_t tasks,
+              void (*body)(void* ctx, int64_t begin, int64_t end), void* ctx);
   int threads;  // how many threads run() may use: a hint for cutting tasks, never for cutting a sum
 };
 

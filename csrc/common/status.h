@@ -1,6 +1,6 @@
-// Every kernel and launcher returns a Status; none of them throws, prints or aborts. The callers turn a
-// status into a message (csrc/glue for torch, csrc/native for NumPy), because only they know the names of
-// the arguments the user gave.
+// Every kernel and launcher returns a Status; none of them throws, prints or aborts. The callers
+// turn a status into a message (csrc/glue for torch, csrc/native for NumPy), because only they know
+// the names of the arguments the user gave.
 #pragma once
 
 #define NB_API __attribute__((visibility("default")))
@@ -12,8 +12,8 @@ enum Status : int {
   kNoKernel = 1,        // no row of the table serves this call at the active ISA level
   kUnknownKernel = 2,   // a forced kernel id is not in the table
   kIsaUnavailable = 3,  // a forced kernel needs an ISA level above the active one
-  kNotServed = 4,       // a forced kernel exists and can run here but does not serve these parameters
-  kOutOfMemory = 5,     // the workspace could not be allocated
+  kNotServed = 4,    // a forced kernel exists and can run here but does not serve these parameters
+  kOutOfMemory = 5,  // the workspace could not be allocated
 };
 
 }  // namespace nibblock

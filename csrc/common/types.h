@@ -1,6 +1,6 @@
-// Element types and the bit-exact scalar conversions between them. Torch-free, ISA-free: included by every
-// kernel file, so everything here is static and uses no library (a COMDAT function compiled with AVX-512
-// flags could otherwise become the copy that an AVX2 machine runs).
+// Element types and the bit-exact scalar conversions between them. Torch-free, ISA-free: included
+// by every kernel file, so everything here is static and uses no library (a COMDAT function
+// compiled with AVX-512 flags could otherwise become the copy that an AVX2 machine runs).
 #pragma once
 
 #include <stdint.h>
@@ -50,7 +50,7 @@ static inline uint16_t f32_to_f16(float f) {
   b &= 0x7fffffffu;
   if (b > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((b >> 13) & 0x3ffu));
   if (b >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536 or more
-  if (b < 0x38800000u) {                                              // below 2^-14: subnormal
+  if (b < 0x38800000u) {                                               // below 2^-14: subnormal
     // Adding 0.5 puts the value's 2^-24 units into the low mantissa bits, rounded by the FPU.
     float t = bits_to_f32(b) + 0.5f;
     return static_cast<uint16_t>(sign | (f32_to_bits(t) - 0x3f000000u));

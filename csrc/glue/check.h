@@ -1,6 +1,7 @@
-// Turning torch tensors into what the torch-free kernels take: dtypes, rows, threads, messages. LibTorch
-// stable ABI only. The sentences are the ones python/nibblock/ops raises as TypeError and ValueError; here
-// they are the last guard, for direct calls of torch.ops.nibblock.*, and arrive as RuntimeError.
+// Turning torch tensors into what the torch-free kernels take: dtypes, rows, threads, messages.
+// LibTorch stable ABI only. The sentences are the ones python/nibblock/ops raises as TypeError and
+// ValueError; here they are the last guard, for direct calls of torch.ops.nibblock.*, and arrive as
+// RuntimeError.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -22,19 +23,32 @@ using torch::stable::Tensor;
 
 inline std::string dtype_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return "dtype " + std::to_string(static_cast<int>(t));
+  case ScalarType::Float:
+    return "float32";
+  case ScalarType::Double:
+    return "float64";
+  case ScalarType::Half:
+    return "float16";
+  case ScalarType::BFloat16:
+    return "bfloat16";
+  case ScalarType::Byte:
+    return "uint8";
+  case ScalarType::Char:
+    return "int8";
+  case ScalarType::Short:
+    return "int16";
+  case ScalarType::Int:
+    return "int32";
+  case ScalarType::Long:
+    return "int64";
+  case ScalarType::Bool:
+    return "bool";
+  case ScalarType::ComplexFloat:
+    return "complex64";
+  case ScalarType::ComplexDouble:
+    return "complex128";
+  default:
+    return "dtype " + std::to_string(static_cast<int>(t));
   }
 }
 
@@ -53,7 +67,8 @@ inline bool float_dtype(ScalarType t, Dtype* out) {
 
 inline Dtype check_float(const char* op, const char* arg, ScalarType t) {
   Dtype d = Dtype::kF32;
-  STD_TORCH_CHECK(float_dtype(t, &d), op, ": ", arg, " must be float32, bfloat16 or float16, got ", dtype_name(t));
+  STD_TORCH_CHECK(float_dtype(t, &d), op, ": ", arg, " must be float32, bfloat16 or float16, got ",
+                  dtype_name(t));
   return d;
 }
 
@@ -61,8 +76,8 @@ inline void check_cpu(const char* op, const char* arg, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", arg, " must be on cpu, where x is, got another device");
 }
 
-// x seen as rows: [..., last] -> pointer, count and stride. A layout that rows cannot describe is copied
-// into `keep`, which must outlive the pointer.
+// x seen as rows: [..., last] -> pointer, count and stride. A layout that rows cannot describe is
+// copied into `keep`, which must outlive the pointer.
 struct Rows {
   const void* data;
   int64_t count, last, stride;
@@ -101,8 +116,8 @@ inline Rows as_rows(const Tensor& x, Tensor* keep) {
   return r;
 }
 
-// An uninitialised contiguous CPU result with x's leading dimensions and dtype. Made by the C shim that
-// allocates directly: new_empty goes through the dispatcher, which costs a microsecond.
+// An uninitialised contiguous CPU result with x's leading dimensions and dtype. Made by the C shim
+// that allocates directly: new_empty goes through the dispatcher, which costs a microsecond.
 inline Tensor empty_like_rows(const Tensor& x, int64_t last) {
   const auto sizes = x.sizes();
   const int64_t dim = x.dim();
@@ -128,8 +143,8 @@ inline Tensor empty_like_rows(const Tensor& x, int64_t last) {
   return Tensor(y);
 }
 
-// torch's own pool. at::parallel_for runs the body inline when called from inside another parallel region
-// or with one thread, which is also what makes a forked worker with set_num_threads(1) safe.
+// torch's own pool. at::parallel_for runs the body inline when called from inside another parallel
+// region or with one thread, which is also what makes a forked worker with set_num_threads(1) safe.
 inline Parallel torch_parallel() {
   Parallel p;
   p.run = [](const Parallel*, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* ctx) {

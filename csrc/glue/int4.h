@@ -11,7 +11,7 @@ namespace glue {
 
 // Checks `packed` against the format and makes it contiguous.
 inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_t k, int64_t group,
-                        int64_t bits, bool affine, ScalarType scale_dtype) {
+                               int64_t bits, bool affine, ScalarType scale_dtype) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
   STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || group == 256 || group == -1, op,
                   ": group_size must be 32, 64, 128, 256 or -1 (whole row), got ", group);

@@ -1,10 +1,11 @@
 // Activations as integers: how the vector kernels of int4_linear take x.
 //
-// A row of x is cut into the blocks between two flushes, min(group, 128) long. Each block gets one scale,
-// max|x| / 32767 (or / 127), and its elements become int16 (int8) by rounding to nearest. With int16 the
-// rounding error is at most 2^-16 of the block's largest element, far below what rounding a weight to
-// bfloat16 costs, so this is the arithmetic behind compute="bf16" wherever VPDPWSSD or VPMADDWD is faster
-// than bfloat16 (on every x86 CPU without AMX: VDPBF16PS runs at a quarter of VPDPWSSD's rate here).
+// A row of x is cut into the blocks between two flushes, min(group, 128) long. Each block gets one
+// scale, max|x| / 32767 (or / 127), and its elements become int16 (int8) by rounding to nearest.
+// With int16 the rounding error is at most 2^-16 of the block's largest element, far below what
+// rounding a weight to bfloat16 costs, so this is the arithmetic behind compute="bf16" wherever
+// VPDPWSSD or VPMADDWD is faster than bfloat16 (on every x86 CPU without AMX: VDPBF16PS runs at a
+// quarter of VPDPWSSD's rate here).
 //
 // Included by files compiled for one ISA each, hence static and in an anonymous namespace.
 #pragma once
@@ -15,24 +16,27 @@
 namespace nibblock {
 namespace {
 
-// Block by block, all rows of a block together: a tile walks the rows of one block, and rows that stand k_pad
-// elements apart would crowd into a few cache sets.
+// Block by block, all rows of a block together: a tile walks the rows of one block, and rows that
+// stand k_pad elements apart would crowd into a few cache sets.
 struct QuantizedRows {
   int64_t rows, k_pad, block, blocks;
   int64_t padded_k;      // elements of a row that are written: the last block ends here
   int64_t stride;        // bytes between rows of a block
   int64_t block_stride;  // bytes between blocks
-  uint8_t* q;            // int16 in the order of k, or int8 in the order k0 k4 k1 k5 k2 k6 k3 k7 of each 8
-  float* scale;          // [blocks][rows]
-  int32_t* init;         // [blocks][rows] what the integer sum starts from: -zero * sum(q), 0 when affine
-  float* sum;            // [blocks][rows] scale * sum(q): what the offset multiplies when affine
-  uint8_t* nonfinite;    // [rows]
+  uint8_t* q;     // int16 in the order of k, or int8 in the order k0 k4 k1 k5 k2 k6 k3 k7 of each 8
+  float* scale;   // [blocks][rows]
+  int32_t* init;  // [blocks][rows] what the integer sum starts from: -zero * sum(q), 0 when affine
+  float* sum;     // [blocks][rows] scale * sum(q): what the offset multiplies when affine
+  uint8_t* nonfinite;  // [rows]
   void* memory;
 };
 
-static inline int64_t flush_block(const Int4Geometry& g) { return g.group < kFlushK ? g.group : kFlushK; }
+static inline int64_t flush_block(const Int4Geometry& g) {
+  return g.group < kFlushK ? g.group : kFlushK;
+}
 
-static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_t k, int64_t rows, int act_bits) {
+static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_t k, int64_t rows,
+                                 int act_bits) {
   a->rows = rows;
   a->k_pad = g.k_pad;
   a->block = flush_block(g);
@@ -58,7 +62,8 @@ static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_
 
 // buf[0 .. n) = x[at .. at + n) in float32, buf[n .. padded) = 0. O::load_f16 converts 8 halves.
 template <class O>
-static inline void load_block(const void* x, Dtype type, int64_t at, int64_t n, int64_t padded, float* buf) {
+static inline void load_block(const void* x, Dtype type, int64_t at, int64_t n, int64_t padded,
+                              float* buf) {
   int64_t i = 0;
   if (type == Dtype::kF32) {
     memcpy(buf, static_cast<const char*>(x) + at * 4, static_cast<size_t>(n) * 4);
@@ -79,7 +84,8 @@ static inline void load_block(const void* x, Dtype type, int64_t at, int64_t n, 
 
 // One row of x into row `m` of `a`. ACT is 16 or 8. Padded elements become 0.
 template <class O, int ACT>
-static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row, const QuantizedRows& a) {
+static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row,
+                         const QuantizedRows& a) {
   const int64_t K = p.w.k;
   const float levels = ACT == 16 ? 32767.0f : 127.0f;
   const int32_t zero = p.w.bits == 8 ? 128 : 8;
@@ -88,12 +94,13 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row, cons
     const int64_t k0 = b * a.block;
     const int64_t len = K - k0 < a.block ? K - k0 : a.block;
     const int64_t end = b + 1 < a.blocks ? k0 + a.block : a.padded_k;
-    const int64_t padded = end - k0;  // at most kFlushK + 63: a short last block reaches up to k_pad
+    const int64_t padded =
+        end - k0;  // at most kFlushK + 63: a short last block reaches up to k_pad
     alignas(64) float buf[kFlushK + 64];
     load_block<O>(p.x, p.xtype, m * p.x_stride + k0, len, padded, buf);
 
-    // The largest magnitude by its bit pattern: integer maxima vectorise, and NaN and infinity come out
-    // above every finite value.
+    // The largest magnitude by its bit pattern: integer maxima vectorise, and NaN and infinity come
+    // out above every finite value.
     uint32_t top = 0;
     for (int64_t i = 0; i < padded; ++i) {
       const uint32_t bits = f32_to_bits(buf[i]) & 0x7fffffffu;
@@ -119,19 +126,22 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row, cons
     if (ACT == 16) {
       int16_t* q = reinterpret_cast<int16_t*>(out);
       for (int64_t i = 0; i < padded; ++i) {
-        const int32_t v = static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
+        const int32_t v =
+            static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
         q[i] = static_cast<int16_t>(v);
         sum += v;
       }
     } else {
       alignas(64) int8_t q[kFlushK + 64];
       for (int64_t i = 0; i < padded; ++i) {
-        const int32_t v = static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
+        const int32_t v =
+            static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
         q[i] = static_cast<int8_t>(v);
         sum += v;
       }
       int8_t* o = reinterpret_cast<int8_t*>(out);
-      for (int64_t i = 0; i < padded; i += 8) {  // the byte order of a packed line, see int4_linear.h
+      for (int64_t i = 0; i < padded;
+           i += 8) {  // the byte order of a packed line, see int4_linear.h
         o[i + 0] = q[i + 0], o[i + 1] = q[i + 4], o[i + 2] = q[i + 1], o[i + 3] = q[i + 5];
         o[i + 4] = q[i + 2], o[i + 5] = q[i + 6], o[i + 6] = q[i + 3], o[i + 7] = q[i + 7];
       }

@@ -1,7 +1,9 @@
-// int4_linear on the CPU: the scalar kernels, which are the oracle in C++, and the table of all kernels.
+// int4_linear on the CPU: the scalar kernels, which are the oracle in C++, and the table of all
+// kernels.
 //
-// The scalar bodies follow the formula with float64 sums and no blocking beyond one dequantised row at a
-// time. Every other kernel is tested against them and against NumPy. They also serve CPUs without AVX2.
+// The scalar bodies follow the formula with float64 sums and no blocking beyond one dequantised row
+// at a time. Every other kernel is tested against them and against NumPy. They also serve CPUs
+// without AVX2.
 #include <stdlib.h>
 
 #include "int4_linear.h"
@@ -52,8 +54,8 @@ Status int4_linear_scalar(const Int4LinearParams& p) {
 
 Status int4_linear_dx_scalar(const Int4LinearParams& p) {
   const int64_t N = p.w.n, K = p.w.k;
-  // One row of dx at a time would dequantise W for every m; one column block at a time needs all n. The
-  // float64 accumulators of a block of rows are kept instead.
+  // One row of dx at a time would dequantise W for every m; one column block at a time needs all n.
+  // The float64 accumulators of a block of rows are kept instead.
   constexpr int64_t kRows = 16;
   Status status = kOk;
   auto body = [&](int64_t begin, int64_t end) {
@@ -130,14 +132,14 @@ void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
   }
 }
 
-// --- the table ----------------------------------------------------------------------------------------
+// --- the table -----------------------------------------------------------------------------------
 
 namespace {
 
 bool any(const Int4LinearParams&) { return true; }
 bool is_int8(const Int4LinearParams& p) { return p.compute == Compute::kInt8; }
-// An AMX tile multiplies 16 rows in the time of one: below 5 rows the vector kernels, which run at the
-// speed of memory, are as fast and need no tile set-up.
+// An AMX tile multiplies 16 rows in the time of one: below 5 rows the vector kernels, which run at
+// the speed of memory, are as fast and need no tile set-up.
 bool amx_bf16(const Int4LinearParams& p) { return p.m >= 5 && p.compute == Compute::kBF16; }
 bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p); }
 bool amx_dx(const Int4LinearParams& p) { return p.m >= 5; }

@@ -7,6 +7,8 @@
 namespace nibblock {
 
 Status int4_linear_avx512(const Int4LinearParams& p) { return forward_any_bits<Avx512, 16>(p); }
-Status int4_linear_dx_avx512(const Int4LinearParams& p) { return input_gradient_any_bits<Avx512>(p); }
+Status int4_linear_dx_avx512(const Int4LinearParams& p) {
+  return input_gradient_any_bits<Avx512>(p);
+}
 
 }  // namespace nibblock

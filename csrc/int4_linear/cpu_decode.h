@@ -1,10 +1,10 @@
 // int4_linear forward for one or two rows of x: the loop over k of cpu_integer.h in one function.
 //
-// With so few rows nothing is reused, so everything outside the dot products counts: float sums stay in
-// registers over all blocks, scales go from memory to a multiply without a detour, and prefetching runs on
-// into the next panels, because a panel of a small layer (4.5 KiB of codes at K = 576) ends before the
-// hardware prefetcher has understood it. The sums are the same, operation by operation, as those of the
-// tiles in cpu_integer.h.
+// With so few rows nothing is reused, so everything outside the dot products counts: float sums
+// stay in registers over all blocks, scales go from memory to a multiply without a detour, and
+// prefetching runs on into the next panels, because a panel of a small layer (4.5 KiB of codes at K
+// = 576) ends before the hardware prefetcher has understood it. The sums are the same, operation by
+// operation, as those of the tiles in cpu_integer.h.
 #pragma once
 
 #include "activations.h"
@@ -33,8 +33,8 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
     offsets[c] = panel + g.offsets_at + lane * dtype_size(p.w.scale_type);
   }
   const int64_t scale_row = kPanelRows * dtype_size(p.w.scale_type);
-  // The next C vectors' panels. Behind the last ones this names memory that is never read: a prefetch does
-  // not fault.
+  // The next C vectors' panels. Behind the last ones this names memory that is never read: a
+  // prefetch does not fault.
   const int64_t next_panels = ceil_div(C, kPerPanel) * g.panel_stride;
   F y[R][C];
   NB_UNROLL
@@ -96,7 +96,8 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
         NB_UNROLL
         for (int s = 1; s < kSets; ++s) total = O::add(total, sum[r][c][s]);
         if (p.w.affine) {
-          y[r][c] = O::fmaf(O::load_scale(offsets[c] + group * scale_row, p.w.scale_type), xsum, y[r][c]);
+          y[r][c] =
+              O::fmaf(O::load_scale(offsets[c] + group * scale_row, p.w.scale_type), xsum, y[r][c]);
         }
         const F s = O::mulf(O::load_scale(scales[c] + group * scale_row, p.w.scale_type), xscale);
         y[r][c] = O::fmaf(O::to_float(total), s, y[r][c]);

@@ -2,16 +2,20 @@
 //
 //     dx[m, k] = sum_n dy[m, n] * w[n, k]
 //
-// The scale of a weight depends on n, which is summed over here, so the codes cannot be multiplied as
-// integers: blocks of W are dequantised to float32 and transposed from the packed order (16 rows n in a
-// vector) to the order of a product over n (neighbouring k in a vector), then multiplied with FMA.
+// The scale of a weight depends on n, which is summed over here, so the codes cannot be multiplied
+// as
+// integers: blocks of W are dequantised to float32 and transposed from the packed order (16 rows n
+// in a vector) to the order of a product over n (neighbouring k in a vector), then multiplied with
+// FMA.
 //
 // A task owns kColsF vectors of k and all rows of a chunk of dy. For every 64 n it dequantises
-// 64 n x (kColsF * kLanes) k into L1 (16 KiB with AVX-512) and runs register tiles of kRowsF x kColsF over
-// the rows. A 6 x 4 tile of AVX-512 loads 4 vectors and 6 broadcasts for 24 FMAs: 10 loads in 12 cycles.
-// Dequantising costs about 11 instructions for 16 weights, shared by all rows of the chunk.
+// 64 n x (kColsF * kLanes) k into L1 (16 KiB with AVX-512) and runs register tiles of kRowsF x
+// kColsF over the rows. A 6 x 4 tile of AVX-512 loads 4 vectors and 6 broadcasts for 24 FMAs: 10
+// loads in 12 cycles. Dequantising costs about 11 instructions for 16 weights, shared by all rows
+// of the chunk.
 //
-// Determinism: each output is a sum over n in one order, in blocks of 64, whatever the tile it falls into.
+// Determinism: each output is a sum over n in one order, in blocks of 64, whatever the tile it
+// falls into.
 #pragma once
 
 #include "activations.h"

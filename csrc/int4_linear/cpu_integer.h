@@ -4,23 +4,26 @@
 //                          (+ offset[n, g] * xsum[m, b]) + bias[n]
 //
 // The ISA file that includes this defines the vector operations O:
-//     kLanes        16 or 8 rows n of a panel in one vector (a panel has 16: AVX2 takes it in halves)
+//     kLanes        16 or 8 rows n of a panel in one vector (a panel has 16: AVX2 takes it in
+//                   halves)
 //     kRows, kCols  largest register tile: rows of x, vectors of rows of W
 //     I, F          integer and float vectors, and the static functions used below
 //
 // Three ways:
 //   decode  one or two rows: cpu_decode.h.
-//   direct  up to kRows rows: codes are unpacked on the fly; every weight byte is read once, from kCols panels
-//           at a time, because one stream does not fill this kind of CPU's memory pipes.
-//   panel   more rows: the codes of one flush block x kCols vectors are unpacked once into L1 (128 k x 64 n
-//           x 2 B = 16 KiB) and reused by all row tiles of a chunk of rows.
+//   direct  up to kRows rows: codes are unpacked on the fly; every weight byte is read once, from
+//           kCols panels at a time, because one stream does not fill this kind of CPU's memory
+//           pipes.
+//   panel   more rows: the codes of one flush block x kCols vectors are unpacked once into L1 (128
+//           k x 64 n x 2 B = 16 KiB) and reused by all row tiles of a chunk of rows.
 //
-// Budget on AVX-512-VNNI, int16: VPDPWSSD does 32 multiply-adds and issues twice a cycle: 64 a cycle and
-// core, against 16 for VDPBF16PS and 32 for fp32 FMA. A 6 x 4 tile loads 6 broadcasts and 4 vectors for 24
-// dot products: 10 loads in 12 cycles, 2 possible a cycle. The flush costs 4 instructions and one load and
-// store for each accumulator, every 128 k (64 dot products) or, with groups of 32, every 16.
-// Decode: 64 bytes of codes (128 weights) take 6 shifts and masks and 4 dot products, 5 cycles: 33 GB/s a
-// core at 2.6 GHz, above what the memory delivers.
+// Budget on AVX-512-VNNI, int16: VPDPWSSD does 32 multiply-adds and issues twice a cycle: 64 a
+// cycle and core, against 16 for VDPBF16PS and 32 for fp32 FMA. A 6 x 4 tile loads 6 broadcasts and
+// 4 vectors for 24 dot products: 10 loads in 12 cycles, 2 possible a cycle. The flush costs 4
+// instructions and one load and store for each accumulator, every 128 k (64 dot products) or, with
+// groups of 32, every 16.
+// Decode: 64 bytes of codes (128 weights) take 6 shifts and masks and 4 dot products, 5 cycles: 33
+// GB/s a core at 2.6 GHz, above what the memory delivers.
 //
 // Determinism: an output's sum runs over k in one order whatever the tile it falls into.
 #pragma once
@@ -267,8 +270,8 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
       t.xsum = a.sum + b * a.rows + r0;
       t.acc = acc + r0 * acc_stride;
       const int rows = static_cast<int>(r1 - r0);
-      const TileFn fn = unpacked ? tile_for<O, 8, ACT, true, C>(rows)
-                                 : tile_for<O, BITS, ACT, false, C>(rows);
+      const TileFn fn =
+          unpacked ? tile_for<O, 8, ACT, true, C>(rows) : tile_for<O, BITS, ACT, false, C>(rows);
       fn(t);
     }
   }
@@ -284,7 +287,8 @@ static Status forward(const Int4LinearParams& p) {
   const Int4Geometry g = int4_geometry(p.w);
   constexpr int kPerPanel = 16 / O::kLanes;
   const int64_t vectors = g.panels * kPerPanel;
-  // Wide tiles reuse each broadcast of x; narrow layers are cut finer so that the threads get equal shares.
+  // Wide tiles reuse each broadcast of x; narrow layers are cut finer so that the threads get equal
+  // shares.
   const int cols = vectors >= 16 * O::kCols   ? O::kCols
                    : vectors >= 4 * kPerPanel ? 2 * kPerPanel
                                               : kPerPanel;

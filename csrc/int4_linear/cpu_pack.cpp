@@ -1,5 +1,5 @@
-// Canonical <-> packed weights, and dequantised rows. Baseline code: this runs once per load, and its
-// clarity is worth more than its speed. The layout is drawn in int4_linear.h.
+// Canonical <-> packed weights, and dequantised rows. Baseline code: this runs once per load, and
+// its clarity is worth more than its speed. The layout is drawn in int4_linear.h.
 #include "int4_linear.h"
 
 namespace nibblock {
@@ -26,13 +26,15 @@ void pack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, const
       if (f.bits == 8) {
         out[at.byte] = code;
       } else {
-        out[at.byte] = static_cast<uint8_t>((out[at.byte] & ~(15 << at.shift)) | (code << at.shift));
+        out[at.byte] =
+            static_cast<uint8_t>((out[at.byte] & ~(15 << at.shift)) | (code << at.shift));
       }
     }
     for (int64_t gi = 0; gi < g.groups; ++gi) {
       memcpy(out + g.scales_at + (gi * kPanelRows + r) * es, scales + (n * g.groups + gi) * es, es);
       if (f.affine) {
-        memcpy(out + g.offsets_at + (gi * kPanelRows + r) * es, offsets + (n * g.groups + gi) * es, es);
+        memcpy(out + g.offsets_at + (gi * kPanelRows + r) * es, offsets + (n * g.groups + gi) * es,
+               es);
       }
     }
   }
@@ -52,13 +54,15 @@ void unpack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, con
       if (f.bits == 8) {
         row[k] = in[at.byte];
       } else {
-        row[k >> 1] = static_cast<uint8_t>(row[k >> 1] | (((in[at.byte] >> at.shift) & 15) << (4 * (k & 1))));
+        row[k >> 1] =
+            static_cast<uint8_t>(row[k >> 1] | (((in[at.byte] >> at.shift) & 15) << (4 * (k & 1))));
       }
     }
     for (int64_t gi = 0; gi < g.groups; ++gi) {
       memcpy(scales + (n * g.groups + gi) * es, in + g.scales_at + (gi * kPanelRows + r) * es, es);
       if (f.affine) {
-        memcpy(offsets + (n * g.groups + gi) * es, in + g.offsets_at + (gi * kPanelRows + r) * es, es);
+        memcpy(offsets + (n * g.groups + gi) * es, in + g.offsets_at + (gi * kPanelRows + r) * es,
+               es);
       }
     }
   }
@@ -71,15 +75,15 @@ void int4_pack(const Int4Format& f, const uint8_t* qweight, const void* scales, 
   const Int4Geometry g = int4_geometry(f);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      pack_panel(f, g, p, qweight, static_cast<const char*>(scales), static_cast<const char*>(offsets),
-                 packed + p * g.panel_stride);
+      pack_panel(f, g, p, qweight, static_cast<const char*>(scales),
+                 static_cast<const char*>(offsets), packed + p * g.panel_stride);
     }
   };
   parallel_for(parallel, g.panels, body);
 }
 
-void int4_unpack(const Int4Format& f, const uint8_t* packed, uint8_t* qweight, void* scales, void* offsets,
-                 const Parallel& parallel) {
+void int4_unpack(const Int4Format& f, const uint8_t* packed, uint8_t* qweight, void* scales,
+                 void* offsets, const Parallel& parallel) {
   const Int4Geometry g = int4_geometry(f);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -101,11 +105,13 @@ void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* 
       const int r = static_cast<int>(n % kPanelRows);
       for (int64_t gi = 0; gi < g.groups; ++gi) {
         const float s = load_as_f32(panel + g.scales_at, f.scale_type, gi * kPanelRows + r);
-        const float o = f.affine ? load_as_f32(panel + g.offsets_at, f.scale_type, gi * kPanelRows + r) : 0.0f;
+        const float o =
+            f.affine ? load_as_f32(panel + g.offsets_at, f.scale_type, gi * kPanelRows + r) : 0.0f;
         const int64_t k1 = (gi + 1) * g.group < f.k ? (gi + 1) * g.group : f.k;
         for (int64_t k = gi * g.group; k < k1; ++k) {
           const CodePlace at = code_place(f.bits, k, r);
-          const float code = static_cast<float>((panel[at.byte] >> at.shift) & (f.bits == 8 ? 255 : 15));
+          const float code =
+              static_cast<float>((panel[at.byte] >> at.shift) & (f.bits == 8 ? 255 : 15));
           store_f32_as(out, type, i * f.k + k, f.affine ? s * code + o : s * (code - zero));
         }
       }

@@ -1,37 +1,39 @@
-// int4_linear: y = x dequant(W)^T + bias for weights of 4 or 8 bits, and its input gradient. C interface.
+// int4_linear: y = x dequant(W)^T + bias for weights of 4 or 8 bits, and its input gradient. C
+// interface.
 //
 //     w[n, k] = scale[n, g(k)] * code[n, k] + offset[n, g(k)]          g(k) = k / group
 //     y[m, n] = sum_k x[m, k] * w[n, k] + bias[n]
 //     dx[m, k] = sum_n dy[m, n] * w[n, k]
 //
-// code is 0..15 (bits = 4) or 0..255 (bits = 8). A symmetric weight stores no offsets: its offset is
-// -8 * scale, or -128 * scale for 8 bits.
+// code is 0..15 (bits = 4) or 0..255 (bits = 8). A symmetric weight stores no offsets: its offset
+// is -8 * scale, or -128 * scale for 8 bits.
 //
-// Packed layout, one for every ISA (csrc/README.md draws it). The N rows are cut into panels of 16, K is
-// padded to a multiple of 64. A panel is one run of memory:
+// Packed layout, one for every ISA (csrc/README.md draws it). The N rows are cut into panels of 16,
+// K is padded to a multiple of 64. A panel is one run of memory:
 //
 //     codes    [k_pad / 8] lines of 64 bytes (bits = 4), [k_pad / 4] lines of 64 bytes (bits = 8)
 //     scales   [groups][16] float16 or float32, section padded to 64 bytes
 //     offsets  the same, only if affine
-//     padding  so that panel_stride is an odd multiple of 64 bytes: panels read side by side then never
-//              fall into the same cache set
+//     padding  so that panel_stride is an odd multiple of 64 bytes: panels read side by side then
+//              never fall into the same cache set
 //
-// 4 bits: line j holds k = 8j .. 8j+7 of all 16 rows. Its 32-bit lane r belongs to row r. The lane's low
-// 16-bit word holds the even k in its four nibbles, the high word the odd k, lowest nibble first:
+// 4 bits: line j holds k = 8j .. 8j+7 of all 16 rows. Its 32-bit lane r belongs to row r. The
+// lane's low 16-bit word holds the even k in its four nibbles, the high word the odd k, lowest
+// nibble first:
 //
 //     lane = k0 | k2 << 4 | k4 << 8 | k6 << 12 | k1 << 16 | k3 << 20 | k5 << 24 | k7 << 28
 //
 // so (line >> 4p) & 0x000f000f is the pair (k 2p, k 2p+1) of every row: an operand of VPDPWSSD and
 // VPMADDWD, and through one VPERMW table a row of an AMX bfloat16 tile. line & 0x0f0f0f0f and
-// (line >> 4) & 0x0f0f0f0f are the byte quadruples (k0 k4 k1 k5) and (k2 k6 k3 k7): operands of VPDPBUSD
-// and rows of an AMX int8 tile.
+// (line >> 4) & 0x0f0f0f0f are the byte quadruples (k0 k4 k1 k5) and (k2 k6 k3 k7): operands of
+// VPDPBUSD and rows of an AMX int8 tile.
 //
 // 8 bits: two lines for each 8 k, which hold exactly those two byte quadruples.
 //
 // Padding rows and padding k hold the code of zero (8 or 128) and scale 0, offset 0.
 //
-// Sources: the VNNI tile order of Intel's AMX documentation; group scales kept outside the code stream as
-// in ggml's repacked formats; everything else is ours.
+// Sources: the VNNI tile order of Intel's AMX documentation; group scales kept outside the code
+// stream as in ggml's repacked formats; everything else is ours.
 #pragma once
 
 #include "../common/cpu_features.h"
@@ -105,18 +107,18 @@ static inline Int4Geometry int4_geometry(const Int4Format& f) {
   return g;
 }
 
-// Adds a further term to finished float32 sums, before bias, rounding and the store: how an adapter rides on
-// the int4 product without y being written twice. acc[i * acc_stride + j] is output (m0 + i, n0 + j).
-// n0 is a multiple of 16 and a row of acc has room for cols rounded up to 16; only the scalar kernels call
-// it with any n0 and one column.
+// Adds a further term to finished float32 sums, before bias, rounding and the store: how an adapter
+// rides on the int4 product without y being written twice. acc[i * acc_stride + j] is output (m0 +
+// i, n0 + j). n0 is a multiple of 16 and a row of acc has room for cols rounded up to 16; only the
+// scalar kernels call it with any n0 and one column.
 struct TileAdd {
   void (*add)(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* acc,
               int64_t acc_stride);
 };
 
-// One call. For the forward, x is [m, k] and y [m, n]; for the input gradient (dx), x is dy [m, n] and y
-// is dx [m, k], and bias is null. Rows are contiguous along their last dimension; nothing is assumed
-// about the alignment of any pointer. y does not overlap any input.
+// One call. For the forward, x is [m, k] and y [m, n]; for the input gradient (dx), x is dy [m, n]
+// and y is dx [m, k], and bias is null. Rows are contiguous along their last dimension; nothing is
+// assumed about the alignment of any pointer. y does not overlap any input.
 struct Int4LinearParams {
   Int4Format w;
   const uint8_t* packed;  // int4_geometry(w).bytes
@@ -133,8 +135,9 @@ struct Int4LinearParams {
   const TileAdd* add;  // or null
 };
 
-// A row of the table of kernels. Walked in order; the first row whose level is at most cpu_isa() and that
-// serves the call is taken. The same rows feed explain(), the support table in the README and the tests.
+// A row of the table of kernels. Walked in order; the first row whose level is at most cpu_isa()
+// and that serves the call is taken. The same rows feed explain(), the support table in the README
+// and the tests.
 struct Int4LinearKernel {
   const char* id;  // "int4_linear.cpu.avx512_vnni.tile"
   Isa isa;
@@ -157,22 +160,24 @@ NB_API const Int4LinearKernel* int4_linear_select(const Int4LinearTable& t,
 NB_API Status int4_linear_run(const Int4LinearTable& t, const Int4LinearParams& p,
                               const char* forced_id);
 
-// Canonical <-> packed. qweight is [n, ceil(k/2)] uint8, two codes a byte, low nibble = even k (bits = 4),
-// or [n, k] uint8 (bits = 8); scales and offsets are [n, groups] of f.scale_type.
+// Canonical <-> packed. qweight is [n, ceil(k/2)] uint8, two codes a byte, low nibble = even k
+// (bits = 4), or [n, k] uint8 (bits = 8); scales and offsets are [n, groups] of f.scale_type.
 NB_API void int4_pack(const Int4Format& f, const uint8_t* qweight, const void* scales,
                       const void* offsets, uint8_t* packed, const Parallel& parallel);
 NB_API void int4_unpack(const Int4Format& f, const uint8_t* packed, uint8_t* qweight, void* scales,
                         void* offsets, const Parallel& parallel);
 
-// Rows of the dequantised weight: out[i, :] = w[rows ? rows[i] : i, :] for i < count, rounded to `type`.
+// Rows of the dequantised weight: out[i, :] = w[rows ? rows[i] : i, :] for i < count, rounded to
+// `type`.
 NB_API void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* rows,
                             int64_t count, void* out, Dtype type, const Parallel& parallel);
 
-// --- what every kernel file shares ------------------------------------------------------------------
+// --- what every kernel file shares ---------------------------------------------------------------
 
-// Writes output row m of a forward call whose input row holds a NaN or an infinity, by the arithmetic a
-// dense linear has: NaN anywhere gives NaN; an infinity meets every weight of its column (0 * inf = NaN).
-// Kernels that quantise activations call it for such rows, after everything else.
+// Writes output row m of a forward call whose input row holds a NaN or an infinity, by the
+// arithmetic a dense linear has: NaN anywhere gives NaN; an infinity meets every weight of its
+// column (0 * inf = NaN). Kernels that quantise activations call it for such rows, after everything
+// else.
 void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m);
 
 // The kernels each ISA file exports to the table (cpu.cpp); not part of the public surface.

@@ -1,5 +1,5 @@
-// torch glue of int4_linear for the CPU: checks, tensors -> params, launch. Stable ABI only; shapes and
-// meaning of every argument are documented in python/nibblock/ops/int4_linear.py.
+// torch glue of int4_linear for the CPU: checks, tensors -> params, launch. Stable ABI only; shapes
+// and meaning of every argument are documented in python/nibblock/ops/int4_linear.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

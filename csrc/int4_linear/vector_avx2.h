@@ -11,8 +11,8 @@ namespace {
 
 struct Avx2 {
   static constexpr int kLanes = 8, kBytes = 32;
-  static constexpr int kRows = 3, kCols = 4;      // integer tile: 12 accumulators of 16 registers
-  static constexpr int kRowsF = 6, kColsF = 2;    // float tile (dx)
+  static constexpr int kRows = 3, kCols = 4;    // integer tile: 12 accumulators of 16 registers
+  static constexpr int kRowsF = 6, kColsF = 2;  // float tile (dx)
   static constexpr int64_t kPrefetch = 1024;
   using I = __m256i;
   using F = __m256;
@@ -35,13 +35,15 @@ struct Avx2 {
     __builtin_memcpy(&v, p, 4);
     return _mm256_set1_epi32(v);
   }
-  // In assembly to keep each multiply beside its addition: GCC 12 otherwise starts all products first and
-  // spills the accumulators.
+  // In assembly to keep each multiply beside its addition: GCC 12 otherwise starts all products
+  // first and spills the accumulators.
   template <int ACT>
   static inline __attribute__((always_inline)) I dot(I acc, I w, I x) {
     static_assert(ACT == 16, "VPMADDUBSW would saturate with 8-bit codes");
     I product;
-    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(x));
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+            : "+x"(acc), "=&x"(product)
+            : "x"(w), "x"(x));
     return acc;
   }
   static inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
@@ -51,13 +53,16 @@ struct Avx2 {
   static inline F addf(F a, F b) { return _mm256_add_ps(a, b); }
   static inline F mulf(F a, F b) { return _mm256_mul_ps(a, b); }
   static inline F fmaf(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static inline void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
   // 8 halves at a time, whatever the vector width.
   static inline void load_f16(const void* p, float* out) {
     _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))));
   }
   static inline void store_f16(const float* in, void* p) {
-    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(static_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
   }
   // A vector of scales as float32.
   static inline F load_scale(const uint8_t* p, Dtype type) {

@@ -1,4 +1,5 @@
-// Vector operations for AVX-512 (F, BW, DQ, VL), without and with VNNI. One vector is a panel's 16 rows.
+// Vector operations for AVX-512 (F, BW, DQ, VL), without and with VNNI. One vector is a panel's 16
+// rows.
 #pragma once
 
 #include <immintrin.h>
@@ -42,13 +43,16 @@ struct Avx512Base {
   static inline F addf(F a, F b) { return _mm512_add_ps(a, b); }
   static inline F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
   static inline F fmaf(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static inline void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
   // 8 halves at a time, whatever the vector width.
   static inline void load_f16(const void* p, float* out) {
     _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))));
   }
   static inline void store_f16(const float* in, void* p) {
-    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(static_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
   }
   // A vector of scales as float32.
   static inline F load_scale(const uint8_t* p, Dtype type) {
@@ -62,14 +66,16 @@ struct Avx512Base {
       a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
       a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4) {  // 128-bit lane q of b[i + j]: columns 4q + j, rows i .. i + 3
+    for (int i = 0; i < 16;
+         i += 4) {  // 128-bit lane q of b[i + j]: columns 4q + j, rows i .. i + 3
       b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
       b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
       b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
       b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
     }
     for (int j = 0; j < 4; ++j) {
-      const F even = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88), odd = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
+      const F even = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88),
+              odd = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
       const F even2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
       const F odd2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xdd);
       storef(out + j * stride, _mm512_shuffle_f32x4(even, even2, 0x88));

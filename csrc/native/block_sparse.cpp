@@ -16,7 +16,8 @@ using std::to_string;
 const char* const kTables = "forward, dx, weight_grad, fused, fused_dx";
 
 // Calls f with the named table.
-template <class Fn> auto with_table(const string& op, const string& which, Fn&& f) {
+template <class Fn>
+auto with_table(const string& op, const string& which, Fn&& f) {
   if (which == "forward") return f(block_sparse_linear_table());
   if (which == "dx") return f(block_sparse_linear_dx_table());
   if (which == "weight_grad") return f(block_weight_grad_table());
@@ -46,14 +47,16 @@ py::list kernels(const string& which) {
   return out;
 }
 
-template <class Table> void check_status(const string& op, Status status, const char* id, const Table& t) {
+template <class Table>
+void check_status(const string& op, Status status, const char* id, const Table& t) {
   if (status == kOk) return;
   string ids;
   for (int i = 0; i < t.count; ++i) {
     ids += string(i ? ", " : "") + t.rows[i].id;
     if (!id || string(id) != t.rows[i].id) continue;
     if (status == kIsaUnavailable) {
-      fail_unavailable(op, string("kernel ") + id + " cannot run: it " + above_level(t.rows[i].isa));
+      fail_unavailable(op,
+                       string("kernel ") + id + " cannot run: it " + above_level(t.rows[i].isa));
     }
     if (status == kNotServed) {
       fail_unavailable(op, string("kernel ") + id + " serves only: " + t.rows[i].serves_text);
@@ -78,8 +81,8 @@ const char* id_of(const py::object& kernel_id, Arguments* keep) {
   return keep->id.c_str();
 }
 
-BlockLayout want_layout(const string& op, const py::object& value, int64_t n, int64_t k, int64_t block,
-                        Arguments* keep) {
+BlockLayout want_layout(const string& op, const py::object& value, int64_t n, int64_t k,
+                        int64_t block, Arguments* keep) {
   if (block != 16 && block != 32 && block != 64 && block != 128) {
     fail_value(op, "block must be 16, 32, 64 or 128, got " + to_string(block));
   }
@@ -87,10 +90,11 @@ BlockLayout want_layout(const string& op, const py::object& value, int64_t n, in
   keep->layout = want_array(op, "layout", value, {"int32"});
   const int64_t left = keep->layout.size() - block_layout_size(n, k, block, 0);
   if (keep->layout.ndim() != 1 || left < 0 || left % 3) {
-    fail_value(op, "layout must be [" + to_string(block_layout_size(n, k, block, 0)) + " + 3 Z], got " +
-                       shape_text(keep->layout));
+    fail_value(op, "layout must be [" + to_string(block_layout_size(n, k, block, 0)) +
+                       " + 3 Z], got " + shape_text(keep->layout));
   }
-  if (keep->layout.size() > 1 && keep->layout.strides(0) != 4) keep->layout = contiguous(keep->layout);
+  if (keep->layout.size() > 1 && keep->layout.strides(0) != 4)
+    keep->layout = contiguous(keep->layout);
   const BlockLayout s =
       block_layout(static_cast<const int32_t*>(keep->layout.data()), n, k, block, left / 3);
   if (!block_layout_in_range(s)) fail_value(op, "layout must hold indices inside the matrix");
@@ -101,7 +105,8 @@ void want_contiguous(const string& op, const string& name, const py::array& a) {
   if (a.size() && !(a.flags() & py::array::c_style)) fail_value(op, name + " must be contiguous");
 }
 
-Dtype want_values(const string& op, const py::object& value, const BlockLayout& s, Arguments* keep) {
+Dtype want_values(const string& op, const py::object& value, const BlockLayout& s,
+                  Arguments* keep) {
   keep->values = want_array(op, "values", value, {"float32", "uint16"});
   want_shape(op, "values", keep->values, {s.count, s.block, s.block});
   want_contiguous(op, "values", keep->values);
@@ -109,8 +114,8 @@ Dtype want_values(const string& op, const py::object& value, const BlockLayout& 
 }
 
 // uint16 is bfloat16 everywhere in this module.
-Dtype want_rows(const string& op, const string& name, const py::object& value, int64_t last, int64_t* m,
-                int64_t* stride, py::array* keep) {
+Dtype want_rows(const string& op, const string& name, const py::object& value, int64_t last,
+                int64_t* m, int64_t* stride, py::array* keep) {
   *keep = want_array(op, name, value, {"float32", "float16", "uint16"});
   want_matrix(op, name, "features", *keep, last);
   *m = keep->shape(0);
@@ -118,7 +123,8 @@ Dtype want_rows(const string& op, const string& name, const py::object& value, i
   return float_dtype(dtype_name(*keep));
 }
 
-const void* want_bias(const string& op, const py::object& value, int64_t n, Dtype* type, py::array* keep) {
+const void* want_bias(const string& op, const py::object& value, int64_t n, Dtype* type,
+                      py::array* keep) {
   if (value.is_none()) return nullptr;
   *keep = want_array(op, "bias", value, {"float32", "float16", "uint16"});
   want_shape(op, "bias", *keep, {n});
@@ -127,8 +133,8 @@ const void* want_bias(const string& op, const py::object& value, int64_t n, Dtyp
   return keep->data();
 }
 
-void* want_output(const string& op, const py::object& value, const py::array& x, int64_t m, int64_t last,
-                  int64_t* stride, py::array* keep) {
+void* want_output(const string& op, const py::object& value, const py::array& x, int64_t m,
+                  int64_t last, int64_t* stride, py::array* keep) {
   if (value.is_none()) {
     *keep = py::array(x.dtype(), {m, last});
   } else {
@@ -144,11 +150,12 @@ void* want_output(const string& op, const py::object& value, const py::array& x,
 
 py::array run_product(const string& which, const py::object& kernel_id, const py::object& x,
                       const py::object& values, const py::object& layout, int64_t out_features,
-                      int64_t in_features, int64_t block, const py::object& bias, const py::object& y0,
-                      int64_t threads, const py::object& y) {
+                      int64_t in_features, int64_t block, const py::object& bias,
+                      const py::object& y0, int64_t threads, const py::object& y) {
   const string op = "block_sparse_run";
   const bool dx = which == "dx";
-  if (!dx && which != "forward") fail_value(op, "which must be forward or dx, got \"" + which + "\"");
+  if (!dx && which != "forward")
+    fail_value(op, "which must be forward or dx, got \"" + which + "\"");
   Arguments keep;
   BlockSparseParams p = {};
   p.s = want_layout(op, layout, out_features, in_features, block, &keep);
@@ -182,7 +189,8 @@ py::array run_product(const string& which, const py::object& kernel_id, const py
 
 py::array run_weight_grad(const py::object& kernel_id, const py::object& grad, const py::object& x,
                           const py::object& layout, int64_t out_features, int64_t in_features,
-                          int64_t block, const string& dtype, int64_t threads, const py::object& out) {
+                          int64_t block, const string& dtype, int64_t threads,
+                          const py::object& out) {
   const string op = "block_weight_grad_run";
   Arguments keep;
   BlockWeightGradParams p = {};
@@ -228,7 +236,8 @@ py::array run_fused(const string& which, const py::object& kernel_id, const py::
                     const py::object& lora_c, int64_t threads, const py::object& y) {
   const string op = "int4_block_sparse_run";
   const bool dx = which == "fused_dx";
-  if (!dx && which != "fused") fail_value(op, "which must be fused or fused_dx, got \"" + which + "\"");
+  if (!dx && which != "fused")
+    fail_value(op, "which must be fused or fused_dx, got \"" + which + "\"");
   Arguments keep;
   Int4BlockSparseParams f = {};
   Int4LinearParams& p = f.base;
@@ -243,11 +252,13 @@ py::array run_fused(const string& which, const py::object& kernel_id, const py::
   p.packed = want_packed(op, p.w, packed, true, &keep.packed);
   p.bias = want_bias(op, bias, out_features, &p.bias_type, &keep.bias);
   if (dx && p.bias) fail_value(op, "bias must be None for fused_dx, got an array");
-  if (lora_a.is_none() != lora_c.is_none()) fail_value(op, "lora_c must be given exactly when lora_a is");
+  if (lora_a.is_none() != lora_c.is_none())
+    fail_value(op, "lora_c must be given exactly when lora_a is");
   if (!lora_a.is_none()) {
     keep.a = want_array(op, "lora_a", lora_a, {"float32", "float16", "uint16"});
     keep.c = want_array(op, "lora_c", lora_c, {dtype_name(keep.a)});
-    if (keep.a.ndim() != 2) fail_value(op, "lora_a must be [rank, in_features], got " + shape_text(keep.a));
+    if (keep.a.ndim() != 2)
+      fail_value(op, "lora_a must be [rank, in_features], got " + shape_text(keep.a));
     f.rank = keep.a.shape(0);
     want_shape(op, "lora_a", keep.a, {f.rank, in_features});
     want_shape(op, "lora_c", keep.c, {out_features, f.rank});
@@ -278,19 +289,22 @@ void bind_block_sparse(py::module_& m) {
   using py::arg;
   const py::none none;
   m.def("block_sparse_kernels", &kernels, arg("which") = "forward",
-        "The rows of a table (forward, dx, weight_grad, fused, fused_dx) in the order they are tried.");
+        "The rows of a table (forward, dx, weight_grad, fused, fused_dx) in the order they are "
+        "tried.");
   m.def("block_sparse_run", &run_product, arg("which"), arg("kernel_id"), arg("x"), arg("values"),
         arg("layout"), arg("out_features"), arg("in_features"), arg("block"), arg("bias") = none,
         arg("y0") = none, arg("threads") = 1, arg("y") = none,
-        "Runs one row of \"forward\" or \"dx\" (None: the first that serves). bfloat16 is uint16 bits.");
-  m.def("block_weight_grad_run", &run_weight_grad, arg("kernel_id"), arg("grad"), arg("x"), arg("layout"),
-        arg("out_features"), arg("in_features"), arg("block"), arg("dtype") = "float32",
-        arg("threads") = 1, arg("out") = none, "Runs one row of \"weight_grad\": [Z, B, B].");
-  m.def("int4_block_sparse_run", &run_fused, arg("which"), arg("kernel_id"), arg("x"), arg("packed"),
-        arg("bias"), arg("out_features"), arg("in_features"), arg("group_size"), arg("bits"),
-        arg("affine"), arg("scale_dtype"), arg("compute"), arg("values"), arg("layout"), arg("block"),
-        arg("lora_a") = none, arg("lora_c") = none, arg("threads") = 1, arg("y") = none,
-        "Runs one row of \"fused\" or \"fused_dx\".");
+        "Runs one row of \"forward\" or \"dx\" (None: the first that serves). bfloat16 is uint16 "
+        "bits.");
+  m.def("block_weight_grad_run", &run_weight_grad, arg("kernel_id"), arg("grad"), arg("x"),
+        arg("layout"), arg("out_features"), arg("in_features"), arg("block"),
+        arg("dtype") = "float32", arg("threads") = 1, arg("out") = none,
+        "Runs one row of \"weight_grad\": [Z, B, B].");
+  m.def("int4_block_sparse_run", &run_fused, arg("which"), arg("kernel_id"), arg("x"),
+        arg("packed"), arg("bias"), arg("out_features"), arg("in_features"), arg("group_size"),
+        arg("bits"), arg("affine"), arg("scale_dtype"), arg("compute"), arg("values"),
+        arg("layout"), arg("block"), arg("lora_a") = none, arg("lora_c") = none, arg("threads") = 1,
+        arg("y") = none, "Runs one row of \"fused\" or \"fused_dx\".");
 }
 
 }  // namespace native

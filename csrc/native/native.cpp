@@ -138,7 +138,7 @@ Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_f
   return {out_features, in_features, group_size, static_cast<int32_t>(bits), affine, scale_type};
 }
 
-// --- shared by the kernel runners ------------------------------------------------------------------
+// --- shared by the kernel runners ----------------------------------------------------------------
 
 const uint8_t* want_packed(const string& op, const Int4Format& f, const py::object& value,
                            bool aligned, py::array* keep) {

@@ -58,8 +58,8 @@ def packed_bytes(
 def compact_scale_dtype(*parts: Optional[torch.Tensor]) -> torch.dtype:
     """float16 if every value is zero or a normal number in it, else float32.
 
-    Normal numbers round with a relative error of at most 2^-11: of an offset of eight code steps that is
-    1/256 of a step, below the half step that rounding to codes costs anyway.
+    Normal numbers round with a relative error of at most 2^-11: of an offset of eight code steps
+    that is 1/256 of a step, below the half step that rounding to codes costs anyway.
     """
     half = torch.finfo(torch.float16)
     for part in parts:
