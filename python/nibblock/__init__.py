@@ -10,7 +10,7 @@ are imported only by what needs them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from nibblock import nn, ops
 from nibblock._accelerate import accelerate
@@ -22,9 +22,6 @@ from nibblock._info import info
 from nibblock._select import explain
 from nibblock._version import __version__
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "AdapterConfig",
@@ -50,15 +47,12 @@ __all__ = [
 
 
 def load_gguf(
-    path: str, dtype: torch.dtype | None = None, fuse: bool = False, **options: object
+    path: str, dtype: torch.dtype = torch.float32, fuse: bool = False, **options: object
 ) -> torch.nn.Module:
-    """A transformers model from a GGUF file; see `nibblock.formats.gguf.load_gguf`, which this
-    calls.
-    """
-    import torch
+    """A transformers model from a GGUF file, its codes and scales carried over exactly.
 
+    See `nibblock.formats.gguf.load_gguf`, which this calls, for every argument, return and error.
+    """
     from nibblock.formats import gguf
 
-    return gguf.load_gguf(
-        path, dtype=torch.float32 if dtype is None else dtype, fuse=fuse, **options
-    )
+    return gguf.load_gguf(path, dtype=dtype, fuse=fuse, **options)
