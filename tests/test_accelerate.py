@@ -1,4 +1,4 @@
-"""`accelerate`, its report, `explain`, `save` and `load`."""
+"""`accelerate`, its report, `save` and `load`."""
 
 from __future__ import annotations
 
@@ -313,36 +313,6 @@ def test_progress(capsys):
     assert len(captured.err.splitlines()) == 1
     nb.accelerate(Model(), CONFIG, progress=False)
     assert capsys.readouterr().err == ""
-
-
-# --- explain --------------------------------------------------------------------------------------
-
-
-def test_explain_names_the_kernel_and_the_refusals():
-    layer = nb.Int4Linear(64, 32)
-    explanation = nb.explain(layer, torch.ones(3, 64))
-    rows = [row["id"] for row in nb._native.int4_linear_kernels("forward")]
-    assert explanation.kernel in rows
-    assert sorted([explanation.kernel, *[i for i, _ in explanation.refused]]) == sorted(rows)
-    assert all(reason for _, reason in explanation.refused)
-    assert explanation.kernel in str(explanation)
-    nb._native.set_cpu_isa("scalar")
-    assert ".scalar." in nb.explain(layer, torch.ones(3, 64)).kernel
-    with pytest.raises(ValueError, match="x last dim must equal in_features 64"):
-        nb.explain(layer, torch.ones(3, 65))
-
-
-def test_explain_a_model():
-    model = Model(tied=False)
-    with pytest.raises(ValueError, match="must hold an Int4Linear"):
-        nb.explain(model, TOKENS)
-    quiet(model)
-    for x in (TOKENS, (TOKENS,), {"tokens": TOKENS}):
-        explanations = nb.explain(model, x)
-        assert len(explanations) == 3
-        assert "blocks.0.up x3" in str(explanations)
-        assert "[10, 64] float32 -> 128" in str(explanations)
-    assert model.training
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -5,16 +5,18 @@
 //     dx[m, k] = sum over blocks (I, J) with k in J of  sum_{n in I} dy[m, n] * S[n, k]
 //     dS_z[n, k] = sum_m dy[m, I_z B + n] * x[m, J_z B + k]              (block_weight_grad)
 //
-// Values are Z blocks [B][B], row-major (n, then k), in the order of the block list: sorted by row block, then
-// column block. This one order serves forward, both gradients, the optimiser and the file; there is no second
-// copy of the values. The last block row and column may be ragged (N, K no multiple of B): the elements outside
-// are ignored on input and zero in gradients.
+// Values are Z blocks [B][B], row-major (n, then k), in the order of the block list: sorted by row
+// block, then column block. This one order serves forward, both gradients, the optimiser and the
+// file; there is no second copy of the values. The last block row and column may be ragged (N, K no
+// multiple of B): the elements outside are ignored on input and zero in gradients.
 //
-// The layout is one int32 array, built and validated once (python/nibblock/ops/block_sparse_linear.py):
+// The layout is one int32 array, built and validated once
+// (python/nibblock/ops/block_sparse_linear.py):
 //
 //     row_ptr   [ceil(N / B) + 1]  blocks row_ptr[I] .. row_ptr[I + 1] belong to block row I
 //     col       [Z]                column block of each
-//     col_ptr   [ceil(K / B) + 1]  the transposed order: entries col_ptr[J] .. col_ptr[J + 1] of the next two
+//     col_ptr   [ceil(K / B) + 1]  the transposed order: entries col_ptr[J] .. col_ptr[J + 1] of
+//               the next two
 //     col_row   [Z]                row block
 //     col_block [Z]                position of the block in the values
 #pragma once
@@ -57,12 +59,14 @@ static inline BlockLayout block_layout(const int32_t* layout, int64_t n, int64_t
   return b;
 }
 
-// Whether every index of a layout is inside its range: what keeps a kernel inside its buffers. One pass over
-// the array, under a microsecond for a thousand blocks. Order and duplicates are the builder's business.
+// Whether every index of a layout is inside its range: what keeps a kernel inside its buffers. One
+// pass over the array, under a microsecond for a thousand blocks. Order and duplicates are the
+// builder's business.
 NB_API bool block_layout_in_range(const BlockLayout& s);
 
-// One call of the forward or, with x = dy and y = dx, of the input gradient. Rows are contiguous along their
-// last dimension; nothing is assumed about alignment. y overlaps no input except that y0 may be y.
+// One call of the forward or, with x = dy and y = dx, of the input gradient. Rows are contiguous
+// along their last dimension; nothing is assumed about alignment. y overlaps no input except that
+// y0 may be y.
 struct BlockSparseParams {
   BlockLayout s;
   const void* values;  // [Z][B][B] vtype
@@ -128,8 +132,9 @@ NB_API const BlockWeightGradKernel* block_weight_grad_select(const BlockWeightGr
 NB_API Status block_weight_grad_run(const BlockWeightGradTable& t, const BlockWeightGradParams& p,
                                     const char* forced_id);
 
-// int4_block_sparse_linear: y = x dequant(Q)^T (+ bias) + x S^T (+ (x A^T) C^T), or the input gradient of
-// all of it, written once: the adapter is added to the int4 kernel's float32 sums (Int4LinearParams::add).
+// int4_block_sparse_linear: y = x dequant(Q)^T (+ bias) + x S^T (+ (x A^T) C^T), or the input
+// gradient of all of it, written once: the adapter is added to the int4 kernel's float32 sums
+// (Int4LinearParams::add).
 struct Int4BlockSparseParams {
   Int4LinearParams base;  // its `add` is ignored
   BlockLayout s;          // n, k as base.w's; count may be 0
@@ -158,7 +163,7 @@ NB_API const Int4BlockSparseKernel* int4_block_sparse_select(const Int4BlockSpar
 NB_API Status int4_block_sparse_run(const Int4BlockSparseTable& t, const Int4BlockSparseParams& p,
                                     const char* forced_id);
 
-// --- what the kernel files share --------------------------------------------------------------------
+// --- what the kernel files share -----------------------------------------------------------------
 
 // The best int4 kernel up to level `isa` for the base of a fused call, or null.
 const Int4LinearKernel* int4_base_kernel(const Int4LinearParams& base, bool dx, Isa isa);
@@ -175,6 +180,11 @@ Status int4_block_sparse_linear_dx_avx2(const Int4BlockSparseParams& p);
 Status int4_block_sparse_linear_dx_avx512(const Int4BlockSparseParams& p);
 Status block_weight_grad_avx2(const BlockWeightGradParams& p);
 Status block_weight_grad_avx512(const BlockWeightGradParams& p);
+Status block_sparse_linear_amx(const BlockSparseParams& p);
+Status block_sparse_linear_dx_amx(const BlockSparseParams& p);
+Status block_weight_grad_amx(const BlockWeightGradParams& p);
+Status int4_block_sparse_linear_amx(const Int4BlockSparseParams& p);
+Status int4_block_sparse_linear_dx_amx(const Int4BlockSparseParams& p);
 Status block_sparse_linear_scalar(const BlockSparseParams& p);
 Status block_sparse_linear_dx_scalar(const BlockSparseParams& p);
 Status block_weight_grad_scalar(const BlockWeightGradParams& p);

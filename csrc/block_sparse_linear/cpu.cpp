@@ -1,7 +1,8 @@
-// block_sparse_linear on the CPU: the scalar kernels, which are the oracle in C++, and the tables of all.
+// block_sparse_linear on the CPU: the scalar kernels, which are the oracle in C++, and the tables
+// of all.
 //
-// The scalar bodies follow the formulas with float64 sums. Every other kernel is tested against them and
-// against NumPy. They also serve CPUs without AVX2.
+// The scalar bodies follow the formulas with float64 sums. Every other kernel is tested against
+// them and against NumPy. They also serve CPUs without AVX2.
 #include <stdlib.h>
 
 #include "block_sparse_linear.h"
@@ -152,16 +153,24 @@ const Int4LinearKernel* int4_base_kernel(const Int4LinearParams& base, bool dx, 
   return nullptr;
 }
 
-// --- the tables ---------------------------------------------------------------------------------------
+// --- the tables ----------------------------------------------------------------------------------
 
 namespace {
 
 bool any(const BlockSparseParams&) { return true; }
 bool few_rows(const BlockSparseParams& p) { return p.m <= 4; }
+// float32 and float16 x keep their precision, which bfloat16 tiles do not have.
+bool tiles(const BlockSparseParams& p) { return p.m >= 5 && p.xtype == Dtype::kBF16; }
+bool tiles_grad(const BlockWeightGradParams& p) { return p.gtype == Dtype::kBF16; }
+bool tiles_fused(const Int4BlockSparseParams& p) {
+  return p.base.m >= 5 && p.base.xtype == Dtype::kBF16 && p.base.compute == Compute::kBF16;
+}
 bool any_grad(const BlockWeightGradParams&) { return true; }
 bool any_fused(const Int4BlockSparseParams&) { return true; }
 
 const BlockSparseKernel kForward[] = {
+    {"block_sparse_linear.cpu.amx.tile", Isa::kAmx, "m >= 5, bfloat16 x", tiles,
+     block_sparse_linear_amx},
     {"block_sparse_linear.cpu.avx512.small", Isa::kAvx512, "m <= 4", few_rows,
      block_sparse_linear_small_avx512},
     {"block_sparse_linear.cpu.avx512.tile", Isa::kAvx512, "any call", any,
@@ -173,6 +182,8 @@ const BlockSparseKernel kForward[] = {
      block_sparse_linear_scalar},
 };
 const BlockSparseKernel kDx[] = {
+    {"block_sparse_linear_dx.cpu.amx.tile", Isa::kAmx, "m >= 5, bfloat16 x", tiles,
+     block_sparse_linear_dx_amx},
     {"block_sparse_linear_dx.cpu.avx512.tile", Isa::kAvx512, "any call", any,
      block_sparse_linear_dx_avx512},
     {"block_sparse_linear_dx.cpu.avx2.tile", Isa::kAvx2, "any call", any,
@@ -181,6 +192,7 @@ const BlockSparseKernel kDx[] = {
      block_sparse_linear_dx_scalar},
 };
 const BlockWeightGradKernel kGrad[] = {
+    {"block_weight_grad.cpu.amx.tile", Isa::kAmx, "bfloat16 x", tiles_grad, block_weight_grad_amx},
     {"block_weight_grad.cpu.avx512.tile", Isa::kAvx512, "any call", any_grad,
      block_weight_grad_avx512},
     {"block_weight_grad.cpu.avx2.tile", Isa::kAvx2, "any call", any_grad, block_weight_grad_avx2},
@@ -188,6 +200,8 @@ const BlockWeightGradKernel kGrad[] = {
      block_weight_grad_scalar},
 };
 const Int4BlockSparseKernel kFused[] = {
+    {"int4_block_sparse_linear.cpu.amx.tile", Isa::kAmx, "m >= 5, bfloat16 x, compute bf16",
+     tiles_fused, int4_block_sparse_linear_amx},
     {"int4_block_sparse_linear.cpu.avx512.fused", Isa::kAvx512, "any call", any_fused,
      int4_block_sparse_linear_avx512},
     {"int4_block_sparse_linear.cpu.avx2.fused", Isa::kAvx2, "any call", any_fused,
@@ -196,6 +210,8 @@ const Int4BlockSparseKernel kFused[] = {
      int4_block_sparse_linear_scalar},
 };
 const Int4BlockSparseKernel kFusedDx[] = {
+    {"int4_block_sparse_linear_dx.cpu.amx.tile", Isa::kAmx, "m >= 5, bfloat16 x, compute bf16",
+     tiles_fused, int4_block_sparse_linear_dx_amx},
     {"int4_block_sparse_linear_dx.cpu.avx512.fused", Isa::kAvx512, "any call", any_fused,
      int4_block_sparse_linear_dx_avx512},
     {"int4_block_sparse_linear_dx.cpu.avx2.fused", Isa::kAvx2, "any call", any_fused,

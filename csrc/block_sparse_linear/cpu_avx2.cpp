@@ -1,4 +1,5 @@
-// The block-sparse products for AVX2. The bodies are in cpu_product.h, cpu_small.h and cpu_weight_grad.h.
+// The block-sparse products for AVX2. The bodies are in cpu_product.h, cpu_small.h and
+// cpu_weight_grad.h.
 #include "floats_avx2.h"
 
 #include "cpu_fused.h"

@@ -1,15 +1,20 @@
-// int4_block_sparse_linear and its input gradient for AVX2 and AVX-512: the adapter's side of the product.
+// int4_block_sparse_linear and its input gradient for AVX2 and AVX-512: the adapter's side of the
+// product.
 //
-// The int4 kernel of this level runs as ever and hands each finished tile of float32 sums to `add`, before
-// bias, rounding and the store. Blocks are laid out, and x widened, when a tile meets them: no memory but the
-// stack. From 1 to 4 rows nothing is laid out. The low-rank pair is t = x A^T (float32, once), then t C^T in
-// the same place.
+// The int4 kernel of this level runs as ever and hands each finished tile of float32 sums to `add`,
+// before bias, rounding and the store. Blocks are laid out, and x widened, when a tile meets them:
+// no memory but the stack. From 1 to 4 rows nothing is laid out. The low-rank pair is t = x A^T
+// (float32, once), then t C^T in the same place.
 #pragma once
 
+#include "cpu_low_rank.h"
 #include "cpu_small.h"
 
 namespace nibblock {
 namespace {
+
+constexpr int64_t kFusedRows = 512;  // rows that go through at a time: the int4 kernels' own chunk
+constexpr int64_t kGatheredRows = 64;
 
 template <class O, int B>
 struct Adapter {
@@ -19,48 +24,11 @@ struct Adapter {
   SourceRows x;
   int64_t slots;       // 1, 2 or 4 for few rows, and x in `small`; else 0
   const float* small;  // pack_small's
-  const float* t;      // [rows][rank]
+  LowRank low_rank;
 };
 
-// acc[0 .. lanes) of `rows` rows += t times the columns [n0, n0 + lanes) of C^T (of A for dx).
-template <class O>
-static void add_low_rank(const Int4BlockSparseParams& p, bool dx, const float* t, int64_t rows,
-                         int64_t n0, int64_t count, float* acc, int64_t acc_stride) {
-  const int64_t width = dx ? p.base.w.k : p.base.w.n;
-  alignas(64) float panel[16 * O::kLanes];
-  with_type(p.ltype, [&](auto tag, int size) {
-    for (int64_t j0 = 0; j0 < p.rank; j0 += O::kLanes) {
-      const int64_t depth = min64(O::kLanes, p.rank - j0);
-      if (dx) {
-        for (int64_t j = 0; j < depth; ++j) {
-          const char* a = static_cast<const char*>(p.a) + ((j0 + j) * width + n0) * size;
-          widen<O>(tag, size, a, count, panel + j * O::kLanes);
-        }
-      } else {
-        typename O::F lines[O::kLanes];
-        for (int64_t i = 0; i < O::kLanes; ++i) {
-          float line[O::kLanes] = {};
-          if (i < count) {
-            widen<O>(tag, size, static_cast<const char*>(p.c) + ((n0 + i) * p.rank + j0) * size,
-                     depth, line);
-          }
-          lines[i] = O::loadf(line);
-        }
-        O::transpose_store(lines, panel, O::kLanes);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        typename O::F sum = O::loadf(acc + r * acc_stride);
-        for (int64_t j = 0; j < depth; ++j) {
-          sum = O::fmaf(O::set1f(t[r * p.rank + j0 + j]), O::loadf(panel + j * O::kLanes), sum);
-        }
-        O::storef(acc + r * acc_stride, sum);
-      }
-    }
-  });
-}
-
-// Part [c0, c0 + width) of an output block that is narrower than a register tile: the tile around it is
-// computed aside, a few rows at a time.
+// Part [c0, c0 + width) of an output block that is narrower than a register tile: the tile around
+// it is computed aside, a few rows at a time.
 template <class O, int B>
 static void add_narrow(const Adapter<O, B>& a, int64_t u, int64_t c0, int64_t width, int64_t m0,
                        int64_t rows, float* w, float* acc, int64_t acc_stride) {
@@ -108,104 +76,52 @@ static void add_tile(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, 
       n += part;
     }
   }
-  if (!a.p->rank) return;
-  for (int64_t i = 0; i < cols; i += O::kLanes) {
-    add_low_rank<O>(*a.p, a.walk.dx, a.t + m0 * a.p->rank, rows, n0 + i, min64(O::kLanes, cols - i),
-                    acc + i, acc_stride);
-  }
-}
-
-// The low-rank pair's inner side as float32 [rank][in]: A, or C^T for dx. Null when out of memory.
-template <class O>
-static float* inner_rank(const Int4BlockSparseParams& p, bool dx) {
-  const int64_t in = dx ? p.base.w.n : p.base.w.k;
-  float* l = static_cast<float*>(aligned_malloc(p.rank * in * 4));
-  if (!l) return nullptr;
-  with_type(p.ltype, [&](auto tag, int size) {
-    if (!dx) return widen<O>(tag, size, p.a, p.rank * in, l);
-    for (int64_t n = 0; n < in; ++n) {
-      for (int64_t j = 0; j < p.rank; ++j)
-        l[j * in + n] = load_as_f32(p.c, p.ltype, n * p.rank + j);
-    }
-  });
-  return l;
-}
-
-// t[j] = x . l[j] for one row, four at a time.
-template <class O>
-static void rank_row(const float* x, const float* l, int64_t in, int64_t rank, float* t) {
-  for (int64_t j = 0; j < rank; j += 4) {
-    const float* at[4];
-    typename O::F sum[4];
-    NB_UNROLL
-    for (int q = 0; q < 4; ++q) at[q] = l + min64(j + q, rank - 1) * in, sum[q] = O::set1f(0.0f);
-    int64_t i = 0;
-    for (; i + O::kLanes <= in; i += O::kLanes) {
-      NB_UNROLL
-      for (int q = 0; q < 4; ++q) sum[q] = O::fmaf(O::loadf(x + i), O::loadf(at[q] + i), sum[q]);
-    }
-    for (int q = 0; q < 4 && j + q < rank; ++q) {
-      float lanes[O::kLanes], total = 0.0f;
-      O::storef(lanes, sum[q]);
-      for (int c = 0; c < O::kLanes; ++c) total += lanes[c];
-      for (int64_t c = i; c < in; ++c) total += x[c] * at[q][c];
-      t[j + q] = total;
-    }
-  }
-}
-
-template <class O>
-static void rank_rows(const Int4BlockSparseParams& p, const float* inner, int64_t in, int64_t begin,
-                      int64_t end, float* row, float* t) {
-  const Int4LinearParams& b = p.base;
-  with_type(b.xtype, [&](auto tag, int size) {
-    for (int64_t m = begin; m < end; ++m) {
-      widen<O>(tag, size, static_cast<const char*>(b.x) + m * b.x_stride * size, in, row);
-      rank_row<O>(row, inner, in, p.rank, t + m * p.rank);
-    }
-  });
+  a.low_rank.template add<O>(m0, rows, n0, cols, acc, acc_stride);
 }
 
 template <class O, int B>
 static Status fused_of(const Int4BlockSparseParams& p, bool dx, Isa isa) {
-  Int4LinearParams base = p.base;
-  base.add = nullptr;
+  const Int4LinearParams& base = p.base;
   const Int4LinearKernel* kernel = int4_base_kernel(base, dx, isa);
   if (!kernel) return kNoKernel;
   Adapter<O, B> a;
   a.base.add = add_tile<O, B>;
   a.p = &p;
   a.walk = make_walk(p.s, dx);
-  a.x = {static_cast<const char*>(base.x), base.xtype, base.x_stride};
   a.slots = !dx && base.m <= kSmallRows ? small_slots(base.m) : 0;
-  const int64_t in = a.walk.in_size,
-                x_floats = a.slots ? (a.walk.ins * a.slots + kSmallRows) * B : 0;
-  float* memory = static_cast<float*>(aligned_malloc((x_floats + base.m * p.rank) * 4));
-  float* inner = p.rank ? inner_rank<O>(p, dx) : nullptr;
-  float* t = memory + x_floats;
-  int failed = !memory || (p.rank && !inner);
-  if (!failed && a.slots) {
-    pack_small<O, B>(a.walk, base.x, base.xtype, base.x_stride, base.m, a.slots, memory);
+  const int64_t size = dtype_size(base.xtype), most = min64(kFusedRows, base.m);
+  const bool gathered = base.m >= kGatheredRows && p.s.count > 0;
+  const int64_t small_bytes = a.slots ? (a.walk.ins * a.slots + kSmallRows) * B * 4 : 0;
+  char* memory = static_cast<char*>(
+      aligned_malloc(small_bytes + (gathered ? a.walk.ins * most * B * size : 0)));
+  Status status = memory && a.low_rank.template make<O>(p, dx) ? kOk : kOutOfMemory;
+  a.small = reinterpret_cast<float*>(memory);
+  if (status == kOk && a.slots) {
+    pack_small<O, B>(a.walk, base.x, base.xtype, base.x_stride, base.m, a.slots,
+                     reinterpret_cast<float*>(memory));
   }
-  if (!failed && p.rank) {
-    static const Parallel serial = {nullptr, 1};
-    auto rank = [&](int64_t begin, int64_t end) {
-      float* row = static_cast<float*>(aligned_malloc(in * 4));
-      if (row) {
-        rank_rows<O>(p, inner, in, begin, end, row, t);
-      } else {
-        __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-      }
-      free(row);
-    };
-    parallel_for(base.m * in * p.rank < (1 << 18) ? serial : *base.parallel, base.m, rank);
+  for (int64_t m0 = 0; m0 < base.m && status == kOk; m0 += most) {
+    Int4LinearParams part = base;
+    part.m = min64(most, base.m - m0);
+    part.x = static_cast<const char*>(base.x) + m0 * base.x_stride * size;
+    part.y = static_cast<char*>(base.y) + m0 * base.y_stride * size;
+    part.add = &a.base;
+    a.x = {static_cast<const char*>(part.x), base.xtype, base.x_stride, B};
+    if (gathered) {
+      const SourceRows from = a.x;
+      a.x = {memory, base.xtype, B, most * B};
+      auto gather = [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin * 16; r < min64(part.m, end * 16); r += 16) {
+          gather_rows(a.walk, from, B, r, min64(r + 16, part.m), a.x);
+        }
+      };
+      parallel_for(*base.parallel, ceil_div(part.m, 16), gather);
+    }
+    status = kernel->run(part);
+    a.low_rank.t += part.m * p.rank;
   }
-  a.small = memory;
-  a.t = t;
-  base.add = &a.base;
-  const Status status = failed ? kOutOfMemory : kernel->run(base);
+  a.low_rank.release();
   free(memory);
-  free(inner);
   return status;
 }
 

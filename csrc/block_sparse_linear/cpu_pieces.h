@@ -1,17 +1,18 @@
-// The pieces the block-sparse kernels are put together from, for AVX2 and AVX-512: packing rows of x,
-// laying out blocks for the register tile, the tile itself, and the way out to y.
+// The pieces the block-sparse kernels are put together from, for AVX2 and AVX-512: packing rows of
+// x, laying out blocks for the register tile, the tile itself, and the way out to y.
 //
-// Everything is float32 FMA. On the CPUs measured VDPBF16PS has half its rate, so bfloat16 operands are
-// widened once and reused: x once per chunk of rows, blocks once per chunk and panel.
+// Everything is float32 FMA. On the CPUs measured VDPBF16PS has half its rate, so bfloat16 operands
+// are widened once and reused: x once per chunk of rows, blocks once per chunk and panel.
 //
-// The register tile holds R rows of x times C vectors of output columns over all blocks of a block row.
-// One step loads C vectors of the block and broadcasts R elements of x for R * C FMAs: with AVX-512 12 x 2
-// (blocks of 32) 14 loads in 12 cycles, 6 x 4 (64 and 128) 10 in 12, 16 x 1 (16) 17 in 8.
-// Packed x is [column block][tile of H rows][row of the tile][B]: every broadcast of a step is a constant
-// distance from one pointer, rows never fall 4 KiB apart, and going down the rows a block reads on.
+// The register tile holds R rows of x times C vectors of output columns over all blocks of a block
+// row. One step loads C vectors of the block and broadcasts R elements of x for R * C FMAs: with
+// AVX-512 12 x 2 (blocks of 32) 14 loads in 12 cycles, 6 x 4 (64 and 128) 10 in 12, 16 x 1 (16) 17
+// in 8. Packed x is [column block][tile of H rows][row of the tile][B]: every broadcast of a step
+// is a constant distance from one pointer, rows never fall 4 KiB apart, and going down the rows a
+// block reads on.
 //
-// Determinism: every output is one chain of FMAs over its blocks in the order of the layout, k ascending,
-// whatever the tile, chunk, pass or thread.
+// Determinism: every output is one chain of FMAs over its blocks in the order of the layout, k
+// ascending, whatever the tile, chunk, pass or thread.
 #pragma once
 
 #include "../common/kernel.h"
@@ -81,7 +82,7 @@ static inline void widen(T type, int size, const void* x, int64_t count, float* 
 
 // Rows [m0, m0 + rows) of x, packed with room for `tiles` tiles to a column block.
 struct PackedRows {
-  float* data;
+  void* data;  // float32, or bfloat16 for AMX
   int64_t m0, rows, tiles;
 };
 
@@ -89,7 +90,7 @@ template <class O, int B>
 static void pack_tile(const Walk& w, const void* x, Dtype type, int64_t stride, const PackedRows& p,
                       int64_t tile) {
   constexpr int H = Shape<O, B>::kRows;
-  float* out = p.data + tile * H * B;
+  float* out = static_cast<float*>(p.data) + tile * H * B;
   const int64_t rows = min64(H, p.rows - tile * H);
   with_type(type, [&](auto tag, int size) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -103,8 +104,8 @@ static void pack_tile(const Walk& w, const void* x, Dtype type, int64_t stride, 
   });
 }
 
-// Columns [c0, c0 + W) of one block as out[depth][W]: a block of S^T for the forward, of S for dx. Works on
-// whole blocks: what lies outside a ragged matrix is laid out too and never used.
+// Columns [c0, c0 + W) of one block as out[depth][W]: a block of S^T for the forward, of S for dx.
+// Works on whole blocks: what lies outside a ragged matrix is laid out too and never used.
 template <class O, int B, class T>
 NB_INLINE void lay_out_as(T type, int size, const char* v, bool dx, int64_t c0, float* out) {
   constexpr int W = Shape<O, B>::kWidth;
@@ -207,7 +208,8 @@ struct TileOf<O, B, 0> {
   static void run(int64_t, const TileJob&) {}
 };
 
-// acc[rows][W] += (or = with `first`) rows [r0, r0 + rows) of packed x times the entries laid out in w.
+// acc[rows][W] += (or = with `first`) rows [r0, r0 + rows) of packed x times the entries laid out
+// in w.
 template <class O, int B>
 static void multiply_rows(const PackedRows& x, int64_t r0, int64_t rows, TileJob t) {
   constexpr int H = Shape<O, B>::kRows;
@@ -217,7 +219,7 @@ static void multiply_rows(const PackedRows& x, int64_t r0, int64_t rows, TileJob
       t.ahead_step * H / max64(rows, H);  // of the whole block, shared out among the tiles
   for (int64_t i = 0; i < rows;) {
     const int64_t in_tile = (r0 + i) % H, height = min64(H - in_tile, rows - i);
-    t.x = x.data + (r0 + i) * B;
+    t.x = static_cast<const float*>(x.data) + (r0 + i) * B;
     t.acc = acc + i * t.acc_stride;
     t.ahead_at = i / H * t.ahead_step * B;
     TileOf<O, B, H>::run(height, t);
@@ -225,16 +227,32 @@ static void multiply_rows(const PackedRows& x, int64_t r0, int64_t rows, TileJob
   }
 }
 
-// Rows of x as they lie. A fused product meets each block once for all rows, so widening x beside the tile
-// (a tenth of its FMAs) is cheaper than keeping all of x a second time.
+// Rows of x in their own type: element (row, column block j) starts at j * block + row * stride. As
+// x lies, or turned by gather_rows. A fused product meets each block once for all rows, so widening
+// x beside the tile (a tenth of its FMAs) is cheaper than keeping a float32 copy.
 struct SourceRows {
   const char* data;
   Dtype type;
-  int64_t stride;
+  int64_t stride, block;
 };
 
-// The same as multiply_rows from x as it lies: each tile's part of x is widened just before it is used, and
-// the next tile's is fetched.
+// Rows [begin, end) of x as [column block][rows][B]: a tile reads on instead of jumping from page
+// to page.
+static void gather_rows(const Walk& w, const SourceRows& x, int64_t B, int64_t begin, int64_t end,
+                        const SourceRows& to) {
+  const int64_t size = dtype_size(x.type);
+  for (int64_t j = 0; j < w.ins; ++j) {
+    if (w.used[j] == w.used[j + 1]) continue;
+    const size_t bytes = static_cast<size_t>(min64(B, w.in_size - j * B) * size);
+    for (int64_t r = begin; r < end; ++r) {
+      memcpy(const_cast<char*>(to.data) + (j * to.block + r * to.stride) * size,
+             x.data + (j * x.block + r * x.stride) * size, bytes);
+    }
+  }
+}
+
+// The same as multiply_rows from x as it lies: each tile's part of x is widened just before it is
+// used, and the next tile's is fetched.
 template <class O, int B>
 static void multiply_source(const SourceRows& x, int64_t r0, int64_t rows, TileJob t) {
   using S = Shape<O, B>;
@@ -251,12 +269,12 @@ static void multiply_source(const SourceRows& x, int64_t r0, int64_t rows, TileJ
     const int64_t height = min64(H, rows - i);
     with_type(x.type, [&](auto tag, int size) {
       for (int64_t e = 0; e < t.count; ++e) {
-        const int64_t k = t.in[e] * B, live = min64(B, t.in_size - k);
-        const char* row = x.data + ((r0 + i) * x.stride + k) * size;
+        const int64_t live = min64(B, t.in_size - t.in[e] * B);
+        const char* row = x.data + ((r0 + i) * x.stride + t.in[e] * x.block) * size;
         for (int64_t r = 0; r < height; ++r, row += x.stride * size) {
-          // Into L2 only: rows a power of two apart share one set of L1.
-          for (int64_t b = 0; b < live * size; b += 64)
-            __builtin_prefetch(row + H * x.stride * size + b, 0, 2);
+          for (int64_t b = 0; b < live * size; b += 64) {
+            O::prefetch(row + H * x.stride * size + b);
+          }
           widen<O>(tag, size, row, live, wide + (e * H + r) * B);
         }
       }
@@ -276,8 +294,9 @@ static void multiply_any(const SourceRows& x, int64_t r0, int64_t rows, const Ti
   multiply_source<O, B>(x, r0, rows, t);
 }
 
-// acc = all stored blocks of output block `out` for columns [c0, c0 + W) of it, in passes that fit L1.
-// `w` holds Shape::kPass panels. Returns false, acc untouched, when `first` and there are no blocks.
+// acc = all stored blocks of output block `out` for columns [c0, c0 + W) of it, in passes that fit
+// L1. `w` holds Shape::kPass panels. Returns false, acc untouched, when `first` and there are no
+// blocks.
 template <class O, int B, class Rows>
 static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype, int64_t out,
                                int64_t c0, const Rows& x, int64_t r0, int64_t rows, float* w,
@@ -313,8 +332,8 @@ static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype
   return begin < end;
 }
 
-// y[m0 + r, at .. at + count) = acc[r] (+ bias) (+ y0), rounded to y's type. acc has room for whole vectors,
-// and so has bias.
+// y[m0 + r, at .. at + count) = acc[r] (+ bias) (+ y0), rounded to y's type. acc has room for whole
+// vectors, and so has bias.
 template <class O, class T>
 static void store_rows_as(T type, int size, const BlockSparseParams& p, int64_t m0, int64_t rows,
                           int64_t at, int64_t count, const float* acc, int64_t acc_stride,

@@ -1,10 +1,11 @@
 // block_sparse_linear and its input gradient for AVX2 and AVX-512.
 //
-// A task is a chunk of rows times a run of output blocks that hold about equally many stored blocks. The
-// chunk is chosen so that its packed x stays in L2 (kChunkBytes): every output block reads all of it again,
-// 4 bytes a cycle beside the FMAs of a 32 x 32 block. With enough rows a task has a chunk to itself and packs
-// it into its own scratch; with fewer all threads pack first and then share.
-// Laying out a 32 x 32 block costs about 300 cycles against 32 cycles for each row of its product.
+// A task is a chunk of rows times a run of output blocks that hold about equally many stored
+// blocks. The chunk is chosen so that its packed x stays in L2 (kChunkBytes): every output block
+// reads all of it again, 4 bytes a cycle beside the FMAs of a 32 x 32 block. With enough rows a
+// task has a chunk to itself and packs it into its own scratch; with fewer all threads pack first
+// and then share. Laying out a 32 x 32 block costs about 300 cycles against 32 cycles for each row
+// of its product.
 #pragma once
 
 #include "cpu_pieces.h"
@@ -18,7 +19,8 @@ constexpr int64_t kStoreColumns = 128;
 constexpr int64_t kSerialWork =
     1 << 17;  // multiply-adds below which waking threads costs more than it saves
 
-// First output block of part i of `parts`: equal shares of blocks + 1 (the way out costs about a block).
+// First output block of part i of `parts`: equal shares of blocks + 1 (the way out costs about a
+// block).
 static inline int64_t balanced(const Walk& w, int64_t parts, int64_t i) {
   const int64_t want = (w.ptr[w.outs] + w.outs) * i / parts;
   int64_t low = 0, high = w.outs;
@@ -44,8 +46,8 @@ static inline const float* widen_bias(const BlockSparseParams& p, int64_t at, in
   return out;
 }
 
-// Output blocks [u0, u1) of rows [r0, r0 + rows), kStoreColumns at a time: strips of y of one 32-wide block
-// would be one cache line a row.
+// Output blocks [u0, u1) of rows [r0, r0 + rows), kStoreColumns at a time: strips of y of one
+// 32-wide block would be one cache line a row.
 template <class O, int B>
 static void multiply_chunk(const BlockSparseParams& p, const Walk& walk, const PackedRows& x,
                            int64_t r0, int64_t rows, int64_t u0, int64_t u1, float* w, float* acc) {
@@ -74,61 +76,79 @@ static void multiply_chunk(const BlockSparseParams& p, const Walk& walk, const P
   }
 }
 
-template <class O, int B>
-static Status product_of(const BlockSparseParams& p, bool dx) {
-  using S = Shape<O, B>;
-  constexpr int H = S::kRows;
-  const Walk walk = make_walk(p.s, dx);
-  static const Parallel serial = {nullptr, 1};
-  const Parallel& parallel =
-      p.m * (p.s.count * B * B + walk.out_size) < kSerialWork ? serial : *p.parallel;
+// Cuts a call into tasks. pack(x, tile) packs one tile of H rows (`tile_bytes`); multiply(x, r0,
+// rows, u0, u1, scratch) does rows [r0, r0 + rows) of x times output blocks [u0, u1).
+template <class Pack, class Multiply>
+static Status run_chunks(const BlockSparseParams& p, const Parallel& parallel, const Walk& walk,
+                         int64_t H, int64_t tile_bytes, int64_t scratch_bytes, Pack pack,
+                         Multiply multiply) {
   const int64_t threads = max64(1, parallel.threads);
-  const int64_t tiles = ceil_div(p.m, H), tile_floats = walk.ins * H * B;
-  const int64_t most = max64(4, min64(kChunkRows / H, kChunkBytes / 4 / max64(1, tile_floats)));
+  const int64_t tiles = ceil_div(p.m, H);
+  const int64_t most = max64(4, min64(kChunkRows / H, kChunkBytes / max64(1, tile_bytes)));
   int64_t chunks = ceil_div(tiles, most);
   const bool own = chunks >= threads;  // a chunk belongs to one task
   if (own) chunks = min64(tiles, round_up(chunks, threads));
   const int64_t groups = own ? 1 : min64(walk.outs, threads);
   const int64_t chunk_tiles = ceil_div(tiles, chunks);
 
-  float* shared = nullptr;
-  const int64_t x_floats = (own ? chunk_tiles : tiles) * tile_floats;
+  char* shared = nullptr;
+  const int64_t x_bytes = (own ? chunk_tiles : tiles) * tile_bytes;
   if (!own) {
-    shared = static_cast<float*>(aligned_malloc(x_floats * 4));
+    shared = static_cast<char*>(aligned_malloc(x_bytes));
     if (!shared) return kOutOfMemory;
     const PackedRows x = {shared, 0, p.m, tiles};
-    auto pack = [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) pack_tile<O, B>(walk, p.x, p.xtype, p.x_stride, x, t);
+    auto pack_all = [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) pack(x, t);
     };
-    parallel_for(parallel, tiles, pack);
+    parallel_for(parallel, tiles, pack_all);
   }
   int failed = 0;
-  auto multiply = [&](int64_t begin, int64_t end) {
-    const int64_t fixed = S::kPass * S::kPanelFloats + chunk_tiles * H * kStoreColumns;
-    float* w = static_cast<float*>(aligned_malloc((fixed + (own ? x_floats : 0)) * 4));
-    if (!w) {
+  auto body = [&](int64_t begin, int64_t end) {
+    const int64_t fixed = round_up(scratch_bytes + chunk_tiles * H * kStoreColumns * 4, 64);
+    char* memory = static_cast<char*>(aligned_malloc(fixed + (own ? x_bytes : 0)));
+    if (!memory) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
       return;
     }
-    float* acc = w + S::kPass * S::kPanelFloats;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / groups, group = task % groups;
-      const int64_t r0 = tiles * chunk / chunks * H,
-                    r1 = min64(p.m, tiles * (chunk + 1) / chunks * H);
+      const int64_t r0 = tiles * chunk / chunks * H;
+      const int64_t r1 = min64(p.m, tiles * (chunk + 1) / chunks * H);
       PackedRows x = {shared, 0, p.m, tiles};
       if (own) {
-        x = {w + fixed, r0, r1 - r0, chunk_tiles};
-        for (int64_t t = 0; t < ceil_div(r1 - r0, H); ++t)
-          pack_tile<O, B>(walk, p.x, p.xtype, p.x_stride, x, t);
+        x = {memory + fixed, r0, r1 - r0, chunk_tiles};
+        for (int64_t t = 0; t < ceil_div(r1 - r0, H); ++t) pack(x, t);
       }
-      multiply_chunk<O, B>(p, walk, x, r0 - x.m0, r1 - r0, balanced(walk, groups, group),
-                           balanced(walk, groups, group + 1), w, acc);
+      multiply(x, r0 - x.m0, r1 - r0, balanced(walk, groups, group),
+               balanced(walk, groups, group + 1), memory);
     }
-    free(w);
+    free(memory);
   };
-  parallel_for(parallel, chunks * groups, multiply);
+  parallel_for(parallel, chunks * groups, body);
   free(shared);
   return failed ? kOutOfMemory : kOk;
+}
+
+static inline const Parallel& worth_threads(const BlockSparseParams& p, const Walk& walk) {
+  static const Parallel serial = {nullptr, 1};
+  const int64_t work = p.m * (p.s.count * p.s.block * p.s.block + walk.out_size);
+  return work < kSerialWork ? serial : *p.parallel;
+}
+
+template <class O, int B>
+static Status product_of(const BlockSparseParams& p, bool dx) {
+  using S = Shape<O, B>;
+  const Walk walk = make_walk(p.s, dx);
+  constexpr int64_t kPanels = S::kPass * S::kPanelFloats;
+  return run_chunks(
+      p, worth_threads(p, walk), walk, S::kRows, walk.ins * S::kRows * B * 4, kPanels * 4,
+      [&](const PackedRows& x, int64_t t) {
+        pack_tile<O, B>(walk, p.x, p.xtype, p.x_stride, x, t);
+      },
+      [&](const PackedRows& x, int64_t r0, int64_t rows, int64_t u0, int64_t u1, void* scratch) {
+        float* w = static_cast<float*>(scratch);
+        multiply_chunk<O, B>(p, walk, x, r0, rows, u0, u1, w, w + kPanels);
+      });
 }
 
 template <class O>

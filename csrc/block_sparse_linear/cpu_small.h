@@ -1,10 +1,12 @@
-// block_sparse_linear for 1 to 4 rows of x: at the speed of memory, straight from the stored values.
+// block_sparse_linear for 1 to 4 rows of x: at the speed of memory, straight from the stored
+// values.
 //
-// Lanes run along k, as the values lie. Every row of a block row has a vector of partial sums in L1; up to
-// four neighbouring blocks are read side by side, because one stream does not fill this kind of CPU's memory
-// pipes, and a row's sums are loaded and stored once for all of them. Per 64 bytes of float32 values that is
-// one load of values, one of x and an FMA: 64 B a cycle, several times what memory delivers, and half of it
-// for bfloat16. The lanes are added up once a block row: 45 instructions for 16 rows.
+// Lanes run along k, as the values lie. Every row of a block row has a vector of partial sums in
+// L1; up to four neighbouring blocks are read side by side, because one stream does not fill this
+// kind of CPU's memory pipes, and a row's sums are loaded and stored once for all of them. Per 64
+// bytes of float32 values that is one load of values, one of x and an FMA: 64 B a cycle, several
+// times what memory delivers, and half of it for bfloat16. The lanes are added up once a block row:
+// 45 instructions for 16 rows.
 #pragma once
 
 #include "cpu_product.h"
@@ -146,9 +148,7 @@ static Status small_of(const BlockSparseParams& p) {
   float* x = static_cast<float*>(aligned_malloc(walk.ins * slots * B * 4));
   if (!x) return kOutOfMemory;
   pack_small<O, B>(walk, p.x, p.xtype, p.x_stride, p.m, slots, x);
-  static const Parallel serial = {nullptr, 1};
-  const Parallel& parallel =
-      p.m * (p.s.count * B * B + walk.out_size) < kSerialWork ? serial : *p.parallel;
+  const Parallel& parallel = worth_threads(p, walk);
   const int64_t parts = min64(walk.outs, max64(1, parallel.threads));
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t u = balanced(walk, parts, begin); u < balanced(walk, parts, end); ++u) {

@@ -1,15 +1,17 @@
-// block_weight_grad, the product of two dense matrices over their rows where listed blocks ask for it, for
-// AVX2 and AVX-512.
+// block_weight_grad, the product of two dense matrices over their rows where listed blocks ask for
+// it, for AVX2 and AVX-512.
 //
 //     out_z[n, k] = sum_m g[m, I_z B + n] * x[m, J_z B + k]
 //
-// Tokens are taken kChunk at a time: the column blocks of g and x that occur are widened to float32 as
-// [block][m][B], once for all blocks that share them, then every listed block runs register tiles of R n x
-// C vectors of k down the tokens. A step loads C vectors of x and broadcasts R neighbours of g. Within a
-// chunk a block goes over its tokens in pieces whose two operands fit L1.
+// Tokens are taken kTokens at a time: the column blocks of g and x that occur are widened to
+// float32 as [block][m][B], once for all blocks that share them, then every listed block runs
+// register tiles of R n x C vectors of k down the tokens. A step loads C vectors of x and
+// broadcasts R neighbours of g. Within a chunk a block goes over its tokens in pieces whose two
+// operands fit L1.
 //
-// Determinism: an output is one chain of FMAs over m. Only where the list is short (few tasks) and the
-// tokens many is the sum cut, into parts of kPartRows added in their order; the shapes alone decide.
+// Determinism: an output is one chain of FMAs over m. Only where the list is short (few tasks) and
+// the tokens many is the sum cut, into parts of kPartRows added in their order; the shapes alone
+// decide.
 #pragma once
 
 #include "cpu_pieces.h"
@@ -93,7 +95,8 @@ static void pack_columns(const void* x, Dtype type, int64_t stride, int64_t size
   });
 }
 
-// One block's sums to its place: the sum of `parts` partial sums, zeros outside the matrix, rounded.
+// One block's sums to its place: the sum of `parts` partial sums, zeros outside the matrix,
+// rounded.
 template <class O, int B>
 static void finish_block(const BlockWeightGradParams& p, int64_t z, int64_t row, const float* sums,
                          int64_t parts, int64_t part_stride) {

@@ -1,5 +1,5 @@
-// What the block-sparse kernels need of AVX2 beyond csrc/int4_linear/vector_avx2.h: vectors of 8 float32
-// from and to the three float types, and sums across lanes.
+// What the block-sparse kernels need of AVX2 beyond csrc/int4_linear/vector_avx2.h: vectors of 8
+// float32 from and to the three float types, and sums across lanes.
 #pragma once
 
 #include "../int4_linear/vector_avx2.h"
@@ -19,6 +19,11 @@ struct Floats2 : Avx2 {
   // a + v, and the bits of a where v is 0 or -0: -0 + 0 would be +0, but -0 - (+0) is -0.
   static inline F add_keeping(F a, F v) {
     return _mm256_sub_ps(a, _mm256_sub_ps(_mm256_setzero_ps(), v));
+  }
+  // Always inline: GCC 12 takes a function that only prefetches for one without effects and may
+  // drop its calls.
+  static inline __attribute__((always_inline)) void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
   static inline F load_as(FloatBits::F32, const void* p) { return loadf(p); }
   static inline F load_as(FloatBits::BF16, const void* p) {

@@ -1,5 +1,5 @@
-// torch glue of the block-sparse ops for the CPU: checks, tensors -> params, launch. Stable ABI only; shapes
-// and meaning of every argument are documented in python/nibblock/ops.
+// torch glue of the block-sparse ops for the CPU: checks, tensors -> params, launch. Stable ABI
+// only; shapes and meaning of every argument are documented in python/nibblock/ops.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -15,8 +15,8 @@ namespace {
 using namespace glue;
 using OptTensor = std::optional<Tensor>;
 
-// Checks `layout` (and makes it contiguous): its dtype, its size, and that no index leaves its range. What
-// else a layout must be was checked when it was built.
+// Checks `layout` (and makes it contiguous): its dtype, its size, and that no index leaves its
+// range. What else a layout must be was checked when it was built.
 BlockLayout check_layout(const char* op, Tensor& layout, int64_t n, int64_t k, int64_t block) {
   STD_TORCH_CHECK(block == 16 || block == 32 || block == 64 || block == 128, op,
                   ": block must be 16, 32, 64 or 128, got ", block);

@@ -19,7 +19,8 @@ struct EmulatedTiles {
   alignas(64) uint8_t data[8][kTileRows][kTileRowBytes];
 };
 
-static inline EmulatedTiles& emulated_tiles() {
+// One state for all files of a library: inline, not static.
+inline EmulatedTiles& emulated_tiles() {
   static thread_local EmulatedTiles tiles;
   return tiles;
 }

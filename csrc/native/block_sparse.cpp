@@ -1,5 +1,5 @@
-// NumPy in, NumPy out: the tables of the block-sparse kernels, each of which can be run by name. The tests
-// use this to reach every row without torch between them and the kernel.
+// NumPy in, NumPy out: the tables of the block-sparse kernels, each of which can be run by name.
+// The tests use this to reach every row without torch between them and the kernel.
 #include "native.h"
 
 #include <memory>
