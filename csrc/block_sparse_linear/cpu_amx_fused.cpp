@@ -6,7 +6,7 @@
 // a call, x is copied into tile order once a chunk. The low-rank pair stays in float32 FMA.
 #include "amx_blocks.h"
 
-#include "cpu_fused.h"
+#include "cpu_low_rank.h"
 
 namespace nibblock {
 namespace {

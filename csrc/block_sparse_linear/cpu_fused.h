@@ -13,9 +13,6 @@
 namespace nibblock {
 namespace {
 
-constexpr int64_t kFusedRows = 512;  // rows that go through at a time: the int4 kernels' own chunk
-constexpr int64_t kGatheredRows = 64;
-
 template <class O, int B>
 struct Adapter {
   TileAdd base;  // first: the callback gets its address
@@ -81,47 +78,28 @@ static void add_tile(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, 
 
 template <class O, int B>
 static Status fused_of(const Int4BlockSparseParams& p, bool dx, Isa isa) {
-  const Int4LinearParams& base = p.base;
+  Int4LinearParams base = p.base;
   const Int4LinearKernel* kernel = int4_base_kernel(base, dx, isa);
   if (!kernel) return kNoKernel;
   Adapter<O, B> a;
   a.base.add = add_tile<O, B>;
   a.p = &p;
   a.walk = make_walk(p.s, dx);
+  a.x = {static_cast<const char*>(base.x), base.xtype, base.x_stride};
   a.slots = !dx && base.m <= kSmallRows ? small_slots(base.m) : 0;
-  const int64_t size = dtype_size(base.xtype), most = min64(kFusedRows, base.m);
-  const bool gathered = base.m >= kGatheredRows && p.s.count > 0;
-  const int64_t small_bytes = a.slots ? (a.walk.ins * a.slots + kSmallRows) * B * 4 : 0;
-  char* memory = static_cast<char*>(
-      aligned_malloc(small_bytes + (gathered ? a.walk.ins * most * B * size : 0)));
-  Status status = memory && a.low_rank.template make<O>(p, dx) ? kOk : kOutOfMemory;
-  a.small = reinterpret_cast<float*>(memory);
-  if (status == kOk && a.slots) {
-    pack_small<O, B>(a.walk, base.x, base.xtype, base.x_stride, base.m, a.slots,
-                     reinterpret_cast<float*>(memory));
-  }
-  for (int64_t m0 = 0; m0 < base.m && status == kOk; m0 += most) {
-    Int4LinearParams part = base;
-    part.m = min64(most, base.m - m0);
-    part.x = static_cast<const char*>(base.x) + m0 * base.x_stride * size;
-    part.y = static_cast<char*>(base.y) + m0 * base.y_stride * size;
-    part.add = &a.base;
-    a.x = {static_cast<const char*>(part.x), base.xtype, base.x_stride, B};
-    if (gathered) {
-      const SourceRows from = a.x;
-      a.x = {memory, base.xtype, B, most * B};
-      auto gather = [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin * 16; r < min64(part.m, end * 16); r += 16) {
-          gather_rows(a.walk, from, B, r, min64(r + 16, part.m), a.x);
-        }
-      };
-      parallel_for(*base.parallel, ceil_div(part.m, 16), gather);
+  const int64_t x_floats = a.slots ? (a.walk.ins * a.slots + kSmallRows) * B : 0;
+  float* small = static_cast<float*>(aligned_malloc(x_floats * 4));
+  Status status = kOutOfMemory;
+  if (small && a.low_rank.template make<O>(p, dx)) {
+    if (a.slots) {
+      pack_small<O, B>(a.walk, base.x, base.xtype, base.x_stride, base.m, a.slots, small);
     }
-    status = kernel->run(part);
-    a.low_rank.t += part.m * p.rank;
+    a.small = small;
+    base.add = &a.base;
+    status = kernel->run(base);
   }
   a.low_rank.release();
-  free(memory);
+  free(small);
   return status;
 }
 

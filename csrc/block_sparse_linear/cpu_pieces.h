@@ -227,29 +227,13 @@ static void multiply_rows(const PackedRows& x, int64_t r0, int64_t rows, TileJob
   }
 }
 
-// Rows of x in their own type: element (row, column block j) starts at j * block + row * stride. As
-// x lies, or turned by gather_rows. A fused product meets each block once for all rows, so widening
-// x beside the tile (a tenth of its FMAs) is cheaper than keeping a float32 copy.
+// Rows of x as they lie. A fused product meets each block once for all rows, so widening x beside
+// the tile (a tenth of its FMAs) costs no more than packing all of x would, and no memory.
 struct SourceRows {
   const char* data;
   Dtype type;
-  int64_t stride, block;
+  int64_t stride;
 };
-
-// Rows [begin, end) of x as [column block][rows][B]: a tile reads on instead of jumping from page
-// to page.
-static void gather_rows(const Walk& w, const SourceRows& x, int64_t B, int64_t begin, int64_t end,
-                        const SourceRows& to) {
-  const int64_t size = dtype_size(x.type);
-  for (int64_t j = 0; j < w.ins; ++j) {
-    if (w.used[j] == w.used[j + 1]) continue;
-    const size_t bytes = static_cast<size_t>(min64(B, w.in_size - j * B) * size);
-    for (int64_t r = begin; r < end; ++r) {
-      memcpy(const_cast<char*>(to.data) + (j * to.block + r * to.stride) * size,
-             x.data + (j * x.block + r * x.stride) * size, bytes);
-    }
-  }
-}
 
 // The same as multiply_rows from x as it lies: each tile's part of x is widened just before it is
 // used, and the next tile's is fetched.
@@ -270,10 +254,11 @@ static void multiply_source(const SourceRows& x, int64_t r0, int64_t rows, TileJ
     with_type(x.type, [&](auto tag, int size) {
       for (int64_t e = 0; e < t.count; ++e) {
         const int64_t live = min64(B, t.in_size - t.in[e] * B);
-        const char* row = x.data + ((r0 + i) * x.stride + t.in[e] * x.block) * size;
+        const char* row = x.data + ((r0 + i) * x.stride + t.in[e] * B) * size;
         for (int64_t r = 0; r < height; ++r, row += x.stride * size) {
           for (int64_t b = 0; b < live * size; b += 64) {
-            O::prefetch(row + H * x.stride * size + b);
+            // Into L2 only: rows a power of two apart share one set of L1.
+            __builtin_prefetch(row + H * x.stride * size + b, 0, 2);
           }
           widen<O>(tag, size, row, live, wide + (e * H + r) * B);
         }
