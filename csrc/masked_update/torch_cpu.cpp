@@ -142,7 +142,7 @@ const void* want_grad(const Item& grad, const Tensor& param, const char* param_n
 void run(const char* op, UpdateParams p, std::vector<UpdateTensor>& tensors,
          const OptTensor& multiplier, const OptTensor& found_inf, bool maximize) {
   p.multiplier = scalar_of(op, "multiplier", multiplier, 1.0f);
-  if (scalar_of(op, "found_inf", found_inf, 0.0f) != 0.0f) return;
+  const float found = scalar_of(op, "found_inf", found_inf, 0.0f);
   if (maximize) p.multiplier = -p.multiplier;
   for (UpdateTensor& t : tensors) {
     t.first_task = p.task_count;
@@ -152,6 +152,12 @@ void run(const char* op, UpdateParams p, std::vector<UpdateTensor>& tensors,
   p.tensor_count = static_cast<int64_t>(tensors.size());
   const Parallel parallel = torch_parallel();
   p.parallel = &parallel;
+  if (p.kind == MaskKind::kFlat) {
+    const int64_t bad = masked_bad_index(p);
+    STD_TORCH_CHECK(bad < 0, op, ": indices[", bad, "] must be sorted, distinct and in [0, ",
+                    tensors[bad].numel, "), got others");
+  }
+  if (!(found == 0.0f)) return;
   want_ok(op, masked_update_run(p));
 }
 
@@ -251,7 +257,7 @@ void flat_step(const char* op, UpdateParams p, const Lists& l, const Tensors& in
     t.count = index.numel();
     t.index = index.const_data_ptr();
     t.index64 = type == ScalarType::Long;
-    const int64_t numel = param.numel();
+    t.numel = param.numel();
     const Item grad = {op, "grads", i, l.grads[i]};
     t.grad_packed = grad.tensor.dim() == 1 && grad.tensor.numel() == t.count;
     if (!t.grad_packed) {
@@ -261,8 +267,6 @@ void flat_step(const char* op, UpdateParams p, const Lists& l, const Tensors& in
     }
     t.grad = want_grad(grad, param, "params", &keep);
     want_states(op, l, i, "steps", t.count, 1, &t);
-    STD_TORCH_CHECK(masked_index_ok(t.index, t.index64, t.count, numel), op, ": indices[", i,
-                    "] must be sorted, distinct and in [0, ", numel, "), got others");
     tensors.push_back(t);
   }
   run(op, p, tensors, multiplier, found_inf, maximize);
