@@ -18,7 +18,7 @@ import torch
 
 from .int4_suite import _figures, _seconds
 from .machine import native
-from .timing import MIB, Contender, interleave, last_level_cache
+from .timing import MIB, Contender, interleave, last_level_cache, wait_until_idle
 
 BLOCK = 32
 LR, DECAY = 1e-4, 0.01
@@ -258,6 +258,7 @@ def run_list(name: str, quick: bool, threads: int, evict: Evict, budget: float) 
 
     def update(_: int) -> float:
         evict()
+        wait_until_idle()  # the pool that evicted would spin beside these threads
         return streams.update(threads, 0)
 
     contenders.append(Contender("ceiling update", update, pool="native", measure=True))

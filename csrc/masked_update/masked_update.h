@@ -20,8 +20,8 @@
 // m and v are float32 and packed to the active entries. Every kernel does the same roundings in the
 // same order and none of them fuses a multiplication with an addition, so all levels give the same
 // bits, and so do all kinds of masks. Kernels run with denormals flushed to zero: a state that
-// decays without a gradient would otherwise end up in them for good, at a cost a hundred times an
-// ordinary operation's.
+// decays without a gradient would otherwise end up in them for good, where a step takes 20 to 30
+// times as long (measured on torch's fused AdamW, which keeps them).
 #pragma once
 
 #include <math.h>
