@@ -1,4 +1,4 @@
-"""`sparse_update`: trains selected blocks of a model's linears, in place; `unmask`: the way back."""
+"""`sparse_update`: trains selected blocks of a model, in place; `unmask`: the way back."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ def sparse_update(
             raise ValueError(
                 f"{op}: selection must name dense linears of the model, got {name!r}: {reason}"
             )
+        if any(layer is other for other in chosen.values()):
+            raise ValueError(f"{op}: selection must name each layer once, got {name!r} again")
         if wanted(name, layer.module):
             chosen[name] = layer
     made = {}

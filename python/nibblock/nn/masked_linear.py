@@ -18,7 +18,6 @@ from nibblock.nn.int4_linear import Int4Linear
 from nibblock.ops import _block_checks, _checks
 from nibblock.sparse import _choose
 
-
 _alive: weakref.WeakSet[MaskedLinear] = weakref.WeakSet()
 
 
@@ -427,13 +426,16 @@ class MaskedLinear(BlockValues, nn.Linear):
     # --- moves and copies -----------------------------------------------------------------------
 
     def _apply(self, fn, recurse=True):
-        self.sync()  # the conversion may round: both from the same numbers
+        self.sync()
+        before = self.weight.dtype
         super()._apply(fn, recurse)
         if self._origin is not None:
             self._origin = (self._origin[0], fn(self._origin[1]))
         self._places = None
         self._cast = None
         self._adopt()
+        if self.weight.dtype != before:  # each was rounded for itself
+            self._synced = -1
         return self
 
     def __getstate__(self):
