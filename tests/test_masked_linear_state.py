@@ -64,7 +64,6 @@ def test_moves():
 
 def test_state_dict():
     layer, x = drift(masked()), torch.randn(3, 100)
-    layer(x)
     state = copy.deepcopy(layer.state_dict())
     assert list(state) == ["weight", "bias", "values", "blocks"]
     other = nb.MaskedLinear.from_linear(linear_of(seed=5), 0.1, 16)

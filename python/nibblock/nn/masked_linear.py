@@ -185,9 +185,10 @@ class MaskedLinear(BlockValues, nn.Linear):
 
     def mark_synced(self) -> None:
         """Says that the weight holds `values`: for optimisers that wrote both."""
-        values = self._home
-        self._synced = values._version
-        if self._cast is not None:
+        own = self.__dict__  # nn.Module.__setattr__ would take ten times as long
+        values = own["_home"]
+        own["_synced"] = values._version
+        if own["_cast"] is not None:
             self._recast(values, 1)
 
     def sync(self) -> None:
@@ -447,6 +448,10 @@ class MaskedLinear(BlockValues, nn.Linear):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._adopt()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.sync()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
