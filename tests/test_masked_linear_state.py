@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 
@@ -110,6 +111,10 @@ def test_a_link_does_not_keep_the_layer():
     gc.collect()
     assert gone() is None
     assert values._masked_linear() is None
+    file = io.BytesIO()
+    torch.save([masked().values], file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)[0], values)
 
 
 # --- constructors and errors --------------------------------------------------------------------

@@ -112,6 +112,7 @@ def test_rules_are_torchs(ours, theirs, rule, max_norm):
             torch.nn.utils.clip_grad_norm_(twins, max_norm)
         kept = [p.grad.clone() for p in values]
         optimizer.step()
+        assert max_norm is None or optimizer.last_norm > max_norm
         assert all(torch.equal(p.grad, g) for p, g in zip(values, kept))
         other.step()
         for twin, p in zip(twins, [*values, extra]):
@@ -404,6 +405,7 @@ def test_refusals():
         MaskedAdamW([p], betas=(1.0, 0.9))
     with pytest.raises(ValueError, match="nesterov must be False without momentum"):
         MaskedSGD([p], nesterov=True)
+    MaskedAdamW([p, nn.Parameter(torch.ones(3).half(), requires_grad=False)])
     optimizer = MaskedAdamW([p])
     with pytest.raises(ValueError, match="lr must be at least 0"):
         optimizer.add_param_group({"params": [layer.values], "lr": -1.0})

@@ -59,7 +59,9 @@ class MaskedLinear(BlockValues, nn.Linear):
     (`mark_synced`); after any other change of `values` (an optimiser of torch, `load_state_dict`,
     DistributedDataParallel's broadcast, arithmetic in place) the next forward copies them, which
     `values._version` tells. A compiled forward cannot look at versions: there, any
-    `torch.optim.Optimizer`'s step is followed by the copy; after other changes call `sync`.
+    `torch.optim.Optimizer`'s step is followed by the copy; after other changes call `sync`. Where
+    another tensor stands in for `values` during a call (`functional_call`, `fully_shard`), that
+    call works on a private copy of W.
 
     The state dict holds `weight`, `values`, `blocks` and `bias`. Loading other blocks than the
     module's replaces them; where a file has a weight but no values, those are read from it.
@@ -358,6 +360,9 @@ class MaskedLinear(BlockValues, nn.Linear):
     @torch.no_grad()
     def set_blocks(self, blocks: _choose.BlockChoice, dropped: str = "keep") -> torch.Tensor:
         """Trains other blocks from now on; the Parameter `values` stays the same object.
+
+        Not while a wrapper that has counted its numbers (DistributedDataParallel) is in use: wrap
+        anew.
 
         Args:
             blocks: as in the constructor.
