@@ -8,9 +8,9 @@ right after the library is loaded.
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from nibblock.ops import _checks
+from nibblock.ops._flops import register_flop_formula
 
 _ops = torch.ops.nibblock
 
