@@ -17,5 +17,6 @@ STABLE_TORCH_LIBRARY(nibblock, m) {
   m.def("int4_block_sparse_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
   m.def("_int4_block_sparse_linear_forward(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
   m.def("int4_block_sparse_linear_dx(Tensor grad, Tensor packed, int in_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
+  m.def("block_scores_(Tensor(a!) scores, Tensor(b!)? movement, Tensor grad, Tensor x, Tensor? weight, int block, int sketch, int seed) -> ()");
   // clang-format on
 }
