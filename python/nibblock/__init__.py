@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from nibblock import nn, ops
+from nibblock import nn, ops, sparse
 from nibblock._accelerate import accelerate
 from nibblock._adapters import activate_adapter, add_adapters
 from nibblock._config import AdapterConfig, BlockSparseConfig, Int4Config
@@ -22,6 +22,8 @@ from nibblock._info import info
 from nibblock._select import explain
 from nibblock._version import __version__
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
+from nibblock.sparse._impact import select_blocks
+from nibblock.sparse._selection import Selection
 
 __all__ = [
     "AdapterConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "Int4Config",
     "Int4Embedding",
     "Int4Linear",
+    "Selection",
     "__version__",
     "accelerate",
     "activate_adapter",
@@ -43,6 +46,8 @@ __all__ = [
     "nn",
     "ops",
     "save",
+    "select_blocks",
+    "sparse",
 ]
 
 
