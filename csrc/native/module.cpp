@@ -74,6 +74,7 @@ PYBIND11_MODULE(_native, m) {
   nibblock::native::bind_block_sparse(m);
   nibblock::native::bind_block_select(m);
   nibblock::native::bind_block_scores(m);
+  nibblock::native::bind_masked_update(m);
   nibblock::native::bind_quantize(m);
   nibblock::native::bind_ceilings(m);
 }
