@@ -181,6 +181,19 @@ def test_fused_step_touches_nothing_of_the_weights_size():
     assert 0 < largest.most <= max(layer.values.numel(), 8 * 1536)
 
 
+def test_weights_of_any_strides():
+    linear = linear_of()
+    linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
+    layers = [nb.MaskedLinear.from_linear(linear, 0.3, 16), masked()]
+    optimizer = MaskedAdamW([layer.values for layer in layers], lr=0.1)
+    for layer in layers:
+        layer(torch.ones(2, 100)).sum().backward()
+    optimizer.step()
+    assert layers[0].weight.stride() == (1, 70)
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    assert torch.equal(inside(layers[0], layers[0].values), held_inside(layers[0]))
+
+
 PEAK = """
 import nibblock as nb, torch
 
