@@ -319,6 +319,25 @@ def _combine(means, names, robust, normalize, method) -> dict[str, torch.Tensor]
     return out
 
 
+def as_selection(
+    sites: list[Site], scores: dict[str, torch.Tensor], block: int, method: str, density: float
+) -> Selection:
+    """The best `density` of all blocks as a `Selection`, without a forward's account of time."""
+    targets = [site for site in sites if site.name in scores]
+    if not any(site.level >= 0 for site in sites):
+        for level, site in enumerate(sites):
+            site.level = level
+    flat = torch.cat([scores[site.name].flatten() for site in targets])
+    chosen = _best(flat, _choose.block_count(1, len(flat), density))
+    sizes = [scores[site.name].numel() for site in targets]
+    return _selection(sites, targets, scores, sizes, chosen, block, method, None)
+
+
+def _best(flat: torch.Tensor, count: int) -> torch.Tensor:
+    """The places of the largest scores, sorted; of equal scores the first."""
+    return torch.sort(flat, descending=True, stable=True).indices[:count].sort().values
+
+
 def _choose_blocks(op, model, sites, scores, block, method, density, budget, cost, run):
     """Compares the blocks of all layers and makes a `Selection` of the best."""
     seen = any(site.level >= 0 for site in sites)
@@ -343,7 +362,7 @@ def _choose_blocks(op, model, sites, scores, block, method, density, budget, cos
             machine = _cost.with_overhead(_cost.CostModel.measure(), layers, run.forward_seconds)
         step = _cost.StepCost(machine, layers, _parameters(model, sites), block)
     if budget is None:
-        chosen = torch.sort(flat, descending=True, stable=True).indices[:count].sort().values
+        chosen = _best(flat, count)
     else:
         repeats = torch.tensor(sizes)
         levels = torch.tensor([s.level for s in targets]).repeat_interleave(repeats)
@@ -358,10 +377,10 @@ def _choose_blocks(op, model, sites, scores, block, method, density, budget, cos
                 f"{op}: budget must be at least {least:.3g} of a full step for this model, got "
                 f"{budget}"
             )
-    return _selection(sites, targets, scores, sizes, chosen, block, method, step, seen)
+    return _selection(sites, targets, scores, sizes, chosen, block, method, step)
 
 
-def _selection(sites, targets, scores, sizes, chosen, block, method, step, seen) -> Selection:
+def _selection(sites, targets, scores, sizes, chosen, block, method, step) -> Selection:
     blocks, start = {}, 0
     for site, size in zip(targets, sizes):
         here = chosen[(chosen >= start) & (chosen < start + size)] - start

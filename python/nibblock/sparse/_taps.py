@@ -18,7 +18,7 @@ from torch import nn
 
 from nibblock import _accelerate as _tree
 from nibblock._config import Where
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear, MaskedLinear
 from nibblock.ops import _block_checks
 
 
@@ -50,14 +50,6 @@ class Site:
         return _block_checks.grid(*self.shape, block)
 
 
-def masked_linear() -> tuple[type, ...]:
-    """`MaskedLinear` as a tuple for isinstance; it holds more than a weight and a bias."""
-    from nibblock import nn as layers
-
-    found = getattr(layers, "MaskedLinear", None)
-    return () if found is None else (found,)
-
-
 def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
     """Every linear of a model in the order of its tree; those that cannot or shall not be trained
     by blocks carry the reason."""
@@ -70,7 +62,7 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
             reason = "in skip"
         elif isinstance(module, BlockSparseLinear):
             reason = "block-sparse already"
-        elif isinstance(module, (AdapterLinear, *masked_linear())):
+        elif isinstance(module, (AdapterLinear, MaskedLinear)):
             reason = ""
         elif isinstance(module, Int4Linear):
             reason = _tree._unfit_parent(layer)
