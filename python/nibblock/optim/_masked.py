@@ -32,6 +32,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"{self._name}: max_norm must be above 0 or None, got {max_norm}")
         self.max_norm = max_norm
+        self.last_norm: Optional[torch.Tensor] = None
         self._masks: dict[torch.Tensor, _plan.Mask] = {}
         self._wanted = dict(_plan.check_masks(self._name, masks))
         self._batches: dict[int, Any] = {}
@@ -87,7 +88,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._batches.clear()
 
     def _prepare(self, parameter: torch.Tensor, mask: Any) -> Optional[_plan.Mask]:
-        _plan.check_parameter(self._name, parameter)
+        if parameter.requires_grad:  # what is frozen may come along, as with torch's optimisers
+            _plan.check_parameter(self._name, parameter)
         if _plan.masked_layer(parameter) is None:
             return _plan.make_mask(self._name, parameter, mask)
         if mask is not None:
@@ -211,6 +213,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_masks", {})
+        self.__dict__.setdefault("last_norm", None)
         self._wanted, self._batches = {}, {}
 
     # --- calls ----------------------------------------------------------------------------------
@@ -307,7 +310,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         multiplier = None if scale is None else scale.to(torch.float32).reciprocal()
         if self.max_norm is not None:
-            norm = self._norm(work, multiplier)
+            self.last_norm = norm = self._norm(work, multiplier)
             clip = (self.max_norm / (norm + _TINY)).clamp(max=1.0)
             multiplier = clip if multiplier is None else multiplier * clip
         return multiplier, found_inf
