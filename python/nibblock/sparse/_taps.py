@@ -18,7 +18,7 @@ from torch import nn
 
 from nibblock import _accelerate as _tree
 from nibblock._config import Where
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear, MaskedLinear
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
 from nibblock.ops import _block_checks
 
 
@@ -71,7 +71,7 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
         if not reason and not wanted(layer.name, module):
             reason = "not selected by where"
         if not reason and where is None:
-            reason = _tied_to_table(module, owners)
+            reason = _tied(module, owners)
         sites.append(Site(layer.name, module, reason))
     return sites
 
@@ -89,12 +89,13 @@ def _linears(model: nn.Module) -> list[_tree._Layer]:
     return list(layers.values())
 
 
-def _tied_to_table(module: nn.Module, owners) -> str:
-    """Training a head's blocks would change the embedding too: only by the caller's wish."""
+def _tied(module: nn.Module, owners) -> str:
+    """Training a tied weight's blocks would change the other module too: only by the caller's
+    wish."""
     base = module.base if isinstance(module, AdapterLinear) else module
     weight = base._parameters.get("packed" if isinstance(base, Int4Linear) else "weight")
     for name, other, _ in owners.get(id(weight), ()):
-        if isinstance(other, (nn.Embedding, Int4Embedding)):
+        if other is not base:
             return f"its weight is tied to {name}; name it in where to train it"
     return ""
 
@@ -228,7 +229,7 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             for parameter, asks in flags:
                 if asks:
                     parameter.requires_grad_(False)
