@@ -182,22 +182,30 @@ class MaskedOptimizer(torch.optim.Optimizer):
             }  # fmt: skip
 
     def move_blocks(self, values: nn.Parameter, came_from: torch.Tensor) -> None:
-        """Lets the state of a `MaskedLinear` follow its `set_blocks`.
+        """Lets the state of `values` follow a change of their block list.
 
         Args:
-            values: the layer's Parameter.
+            values: the Parameter of a `MaskedLinear` after `set_blocks`, or of an adapter whose
+                blocks `nibblock.sparse` has changed (its state has no ages, but one count of
+                steps).
             came_from: int64 [Z], what `set_blocks` returned: blocks that stayed keep their state
                 and age; new ones (-1) start at age 0.
         """
         state = self.state.get(values)
         self._batches.clear()
+        entries = _plan.masked_layer(values) is None and values in self._masks
+        if entries:
+            self._masks[values] = _plan.make_mask(self._name, values, None)
         if not state:
             return
         stay = came_from >= 0
         for name, old in state.items():
-            new = old.new_zeros((len(came_from), *old.shape[1:]))
-            new[stay.to(old.device)] = old[came_from[stay].to(old.device)]
-            state[name] = new
+            if entries and name == "step":
+                continue
+            rows = old.view(-1, values.shape[1] * values.shape[2]) if entries else old
+            new = rows.new_zeros((len(came_from), *rows.shape[1:]))
+            new[stay.to(old.device)] = rows[came_from[stay].to(old.device)]
+            state[name] = new.view(-1) if entries else new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_masks": self._masks, "max_norm": self.max_norm}
