@@ -259,6 +259,15 @@ def test_the_last_of_a_list_is_checked_before_the_first_moves(rule, kind):
     assert torch.equal(before, next(iter(given.values()))[0])
 
 
+def test_blocks_of_an_empty_weight_are_out_of_range():
+    given = arguments("adamw", "block")
+    given["weights"] = [torch.zeros(0, 30), given["weights"][1]]
+    before = given["values"][0].clone()
+    with pytest.raises(ValueError, match=r"blocks\[0\] must be sorted, distinct and in the 0 x 2"):
+        ops.masked_adamw_block_(**given)
+    assert torch.equal(before, given["values"][0])
+
+
 def test_nesterov_needs_momentum():
     given = arguments("sgd", "flat")
     given.update(nesterov=True, dampening=0.5)

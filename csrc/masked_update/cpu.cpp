@@ -2,6 +2,8 @@
 // lists, and the tables of all.
 #include <string.h>
 
+#include <atomic>
+
 #include "../common/flush_denormals.h"
 #include "masked_update.h"
 
@@ -192,19 +194,33 @@ Status prox_blocks_scalar(const ProxParams& p) {
 namespace {
 
 template <class T>
-bool increasing(const T* index, int64_t count, int64_t numel) {
-  if (count == 0) return true;
-  if (index[0] < 0 || static_cast<int64_t>(index[count - 1]) >= numel) return false;
+bool increasing(const T* index, int64_t count, int64_t numel, int64_t task) {
+  const int64_t begin = task * kUpdateTaskEntries;
+  const int64_t end = min64(count, begin + kUpdateTaskEntries);
+  if (begin == 0 && index[0] < 0) return false;
+  if (end == count && static_cast<int64_t>(index[count - 1]) >= numel) return false;
   T bad = 0;  // no early exit: this way it runs a vector at a time
-  for (int64_t i = 0; i + 1 < count; ++i) bad |= index[i] >= index[i + 1];
+  for (int64_t i = begin; i < min64(end, count - 1); ++i) bad |= index[i] >= index[i + 1];
   return !bad;
 }
 
 }  // namespace
 
-bool masked_index_ok(const void* index, bool index64, int64_t count, int64_t numel) {
-  return index64 ? increasing(static_cast<const int64_t*>(index), count, numel)
-                 : increasing(static_cast<const int32_t*>(index), count, numel);
+int64_t masked_bad_index(const UpdateParams& p) {
+  std::atomic<int64_t> first(p.tensor_count);
+  auto body = [&](int64_t begin, int64_t end) {
+    each_task(p.tensors, p.tensor_count, begin, end, [&](const UpdateTensor& t, int64_t task) {
+      const bool ok =
+          t.index64 ? increasing(static_cast<const int64_t*>(t.index), t.count, t.numel, task)
+                    : increasing(static_cast<const int32_t*>(t.index), t.count, t.numel, task);
+      int64_t known = first.load();
+      const int64_t here = &t - p.tensors;
+      while (!ok && here < known && !first.compare_exchange_weak(known, here)) {
+      }
+    });
+  };
+  parallel_for(worth_tasks(p.parallel, p.task_count), p.task_count, body);
+  return first == p.tensor_count ? -1 : first.load();
 }
 
 bool masked_blocks_ok(const int32_t* blocks, int64_t count, int64_t rows, int64_t cols) {

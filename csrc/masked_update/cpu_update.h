@@ -13,7 +13,7 @@
 namespace nibblock {
 namespace {
 
-constexpr int64_t kAheadEntries = 96;  // scattered entries fetched ahead: about 100 ns of work
+constexpr int64_t kAheadEntries = 512;  // scattered entries fetched ahead, into the second cache
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -150,40 +150,75 @@ NB_INLINE void move_span(const R& rule, P type, W weight_type, char* param, cons
 
 // --- blocks --------------------------------------------------------------------------------------
 
+// Where a block and its part of the weight lie.
+struct Place {
+  const char *param, *grad, *first, *second, *weight;
+  int64_t row_bytes, state_bytes, weight_step, weight_bytes, rows;
+};
+
+static inline Place place_of(const UpdateParams& u, const UpdateTensor& t, int64_t z) {
+  const int64_t B = u.block, size = dtype_size(t.type), wide = dtype_size(t.weight_type);
+  const int64_t n0 = t.blocks[2 * z] * B, k0 = t.blocks[2 * z + 1] * B, at = z * B * B;
+  Place p;
+  p.param = static_cast<const char*>(t.param) + at * size;
+  p.grad = static_cast<const char*>(t.grad) + at * size;
+  p.first = t.first ? reinterpret_cast<const char*>(t.first + at) : nullptr;
+  p.second = t.second ? reinterpret_cast<const char*>(t.second + at) : nullptr;
+  p.weight = static_cast<const char*>(t.weight) + (n0 * t.weight_stride + k0) * wide;
+  p.row_bytes = B * size;
+  p.state_bytes = B * 4;
+  p.weight_step = t.weight_stride * wide;
+  p.weight_bytes = min64(B, t.k - k0) * wide;
+  p.rows = min64(B, t.n - n0);
+  return p;
+}
+
+template <class O>
+NB_INLINE void fetch_row(const Place& p, int64_t i, bool weight) {
+  if (i >= p.rows) return;
+  for (int64_t b = 0; b < p.row_bytes; b += 64) {
+    O::prefetch(p.param + i * p.row_bytes + b);
+    O::prefetch(p.grad + i * p.row_bytes + b);
+  }
+  for (int64_t b = 0; b < p.state_bytes; b += 64) {
+    if (p.first) O::prefetch(p.first + i * p.state_bytes + b);
+    if (p.second) O::prefetch(p.second + i * p.state_bytes + b);
+  }
+  if (!weight) return;
+  for (int64_t b = 0; b < p.weight_bytes; b += 64) O::prefetch(p.weight + i * p.weight_step + b);
+}
+
+// Moves block z and writes it to the weight. `next` is the block to fetch meanwhile, or null: the
+// processor's own prefetchers stop at the end of a page, which a block of 32 fills in each of its
+// streams, and each row of the weight lies on another.
 template <class O, class R, class P, class W>
 static void write_block(const R& rule, P type, W weight_type, const UpdateParams& u,
-                        const UpdateTensor& t, int64_t z, bool next) {
+                        const UpdateTensor& t, int64_t z, const Place* next) {
   constexpr int size = size_of(P{}), wide = size_of(W{});
-  const int64_t B = u.block, n0 = t.blocks[2 * z] * B, k0 = t.blocks[2 * z + 1] * B;
-  const int64_t rows = min64(B, t.n - n0), cols = min64(B, t.k - k0), step = t.weight_stride * wide;
-  char* weight = static_cast<char*>(t.weight) + n0 * step + k0 * wide;
-  // The rows of a block lie on pages of their own: the next block's are fetched behind this one's.
-  const char* ahead = weight;
-  if (next) {
-    ahead = static_cast<const char*>(t.weight) + t.blocks[2 * z + 2] * B * step +
-            t.blocks[2 * z + 3] * B * wide;
-  }
-  const int64_t next_rows = next ? min64(B, t.n - t.blocks[2 * z + 2] * B) : 0;
-  const int64_t next_bytes = next ? min64(B, t.k - t.blocks[2 * z + 3] * B) * wide : 0;
+  const int64_t B = u.block, ahead = min64(B, 1024 / B);
+  const Place place = place_of(u, t, z);
+  const int64_t cols = place.weight_bytes / wide;
+  char* weight = const_cast<char*>(place.weight);
   // Whole lines only: a line of which a part is streamed costs more than one that is stored.
-  const bool stream = u.stream && cols * wide % 64 == 0 &&
-                      reinterpret_cast<uintptr_t>(weight) % 64 == 0 && step % 64 == 0;
-  for (int64_t i = 0; i < rows; ++i) {
+  const bool stream = u.stream && place.weight_bytes % 64 == 0 && place.weight_step % 64 == 0 &&
+                      reinterpret_cast<uintptr_t>(weight) % 64 == 0;
+  for (int64_t i = 0; i < place.rows; ++i) {
+    if (i + ahead < B) {
+      fetch_row<O>(place, i + ahead, !stream);
+    } else if (next) {
+      fetch_row<O>(*next, i + ahead - B, !stream);
+    }
     const int64_t at = (z * B + i) * B;
     char* param = static_cast<char*>(t.param) + at * size;
     const char* grad = static_cast<const char*>(t.grad) + at * size;
     float* first = R::kFirst ? t.first + at : nullptr;
     float* second = R::kSecond ? t.second + at : nullptr;
+    char* to = weight + i * place.weight_step;
     if (stream) {
-      move_span<O, R, P, W, true>(rule, type, weight_type, param, grad, first, second,
-                                  weight + i * step, cols);
-      continue;
+      move_span<O, R, P, W, true>(rule, type, weight_type, param, grad, first, second, to, cols);
+    } else {
+      move_span<O, R, P, W, false>(rule, type, weight_type, param, grad, first, second, to, cols);
     }
-    if (i < next_rows) {
-      for (int64_t b = 0; b < next_bytes; b += 64) O::prefetch(ahead + i * step + b);
-    }
-    move_span<O, R, P, W, false>(rule, type, weight_type, param, grad, first, second,
-                                 weight + i * step, cols);
   }
 }
 
@@ -194,6 +229,7 @@ static void block_task(const UpdateParams& u, const UpdateTensor& t, P type, int
   const int64_t area = u.block * u.block;
   int64_t age = t.age[task * per];
   R rule(update_scalars(u, age));
+  const UpdateTensor* last = u.tensors + u.tensor_count - 1;
   for (int64_t z = task * per; z < end; ++z) {
     if (t.age[z] != age) {
       age = t.age[z];
@@ -205,10 +241,21 @@ static void block_task(const UpdateParams& u, const UpdateTensor& t, P type, int
           rule, type, NoWeight{}, param, static_cast<const char*>(t.grad) + z * area * size,
           R::kFirst ? t.first + z * area : nullptr, R::kSecond ? t.second + z * area : nullptr,
           nullptr, area);
-    } else if (t.weight_type == Dtype::kF32) {
-      write_block<O>(rule, type, FloatBits::F32{}, u, t, z, z + 1 < end);
+      continue;
+    }
+    Place place;
+    const Place* next = nullptr;
+    if (z + 1 < t.count) {
+      place = place_of(u, t, z + 1);
+      next = &place;
+    } else if (&t < last && (&t)[1].count > 0) {
+      place = place_of(u, (&t)[1], 0);
+      next = &place;
+    }
+    if (t.weight_type == Dtype::kF32) {
+      write_block<O>(rule, type, FloatBits::F32{}, u, t, z, next);
     } else {
-      write_block<O>(rule, type, FloatBits::BF16{}, u, t, z, z + 1 < end);
+      write_block<O>(rule, type, FloatBits::BF16{}, u, t, z, next);
     }
   }
 }
@@ -220,16 +267,19 @@ template <class O, class R, class P, class I>
 static void move_list(const R& rule, P type, char* param, const char* grad, bool packed,
                       const I* index, int64_t count, float* first, float* second) {
   constexpr int size = size_of(P{});
-  int64_t i = 0;
-  for (; i + O::kLanes <= count; i += O::kLanes) {
-    if (i + kAheadEntries + O::kLanes <= count) {
-      NB_UNROLL
-      for (int l = 0; l < O::kLanes; ++l) {
-        const int64_t at = index[i + kAheadEntries + l];
-        O::prefetch(param + at * size);
-        if (!packed) O::prefetch(grad + at * size);
-      }
+  // Into the second cache, which can wait for several times as many lines as the first.
+  const auto fetch = [&](int64_t from) {
+    NB_UNROLL
+    for (int l = 0; l < O::kLanes; ++l) {
+      const int64_t at = index[from + l];
+      _mm_prefetch(param + at * size, _MM_HINT_T1);
+      if (!packed) _mm_prefetch(grad + at * size, _MM_HINT_T1);
     }
+  };
+  int64_t i = 0;
+  for (; i + O::kLanes <= min64(count, kAheadEntries); i += O::kLanes) fetch(i);
+  for (i = 0; i + O::kLanes <= count; i += O::kLanes) {
+    if (i + kAheadEntries + O::kLanes <= count) fetch(i + kAheadEntries);
     typename O::F m = O::set1f(0.0f), v = m;
     if (R::kFirst) m = O::loadf(first + i);
     if (R::kSecond) v = O::loadf(second + i);

@@ -20,8 +20,8 @@
 // m and v are float32 and packed to the active entries. Every kernel does the same roundings in the
 // same order and none of them fuses a multiplication with an addition, so all levels give the same
 // bits, and so do all kinds of masks. Kernels run with denormals flushed to zero: a state that
-// decays without a gradient would otherwise end up in them for good, at a cost a hundred times an
-// ordinary operation's.
+// decays without a gradient would otherwise end up in them for good, where a step takes 20 to 30
+// times as long (measured on torch's fused AdamW, which keeps them).
 #pragma once
 
 #include <math.h>
@@ -55,6 +55,7 @@ struct UpdateTensor {
   Dtype weight_type;  // kF32 or kBF16
 
   const void* index;  // [nnz] strictly increasing, in [0, numel)
+  int64_t numel;      // of param
   bool index64, grad_packed;
 
   const uint8_t* mask;     // [numel] of 0 and 1, or null: all active
@@ -100,8 +101,8 @@ static inline int64_t update_tasks(MaskKind kind, int64_t block, int64_t count) 
   return (count + step - 1) / step;
 }
 
-// Whether an index is strictly increasing and inside [0, numel).
-NB_API bool masked_index_ok(const void* index, bool index64, int64_t count, int64_t numel);
+// The first tensor whose index is not strictly increasing inside [0, numel), or -1.
+NB_API int64_t masked_bad_index(const UpdateParams& p);
 // Whether blocks are strictly increasing (row block, then column block) inside rows x cols.
 NB_API bool masked_blocks_ok(const int32_t* blocks, int64_t count, int64_t rows, int64_t cols);
 // Whether offsets start at 0, end at `active` and grow by at most a chunk's entries.

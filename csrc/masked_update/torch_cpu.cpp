@@ -103,9 +103,7 @@ void want_states(const char* op, const Lists& l, size_t i, const char* age_name,
   age.want_cpu_contiguous();
   age.want_numel(ages);
   t->age = static_cast<int32_t*>(l.ages[i].mutable_data_ptr());
-  for (int64_t z = 0; z < ages; ++z) {
-    STD_TORCH_CHECK(t->age[z] >= 0, op, ": ", age.text(), " must be at least 0, got ", t->age[z]);
-  }
+  __builtin_prefetch(t->age);  // read once the whole list is known
 }
 
 void check_lists(const char* op, const Lists& l, const char* params_name, const char* ages_name,
@@ -142,7 +140,15 @@ const void* want_grad(const Item& grad, const Tensor& param, const char* param_n
 void run(const char* op, UpdateParams p, std::vector<UpdateTensor>& tensors,
          const OptTensor& multiplier, const OptTensor& found_inf, bool maximize) {
   p.multiplier = scalar_of(op, "multiplier", multiplier, 1.0f);
-  if (scalar_of(op, "found_inf", found_inf, 0.0f) != 0.0f) return;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t ages = p.kind == MaskKind::kBlock ? tensors[i].count : 1;
+    for (int64_t z = 0; z < ages; ++z) {
+      STD_TORCH_CHECK(tensors[i].age[z] >= 0, op, ": ",
+                      p.kind == MaskKind::kBlock ? "ages[" : "steps[", i,
+                      "] must be at least 0, got ", tensors[i].age[z]);
+    }
+  }
+  const float found = scalar_of(op, "found_inf", found_inf, 0.0f);
   if (maximize) p.multiplier = -p.multiplier;
   for (UpdateTensor& t : tensors) {
     t.first_task = p.task_count;
@@ -152,6 +158,12 @@ void run(const char* op, UpdateParams p, std::vector<UpdateTensor>& tensors,
   p.tensor_count = static_cast<int64_t>(tensors.size());
   const Parallel parallel = torch_parallel();
   p.parallel = &parallel;
+  if (p.kind == MaskKind::kFlat) {
+    const int64_t bad = masked_bad_index(p);
+    STD_TORCH_CHECK(bad < 0, op, ": indices[", bad, "] must be sorted, distinct and in [0, ",
+                    tensors[bad].numel, "), got others");
+  }
+  if (!(found == 0.0f)) return;
   want_ok(op, masked_update_run(p));
 }
 
@@ -196,9 +208,16 @@ void block_step(const char* op, UpdateParams p, const Lists& l, const Tensors& w
       t.weight_stride = weight.tensor.stride(0);
       t.weight = weight.tensor.mutable_data_ptr();
       dense_bytes += t.n * t.k * dtype_size(t.weight_type);
-      list.want_blocks_inside(t.blocks, t.count, t.n, t.k, block);
+      __builtin_prefetch(t.blocks);
+      __builtin_prefetch(t.param);
+      __builtin_prefetch(t.grad);
     }
     tensors.push_back(t);
+  }
+  for (size_t i = 0; i < n; ++i) {
+    const UpdateTensor& t = tensors[i];
+    const Item list = {op, "blocks", i, blocks[i]};
+    if (!weights.empty()) list.want_blocks_inside(t.blocks, t.count, t.n, t.k, block);
   }
   p.stream = dense_bytes > kStreamBytes;
   run(op, p, tensors, multiplier, found_inf, maximize);
@@ -251,7 +270,7 @@ void flat_step(const char* op, UpdateParams p, const Lists& l, const Tensors& in
     t.count = index.numel();
     t.index = index.const_data_ptr();
     t.index64 = type == ScalarType::Long;
-    const int64_t numel = param.numel();
+    t.numel = param.numel();
     const Item grad = {op, "grads", i, l.grads[i]};
     t.grad_packed = grad.tensor.dim() == 1 && grad.tensor.numel() == t.count;
     if (!t.grad_packed) {
@@ -261,8 +280,6 @@ void flat_step(const char* op, UpdateParams p, const Lists& l, const Tensors& in
     }
     t.grad = want_grad(grad, param, "params", &keep);
     want_states(op, l, i, "steps", t.count, 1, &t);
-    STD_TORCH_CHECK(masked_index_ok(t.index, t.index64, t.count, numel), op, ": indices[", i,
-                    "] must be sorted, distinct and in [0, ", numel, "), got others");
     tensors.push_back(t);
   }
   run(op, p, tensors, multiplier, found_inf, maximize);
