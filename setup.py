@@ -44,7 +44,8 @@ PACKAGE_DIR = {
     "nibblock.bench": "bench",
 }
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# Kernels never throw, and a clean-up table would bring a weak symbol with it.
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-fno-exceptions"]
 # g++ 12 warns of its own _mm512_undefined_*() inside avx512fintrin.h.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *QUIET]
