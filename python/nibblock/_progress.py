@@ -18,11 +18,13 @@ class Progress:
         option: None or True for a bar on a terminal and one closing line elsewhere (standard
             error); False for silence; a callable for `option(done, total)` after every step.
         total: how many steps there are.
-        label: what the bar or line begins with.
+        label: what the bar or line begins with. unit: what the closing line counts.
     """
 
-    def __init__(self, option: ProgressOption, total: int, label: str) -> None:
-        self._total, self._label, self._done = total, label, 0
+    def __init__(
+        self, option: ProgressOption, total: int, label: str, unit: str = "layers"
+    ) -> None:
+        self._total, self._label, self._unit, self._done = total, label, unit, 0
         self._call: Optional[Callable[[int, int], None]] = option if callable(option) else None
         self._shown = option is None or option is True
         self._terminal = self._shown and sys.stderr.isatty() and total > 0
@@ -53,4 +55,4 @@ class Progress:
             sys.stderr.write("\n")
         elif self._shown and finished and self._total > 0:
             seconds = time.perf_counter() - self._start
-            print(f"{self._label}: {self._done} layers in {seconds:.1f} s", file=sys.stderr)
+            print(f"{self._label}: {self._done} {self._unit} in {seconds:.1f} s", file=sys.stderr)
