@@ -67,8 +67,6 @@ def text_file(path: Path, words: int = 1500) -> Path:
     """Repetitive text with a blank line now and then."""
     generator = random.Random(1)
     names = ["stone", "river", "bridge", "wheel", "lamp", "the", "a", "turns", "holds", "under"]
-    parts = [
-        generator.choice(names) + ("\n\n" if i % 40 == 39 else " ") for i in range(words)
-    ]
+    parts = [generator.choice(names) + ("\n\n" if i % 40 == 39 else " ") for i in range(words)]
     path.write_text("".join(parts), encoding="utf-8")
     return path

@@ -62,8 +62,10 @@ def blocks_of(documents: Iterable[str]) -> list[str]:
         pieces = documents
     else:
         pieces = [piece for text in documents for piece in _pieces(text)]
-    unique = {hashlib.sha256(piece.strip().encode()).digest(): piece for piece in reversed(pieces)}
-    return list(reversed(unique.values()))
+    unique: dict[bytes, str] = {}
+    for piece in pieces:
+        unique.setdefault(hashlib.sha256(piece.strip().encode()).digest(), piece)
+    return list(unique.values())
 
 
 def _pieces(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 import torch
 from torch import nn
@@ -257,7 +257,7 @@ def _masked(model, task, settings, selection, keep) -> Prepared:
     import nibblock as nb
 
     chosen, seconds = _chosen(model, task, settings, selection, keep)
-    nb.sparse_update(model, chosen)
+    nb.sparse_update(model, chosen, block=settings.block)
     _unfreeze(model, keep)
     optimizer = nb.optim.MaskedAdamW(
         nb.trainable_parameters(model),
@@ -267,13 +267,7 @@ def _masked(model, task, settings, selection, keep) -> Prepared:
     )
 
     def save(path: Path) -> int:
-        tensors: dict[str, Any] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, nb.MaskedLinear):
-                tensors[f"{name}.values"], tensors[f"{name}.blocks"] = module.values, module.blocks
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name not in tensors:
-                tensors[name] = parameter
-        return write_tensors(path, tensors)
+        nb.save(model, path)
+        return path.stat().st_size
 
     return Prepared(model, optimizer, save, chosen, seconds, clips=True)

@@ -40,7 +40,7 @@ class PrefixCache:
         TypeError: model is no module, or max_bytes no int. ValueError: no trained layer in a stack,
         trained layers in several stacks, a boundary that is not in one, b = 0 (there is no prefix),
         something trained below it, or max_bytes below 0. OSError: as the file system says.
-        In a forward: ValueError where the prefix is random (dropout in training mode: it is refused,
+        In a forward: ValueError where the prefix is random (dropout in training mode is refused,
         never switched off), is trained, is not run once and in order, or uses a key-value cache.
     Gradients: as without it; the prefix has none. Determinism and numerics: the rows are copies, so
         results have the same bits as without the cache whenever an example's rows do not depend on
