@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -117,6 +117,45 @@ def train(
     return _Loop(task, prepared, settings, folder, resume, after_step).run(progress)
 
 
+def one_step(
+    task: Task,
+    prepared: Prepared,
+    batch: Any,
+    max_norm: float,
+    lr: float,
+    around_forward: AbstractContextManager,
+    before_zero: Optional[Callable[[], None]] = None,
+) -> tuple[float, dict[str, float]]:
+    """One forward, backward and update.
+
+    Returns:
+        (loss, seconds of "forward", "backward" and "optimizer"; clipping is part of the last).
+    """
+    model, optimizer = prepared.model, prepared.optimizer
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    start = time.perf_counter()
+    with around_forward:
+        loss = task.loss(model, batch)
+    value = loss.item()
+    forward = time.perf_counter()
+    loss.backward()
+    backward = time.perf_counter()
+    if max_norm and not prepared.clips:
+        torch.nn.utils.clip_grad_norm_(prepared.trained().values(), max_norm)
+    optimizer.step()
+    if before_zero is not None:
+        before_zero()
+    optimizer.zero_grad(set_to_none=True)
+    end = time.perf_counter()
+    return value, {
+        "forward": forward - start,
+        "backward": backward - forward,
+        "optimizer": end - backward,
+    }
+
+
 class _Loop:
     def __init__(self, task, prepared, settings, folder, resume, after_step) -> None:
         self.task, self.prepared, self.settings, self.folder = task, prepared, settings, folder
@@ -167,38 +206,31 @@ class _Loop:
         return record
 
     def _step(self) -> None:
-        task, prepared, record = self.task, self.prepared, self.record
-        model, optimizer = prepared.model, prepared.optimizer
-        model.train()
-        indices = task.order.indices(record.step)
-        now = rate(self.settings, record.step, self.total)
-        for group in optimizer.param_groups:
-            group["lr"] = now
-        batch = task.batch(indices)
-        start = time.perf_counter()
-        with nullcontext() if self.cache is None else self.cache.batch(indices):
-            loss = task.loss(model, batch)
-        value = loss.item()
-        forward = time.perf_counter()
-        loss.backward()
-        backward = time.perf_counter()
-        if self.settings.max_norm and not prepared.clips:
-            torch.nn.utils.clip_grad_norm_(prepared.trained().values(), self.settings.max_norm)
-        optimizer.step()
-        if not record.state_bytes:  # once, while the gradients are there
-            record.state_bytes = prepared.state_bytes()
-        optimizer.zero_grad(set_to_none=True)
-        record.step += 1
-        if self.after_step is not None:
-            self.after_step(record.step, prepared)
-        end = time.perf_counter()
+        record = self.record
+        indices = self.task.order.indices(record.step)
+        value, phases = one_step(
+            self.task,
+            self.prepared,
+            self.task.batch(indices),
+            self.settings.max_norm,
+            rate(self.settings, record.step, self.total),
+            nullcontext() if self.cache is None else self.cache.batch(indices),
+            self._before_zero,
+        )
         record.losses.append(value)
-        record.seconds += end - start
-        record.phases["forward"] += forward - start
-        record.phases["backward"] += backward - forward
-        record.phases["optimizer"] += end - backward
+        record.seconds += sum(phases.values())
+        for name, seconds in phases.items():
+            record.phases[name] += seconds
         if not math.isfinite(value):
             record.stopped = f"the loss was {value} at step {record.step}"
+
+    def _before_zero(self) -> None:
+        record = self.record
+        if not record.state_bytes:  # once, while the gradients are there
+            record.state_bytes = self.prepared.state_bytes()
+        record.step += 1
+        if self.after_step is not None:
+            self.after_step(record.step, self.prepared)
 
     def _evaluate(self) -> None:
         record = self.record

@@ -163,11 +163,7 @@ def _targets(model: nn.Module, settings: Settings, keep: tuple[str, ...]) -> lis
     names = _linear_names(model, keep)
     if settings.method == "lora-cut":
         stack, index = above(settings.cut)
-        kept = []
-        for name in names:
-            if name.startswith(f"{stack}.") and above(name)[1] >= index:
-                kept.append(name)
-        return kept
+        return [name for name in names if _is_above(name, stack, index)]
     return names
 
 
@@ -208,17 +204,24 @@ def _with_peft(peft, model, config, settings, keep) -> Prepared:
 def choose(
     model: nn.Module, task: Task, settings: Settings, keep: tuple[str, ...]
 ) -> tuple[Selection, float]:
-    """(blocks of each layer, seconds it took)."""
+    """(blocks of each layer, seconds it took). With `settings.cut`, the blocks that the density
+    stands for are all chosen from there upwards: as many as without."""
     import nibblock as nb
     from nibblock.sparse import even_blocks
 
     names = _linear_names(model, keep)
+    modules = dict(model.named_modules())
+    sizes = {n: (modules[n].out_features, modules[n].in_features) for n in names}
+    density = settings.density
+    if settings.cut:
+        every = _block_total(sizes, settings.block)
+        stack, index = above(settings.cut)
+        sizes = {n: s for n, s in sizes.items() if _is_above(n, stack, index)}
+        density = min(1.0, density * every / max(1, _block_total(sizes, settings.block)))
     begun = time.perf_counter()
     if settings.select == "even":
-        modules = dict(model.named_modules())
-        sizes = {n: (modules[n].out_features, modules[n].in_features) for n in names}
         found: Selection = {
-            n: even_blocks(*size, settings.block, settings.density) for n, size in sizes.items()
+            n: even_blocks(*size, settings.block, density) for n, size in sizes.items()
         }
     else:
         count = min(settings.batches, task.order.steps_per_epoch)
@@ -226,13 +229,22 @@ def choose(
             model,
             [task.batch(task.order.indices(step)) for step in range(count)],
             task.loss,
-            density=settings.density,
+            density=density,
             block=settings.block,
             method=settings.select,
-            **({"budget": settings.budget} if settings.budget else {}),
-            **({"where": names} if keep else {}),
+            where=list(sizes),
+            budget=settings.budget or None,
+            seed=settings.seed,
         )
     return found, time.perf_counter() - begun
+
+
+def _block_total(sizes: dict[str, tuple[int, int]], block: int) -> int:
+    return sum(-(-rows // block) * -(-columns // block) for rows, columns in sizes.values())
+
+
+def _is_above(name: str, stack: str, index: int) -> bool:
+    return name.startswith(f"{stack}.") and above(name)[1] >= index
 
 
 def _chosen(model, task, settings, selection, keep) -> tuple[Selection, float]:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -85,8 +85,27 @@ def load_task(settings: Settings, model: torch.nn.Module, tokenizer: Any):
     return task
 
 
-def run(settings: Settings, folder: Path, resume: bool, progress: Any = None) -> dict[str, Any]:
-    """Trains and returns the figures; also writes what was trained into the folder."""
+def build(settings: Settings):
+    """(model, task, names of modules that every method trains) of a run on text."""
+    model, tokenizer = load_model(settings)
+    return model, load_task(settings, model, tokenizer), ()
+
+
+def run(
+    settings: Settings,
+    folder: Path,
+    resume: bool,
+    progress: Any = None,
+    build: Callable[[Settings], tuple] = build,
+    after_step: Optional[Callable[[int, Any], None]] = None,
+) -> dict[str, Any]:
+    """Trains and returns the figures; also writes what was trained into the folder.
+
+    Args:
+        settings, folder, resume, progress: as the command line says.
+        build: settings -> (model, task, keep), for other beds than text.
+        after_step: as of `train`.
+    """
     from nibblock._demo import weight_count
     from nibblock._finetune.loop import train
     from nibblock._finetune.methods import prepare
@@ -97,14 +116,13 @@ def run(settings: Settings, folder: Path, resume: bool, progress: Any = None) ->
     before = memory("VmRSS")
     found = _checkpoint(settings, folder) if resume else None
     start = time.perf_counter()
-    model, tokenizer = load_model(settings)
+    model, task, keep = build(settings)
     weights = weight_count(model)
-    task = load_task(settings, model, tokenizer)
     loading = time.perf_counter() - start
-    prepared = prepare(model, task, settings, None if found is None else found.blocks)
+    prepared = prepare(model, task, settings, None if found is None else found.blocks, keep)
     if found is not None:
         prepared.seconds = found.facts["select_seconds"]
-    record = train(task, prepared, settings, folder, found, progress)
+    record = train(task, prepared, settings, folder, found, progress, after_step)
     peak = memory("VmHWM") - before
     name = "model" if settings.method.startswith("full") else "trained"
     file_bytes = prepared.save(folder / f"{name}.safetensors")
@@ -115,7 +133,7 @@ def run(settings: Settings, folder: Path, resume: bool, progress: Any = None) ->
         "settings": settings.to_json(),
         "threads": torch.get_num_threads(),
         "weights": weights,
-        "rows": {"train": len(task.train), "valid": len(task.valid)},
+        "rows": {"train": task.order.rows, "valid": len(task.valid)},
         "trained": sum(p.numel() for p in prepared.trained().values()),
         "lowest": lowest,
         "before": first,
