@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from nibblock import nn, ops
+from nibblock import nn, ops, optim
 from nibblock._accelerate import accelerate
 from nibblock._adapters import activate_adapter, add_adapters
 from nibblock._config import AdapterConfig, BlockSparseConfig, Int4Config
@@ -20,8 +20,9 @@ from nibblock._errors import BackendUnavailable
 from nibblock._files import load, save
 from nibblock._info import info
 from nibblock._select import explain
+from nibblock._sparse_update import sparse_update, trainable_parameters, unmask
 from nibblock._version import __version__
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear, MaskedLinear
 
 __all__ = [
     "AdapterConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "Int4Config",
     "Int4Embedding",
     "Int4Linear",
+    "MaskedLinear",
     "__version__",
     "accelerate",
     "activate_adapter",
@@ -42,7 +44,11 @@ __all__ = [
     "load_gguf",
     "nn",
     "ops",
+    "optim",
     "save",
+    "sparse_update",
+    "trainable_parameters",
+    "unmask",
 ]
 
 
