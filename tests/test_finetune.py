@@ -181,7 +181,7 @@ RUN = Settings(
 )
 
 
-@pytest.mark.parametrize("method", ["full", "full-cut", "lora", "lora-cut", "shira", "adapter"])
+@pytest.mark.parametrize("method", ["full", "full-cut", "lora", "lora-cut", "shira", "adapter", "masked"])
 def test_every_method_learns_and_counts_its_state(method, tmp_path):
     if method in ("lora", "lora-cut", "shira"):
         pytest.importorskip("peft", reason="the peft package is not installed")
@@ -201,7 +201,7 @@ def test_every_method_learns_and_counts_its_state(method, tmp_path):
     assert sum(record.phases.values()) == pytest.approx(record.seconds)
 
 
-@pytest.mark.parametrize("method", ["adapter", "lora-cut", "full-cut"])
+@pytest.mark.parametrize("method", ["adapter", "masked", "lora-cut", "full-cut"])
 def test_a_cut_with_the_cache_gives_the_same_losses(method, tmp_path):
     if method == "lora-cut":
         pytest.importorskip("peft", reason="the peft package is not installed")

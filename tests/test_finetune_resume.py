@@ -25,7 +25,7 @@ def settings(tmp_path_factory):
     return Settings(
         model=str(folder_of(path / "model", layers=2)),
         data=str(text_file(path / "text.txt")),
-        method="adapter",
+        method="masked",
         select="even",
         density=0.1,
         seq=16,
@@ -77,7 +77,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "shira", "adapter"])
+@pytest.mark.parametrize("method", ["full", "lora", "shira", "adapter", "masked"])
 def test_resume_of_every_method(settings, tmp_path, method):
     if method in ("lora", "shira"):
         pytest.importorskip("peft", reason="the peft package is not installed")
