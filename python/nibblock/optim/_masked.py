@@ -290,7 +290,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         grad = parameter.grad
         if grad.layout != torch.strided:
             raise TypeError(f"{self._name}: gradients must be dense tensors, got {grad.layout}")
-        return grad if grad.is_contiguous() else grad.contiguous()
+        return grad
 
     def _scale(self, work: list) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         """What every gradient is multiplied with, and whether the step is void."""
@@ -306,15 +306,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _norm(self, work: list, multiplier: Optional[torch.Tensor]) -> torch.Tensor:
         """The L2 norm over every gradient that moves something."""
-        parts: dict[tuple, list] = {}
+        moving: dict[torch.device, list] = {}
         for batch, grads in work:
             for grad, entries in zip(grads, batch.entries):
                 if batch.kind == "flat" and grad.shape != entries.shape:
-                    grad = grad.view(-1)[entries]
+                    grad = grad.reshape(-1)[entries]
                 elif batch.kind == "bool" and entries.numel():
                     grad = grad.masked_select(entries)
-                parts.setdefault((grad.dtype, grad.device), []).append(grad)
-        norms = [ops.grad_norm(grads, multiplier) for grads in parts.values()]
+                moving.setdefault(grad.device, []).append(grad)
+        norms = [
+            ops.grad_norm(grads, multiplier=None if multiplier is None else multiplier.to(device))
+            for device, grads in moving.items()
+        ]
         if len(norms) == 1:
             return norms[0].view(())
         return torch.linalg.vector_norm(torch.stack([n.view(()).to(norms[0]) for n in norms]))
