@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from nibblock._finetune.data import Order
 from nibblock._finetune.settings import Settings
 from nibblock._finetune.task import Task
+from torch import nn
 
 CLASSES = 24  # parts of the standard library, those with most docstrings
 PER_CLASS = 72  # docstrings of each, at most

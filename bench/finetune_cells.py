@@ -216,7 +216,6 @@ def run(cell: Cell, threads: int = 0) -> dict[str, Any]:
 def child(folder: str) -> int:
     """The child's part: reads FOLDER/cell.json, writes FOLDER/result.json."""
     import torch
-
     from nibblock._finetune import worker
 
     place = Path(folder)

@@ -14,7 +14,7 @@ import torch
 from finetune_samples import byte_tokenizer, folder_of, text_file, tiny_llama
 from nibblock._finetune import cli, data, methods, report, worker
 from nibblock._finetune.loop import make_cache, rate, train
-from nibblock._finetune.settings import Settings, parse_size
+from nibblock._finetune.settings import BASELINES, Settings, parse_size
 from nibblock._finetune.task import TextTask, check_head, next_token_loss
 
 pytest.importorskip("transformers", reason="the transformers package is not installed")
@@ -181,7 +181,7 @@ RUN = Settings(
 )
 
 
-@pytest.mark.parametrize("method", ["full", "full-cut", "lora", "lora-cut", "shira", "adapter", "masked"])
+@pytest.mark.parametrize("method", BASELINES)
 def test_every_method_learns_and_counts_its_state(method, tmp_path):
     if method in ("lora", "lora-cut", "shira"):
         pytest.importorskip("peft", reason="the peft package is not installed")
@@ -192,8 +192,9 @@ def test_every_method_learns_and_counts_its_state(method, tmp_path):
     record = train(task, prepared, run)
     assert record.evaluations[-1]["loss"] < record.evaluations[0]["loss"] - 1e-3
     count = sum(p.numel() for p in prepared.trained().values())
-    steps = 4 * len(names)  # AdamW's step counters
-    assert record.state_bytes == 4 * 4 * count + steps
+    ages = sum(len(b) for b in (prepared.selection or {}).values())
+    counters = ages if method == "masked" else len(names)  # AdamW's t, of blocks or of Parameters
+    assert record.state_bytes == 4 * 4 * count + 4 * counters
     assert prepared.save(tmp_path / "f.safetensors") == (tmp_path / "f.safetensors").stat().st_size
     if method.endswith("cut"):
         assert all(".layers.0." not in n and ".layers.1." not in n for n in names)
