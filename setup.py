@@ -61,7 +61,8 @@ ISA_FLAGS = {
 BINDINGS = {
     f"native/{name}.cpp"
     for name in (
-        "block_select", "block_sparse", "linear", "masked_update", "module", "native", "quantize"
+        "block_scores", "block_select", "block_sparse", "linear", "masked_update", "module",
+        "native", "quantize",
     )
 }  # fmt: skip
 # Contraction off everywhere: whether a * b + c rounds once is decided in the source, not by -O3.

@@ -8,7 +8,7 @@ namespace nibblock {
 namespace {
 
 class FlushDenormals {
-public:
+ public:
   FlushDenormals() : before_(_mm_getcsr()) {
     _mm_setcsr(before_ | 0x8040u);
     // Keeps loads, and with them what is computed from them, from moving out of the scope.
@@ -21,7 +21,7 @@ public:
   FlushDenormals(const FlushDenormals&) = delete;
   FlushDenormals& operator=(const FlushDenormals&) = delete;
 
-private:
+ private:
   unsigned before_;
 };
 

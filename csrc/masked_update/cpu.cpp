@@ -36,9 +36,9 @@ float update_entry(UpdateRule rule, const UpdateScalars& s, float p, float g, fl
 // Moves entry `at` of param, whose gradient and states are the given ones.
 float move(const UpdateParams& u, const UpdateTensor& t, const UpdateScalars& s, int64_t at,
            int64_t grad_at, int64_t state_at) {
-  const float value =
-      update_entry(u.rule, s, load_as_f32(t.param, t.type, at), load_as_f32(t.grad, t.type, grad_at),
-                   t.first ? t.first + state_at : nullptr, t.second ? t.second + state_at : nullptr);
+  const float value = update_entry(
+      u.rule, s, load_as_f32(t.param, t.type, at), load_as_f32(t.grad, t.type, grad_at),
+      t.first ? t.first + state_at : nullptr, t.second ? t.second + state_at : nullptr);
   store_f32_as(t.param, t.type, at, value);
   return load_as_f32(t.param, t.type, at);
 }
@@ -233,9 +233,9 @@ namespace {
 
 #define NB_UPDATE_ROWS(op)                                                                         \
   {                                                                                                \
-    {op ".cpu.avx512.fused", Isa::kAvx512, "any call", masked_update_avx512},                      \
-        {op ".cpu.avx2.fused", Isa::kAvx2, "any call", masked_update_avx2},                        \
-        {op ".cpu.scalar.reference", Isa::kScalar, "any call", masked_update_scalar},              \
+      {op ".cpu.avx512.fused", Isa::kAvx512, "any call", masked_update_avx512},                    \
+      {op ".cpu.avx2.fused", Isa::kAvx2, "any call", masked_update_avx2},                          \
+      {op ".cpu.scalar.reference", Isa::kScalar, "any call", masked_update_scalar},                \
   }
 const UpdateKernel kUpdate[2][3][3] = {
     {NB_UPDATE_ROWS("masked_adamw_block"), NB_UPDATE_ROWS("masked_adamw_flat"),
@@ -245,9 +245,9 @@ const UpdateKernel kUpdate[2][3][3] = {
 };
 #define NB_GRAD_ROWS(op)                                                                           \
   {                                                                                                \
-    {op ".cpu.avx512.stream", Isa::kAvx512, "any call", masked_grad_avx512},                       \
-        {op ".cpu.avx2.stream", Isa::kAvx2, "any call", masked_grad_avx2},                         \
-        {op ".cpu.scalar.reference", Isa::kScalar, "any call", masked_grad_scalar},                \
+      {op ".cpu.avx512.stream", Isa::kAvx512, "any call", masked_grad_avx512},                     \
+      {op ".cpu.avx2.stream", Isa::kAvx2, "any call", masked_grad_avx2},                           \
+      {op ".cpu.scalar.reference", Isa::kScalar, "any call", masked_grad_scalar},                  \
   }
 const GradKernel kGrad[3][3] = {
     NB_GRAD_ROWS("masked_grad_bool"),

@@ -1,5 +1,5 @@
-// The masked updates, one vector of entries at a time. O holds the instructions, R the rule, P and W
-// the types of the parameter and of the weight it is written through to.
+// The masked updates, one vector of entries at a time. O holds the instructions, R the rule, P and
+// W the types of the parameter and of the weight it is written through to.
 //
 // A dense float32 step moves 28 bytes an entry and costs one square root and one division, which
 // take a core about as long as its share of the memory takes. So nothing else may wait: one pass,
@@ -127,10 +127,9 @@ NB_INLINE void move_span(const R& rule, P type, W weight_type, char* param, cons
   constexpr int size = size_of(P{});
   int64_t i = 0;
   for (; i + O::kLanes <= count; i += O::kLanes) {
-    typename O::F p =
-        move<O>(rule, type, param + i * size, O::load_as(type, param + i * size),
-                O::load_as(type, grad + i * size), R::kFirst ? first + i : nullptr,
-                R::kSecond ? second + i : nullptr);
+    typename O::F p = move<O>(rule, type, param + i * size, O::load_as(type, param + i * size),
+                              O::load_as(type, grad + i * size), R::kFirst ? first + i : nullptr,
+                              R::kSecond ? second + i : nullptr);
     if constexpr (!same_type(W{}, NoWeight{})) {
       char* to = weight + i * size_of(W{});
       // What bfloat16 rounded away must not come back in a float32 weight.

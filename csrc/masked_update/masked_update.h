@@ -36,17 +36,17 @@ namespace nibblock {
 enum class UpdateRule : int32_t { kAdamW = 0, kSgd = 1 };
 enum class MaskKind : int32_t { kBlock = 0, kFlat = 1, kBool = 2 };
 
-constexpr int64_t kMaskChunk = 1024;            // entries of a bool mask that share an offset
+constexpr int64_t kMaskChunk = 1024;             // entries of a bool mask that share an offset
 constexpr int64_t kUpdateTaskEntries = 1 << 14;  // 64 KB of float32: one task
 
 struct UpdateTensor {
-  void* param;        // [Z][B][B], or [numel]
-  const void* grad;   // as param; flat: [nnz] if grad_packed
-  Dtype type;         // of param and grad: kF32 or kBF16
-  float* first;       // m of the active entries; null for SGD without momentum
-  float* second;      // v; null for SGD
-  int32_t* age;       // updates so far: [Z] for blocks, [1] else
-  int64_t count;      // Z | nnz | numel
+  void* param;         // [Z][B][B], or [numel]
+  const void* grad;    // as param; flat: [nnz] if grad_packed
+  Dtype type;          // of param and grad: kF32 or kBF16
+  float* first;        // m of the active entries; null for SGD without momentum
+  float* second;       // v; null for SGD
+  int32_t* age;        // updates so far: [Z] for blocks, [1] else
+  int64_t count;       // Z | nnz | numel
   int64_t first_task;  // tasks of the tensors before this one
 
   const int32_t* blocks;  // [Z][2], sorted and in range of the weight, if there is one
@@ -66,7 +66,7 @@ struct UpdateParams {
   MaskKind kind;
   const UpdateTensor* tensors;
   int64_t tensor_count, task_count;
-  int64_t block;      // block: 16, 32, 64 or 128
+  int64_t block;  // block: 16, 32, 64 or 128
   double lr, weight_decay;
   double beta1, beta2, eps;    // AdamW
   double momentum, dampening;  // SGD
@@ -159,7 +159,7 @@ struct GradParams {
   const GradTensor* tensors;
   int64_t tensor_count, task_count;
   int64_t block;
-  bool write;     // false: only the sums
+  bool write;  // false: only the sums
   float scale;
   double* sums;  // [task_count], or null: no sums
   const Parallel* parallel;
@@ -185,8 +185,8 @@ static inline int64_t grad_tasks(bool blocks, int64_t block, int64_t rows) {
 
 // values_z = origin_z + (values_z - origin_z) * max(0, 1 - t_z / ||values_z - origin_z||_F)
 struct ProxTensor {
-  void* values;        // [count][size]
-  const void* origin;  // as values, or null: zeros
+  void* values;             // [count][size]
+  const void* origin;       // as values, or null: zeros
   const float* thresholds;  // [count]
   float* norms;             // [count], after the step
   Dtype type;

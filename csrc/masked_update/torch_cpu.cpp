@@ -1,6 +1,6 @@
-// torch glue of the masked optimiser steps for the CPU: checks of whole lists before anything moves,
-// tensors -> params, launch. Stable ABI only; shapes and meaning of every argument are documented in
-// python/nibblock/ops/masked_update.py.
+// torch glue of the masked optimiser steps for the CPU: checks of whole lists before anything
+// moves, tensors -> params, launch. Stable ABI only; shapes and meaning of every argument are
+// documented in python/nibblock/ops/masked_update.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -18,9 +18,8 @@ using OptTensor = std::optional<Tensor>;
 Tensor new_floats(int64_t dim, int64_t size) {
   const int64_t stride = 1;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, &size, &stride,
-                                                         aoti_torch_dtype_float32(),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -132,8 +131,8 @@ Tensor masked_grad_block(const Tensors& grads, const Tensors& blocks, int64_t bl
     t.blocks = list.want_blocks(-1, &g.keep);
     t.count = blocks[i].size(0);
     list.want_blocks_inside(t.blocks, t.count, t.rows, t.cols, block);
-    const bool plain = (t.cols <= 1 || tensor.stride(1) == 1) &&
-                       (t.rows <= 1 || tensor.stride(0) >= t.cols);
+    const bool plain =
+        (t.cols <= 1 || tensor.stride(1) == 1) && (t.rows <= 1 || tensor.stride(0) >= t.cols);
     t.stride = plain ? tensor.stride(0) : t.cols;
     t.grad = g.data(tensor, plain, true);
     g.tensors.push_back(t);
@@ -193,8 +192,8 @@ Tensor prox_blocks(const Tensors& values, const Tensors& origins, const Tensors&
     keep.push_back(torch::stable::contiguous(thresholds[i]));
     t.thresholds = static_cast<const float*>(keep.back().const_data_ptr());
     for (int64_t z = 0; z < t.count; ++z) {
-      STD_TORCH_CHECK(t.thresholds[z] >= 0.0f, op, ": thresholds[", i,
-                      "] must be at least 0, got ", t.thresholds[z]);
+      STD_TORCH_CHECK(t.thresholds[z] >= 0.0f, op, ": thresholds[", i, "] must be at least 0, got ",
+                      t.thresholds[z]);
     }
     t.first_task = p.task_count;
     p.task_count += t.count;

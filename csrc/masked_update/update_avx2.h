@@ -1,5 +1,5 @@
-// What the masked updates need of AVX2 beyond csrc/block_sparse_linear/floats_avx2.h: exact division
-// and square root, scattered entries, and sums in float64.
+// What the masked updates need of AVX2 beyond csrc/block_sparse_linear/floats_avx2.h: exact
+// division and square root, scattered entries, and sums in float64.
 #pragma once
 
 #include "../block_sparse_linear/floats_avx2.h"

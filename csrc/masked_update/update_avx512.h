@@ -100,7 +100,8 @@ struct Update512 : Floats512 {
   static inline double total(D sum) {
     alignas(64) double lane[8];
     _mm512_store_pd(lane, sum);
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+           ((lane[1] + lane[5]) + (lane[3] + lane[7]));
   }
 };
 

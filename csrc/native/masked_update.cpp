@@ -1,6 +1,6 @@
-// The tables of the masked updates. Their kernels change the caller's memory in place and take lists
-// of tensors, so there is no NumPy way to run them: the tests reach each row through torch, at each
-// level in force.
+// The tables of the masked updates. Their kernels change the caller's memory in place and take
+// lists of tensors, so there is no NumPy way to run them: the tests reach each row through torch,
+// at each level in force.
 #include "../masked_update/masked_update.h"
 #include "native.h"
 

@@ -18,13 +18,14 @@ class Progress:
         option: None or True for a bar on a terminal and one closing line elsewhere (standard
             error); False for silence; a callable for `option(done, total)` after every step.
         total: how many steps there are.
-        label: what the bar or line begins with. unit: what the closing line counts.
+        label: what the bar or line begins with.
+        unit: what the steps are, for the closing line.
     """
 
     def __init__(
         self, option: ProgressOption, total: int, label: str, unit: str = "layers"
     ) -> None:
-        self._total, self._label, self._unit, self._done = total, label, unit, 0
+        self._total, self._label, self._done, self._unit = total, label, 0, unit
         self._call: Optional[Callable[[int, int], None]] = option if callable(option) else None
         self._shown = option is None or option is True
         self._terminal = self._shown and sys.stderr.isatty() and total > 0

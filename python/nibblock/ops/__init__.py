@@ -1,5 +1,6 @@
 """One typed function per op: `nibblock.ops.int4_linear(...)` and its family."""
 
+from nibblock.ops.block_scores import block_scores, block_scores_
 from nibblock.ops.block_sparse_linear import (
     block_layout,
     block_sparse_linear,
@@ -39,6 +40,8 @@ from nibblock.ops.masked_update import (
 
 __all__ = [
     "block_layout",
+    "block_scores",
+    "block_scores_",
     "block_sparse_linear",
     "block_sparse_linear_dx",
     "block_weight_grad",
