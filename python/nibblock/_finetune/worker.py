@@ -109,6 +109,7 @@ def run(
     from nibblock._demo import weight_count
     from nibblock._finetune.loop import train
     from nibblock._finetune.methods import prepare
+    from nibblock.sparse import Selection
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -122,6 +123,9 @@ def run(
     prepared = prepare(model, task, settings, None if found is None else found.blocks, keep)
     if found is not None:
         prepared.seconds = found.facts["select_seconds"]
+    elif isinstance(prepared.selection, Selection):
+        prepared.selection.save(folder / "selection.safetensors")
+        prepared.notes.append(str(prepared.selection).splitlines()[-1])
     record = train(task, prepared, settings, folder, found, progress, after_step)
     peak = memory("VmHWM") - before
     name = "model" if settings.method.startswith("full") else "trained"
