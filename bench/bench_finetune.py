@@ -1,4 +1,4 @@
-"""One training step under pytest-benchmark; `python -m nibblock bench finetune` compares whole runs.
+"""One training step under pytest-benchmark; `python -m nibblock bench finetune` compares runs.
 
 A Llama of SmolLM2's shapes with four layers, 256 tokens.
 """
