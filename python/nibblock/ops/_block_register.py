@@ -11,10 +11,10 @@ family, so derivatives of any order are exact:
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from nibblock.ops import _block_checks, _checks
 from nibblock.ops._autograd import register_autograd
+from nibblock.ops._flops import register_flop_formula
 from nibblock.ops._int4_register import _cast, _refuse_vmap
 
 _ops = torch.ops.nibblock
