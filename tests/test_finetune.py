@@ -360,3 +360,11 @@ def test_a_missing_model_is_one_line(place, tmp_path, here, capsys):
     error = capsys.readouterr().err
     assert error.startswith("finetune: --model must be a file or folder that exists")
     assert error.count("\n") == 1
+
+
+def test_two_runs_in_one_folder_are_refused(place, tmp_path, capsys):
+    settings = Settings(model=str(place / "model"), method="full")
+    (tmp_path / worker.SETTINGS).write_text(json.dumps(settings.to_json()))
+    with worker.alone(tmp_path):
+        assert worker.main([str(tmp_path), "--quiet"]) == 2
+    assert "--out must not be in use" in capsys.readouterr().err

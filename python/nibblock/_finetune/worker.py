@@ -11,6 +11,8 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -20,7 +22,7 @@ from nibblock._files import _write as write_whole
 from nibblock._finetune import checkpoint as files
 from nibblock._finetune.settings import Settings
 
-RESULT, SETTINGS = "result.json", "settings.json"
+RESULT, SETTINGS, LOCK = "result.json", "settings.json", "lock"
 
 
 def memory(field: str) -> int:
@@ -186,12 +188,36 @@ def _checkpoint(settings: Settings, folder: Path) -> Optional[files.Checkpoint]:
     return found
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process: a run whose parent was killed may still be going on.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: there are no such locks
+        yield
+        return
+    with open(folder / LOCK, "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process
+        except BlockingIOError as error:
+            raise ValueError(
+                f"finetune: --out must not be in use, got a run at work in {folder.name}; "
+                f"wait for it or end it"
+            ) from error
+        yield
+
+
 def main(argv: list[str]) -> int:
     """argv: FOLDER, then "--resume" and "--quiet" where wanted."""
     folder = Path(argv[0])
     settings = Settings.from_json(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
     try:
-        result = run(settings, folder, "--resume" in argv, False if "--quiet" in argv else None)
+        with alone(folder):
+            result = run(settings, folder, "--resume" in argv, False if "--quiet" in argv else None)
     except (ImportError, OSError, ValueError) as error:
         if sys.flags.dev_mode:
             raise
