@@ -11,7 +11,8 @@ from torch import nn
 
 from nibblock._finetune.data import Order
 
-CHUNK = 256  # tokens whose logits exist at one time
+CHUNK = 128  # tokens whose logits exist at one time
+CHUNK_TRAINED = 256  # of a trained head: each chunk makes and adds a gradient of the head's size
 
 
 class Task:
@@ -104,13 +105,14 @@ def check_head(model: nn.Module, rows: torch.Tensor) -> None:
         )
 
 
-def next_token_loss(model: nn.Module, rows: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
+def next_token_loss(model: nn.Module, rows: torch.Tensor, chunk: int = 0) -> torch.Tensor:
     """Mean cross-entropy of every token given those before it in its row.
 
     Args:
         model: a causal language model of transformers (with adapters of any kind, or none).
         rows: int64 [batch, seq].
-        chunk: tokens whose logits are made at one time, in the forward and for the backward.
+        chunk: tokens whose logits are made at one time, in the forward and for the backward; 0 for
+            128, or 256 where the head is trained.
     Returns:
         a scalar; float32. Its gradient reaches the model and a trained head.
     Determinism: the same rows and chunk give the same bits.
@@ -121,6 +123,7 @@ def next_token_loss(model: nn.Module, rows: torch.Tensor, chunk: int = CHUNK) ->
     hidden = decoder(input_ids=rows, use_cache=False).last_hidden_state[:, :-1]
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), rows[:, 1:].reshape(-1)
     trained = [p for p in head.parameters() if p.requires_grad]
+    chunk = chunk or (CHUNK_TRAINED if trained else CHUNK)
     return _HeadLoss.apply(hidden, labels, head, chunk, *trained)
 
 
