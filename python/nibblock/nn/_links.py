@@ -23,6 +23,10 @@ def dead_link() -> Link:
     return Link(_Nobody())
 
 
+# `torch.save` of a Parameter saves its attributes; `torch.load(weights_only=True)` asks for names.
+torch.serialization.add_safe_globals([dead_link])
+
+
 def version(tensor: torch.Tensor) -> int:
     """The version counter; inference tensors have none and cannot change."""
     return 0 if tensor.is_inference() else tensor._version

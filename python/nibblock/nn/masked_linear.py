@@ -59,7 +59,9 @@ class MaskedLinear(BlockValues, nn.Linear):
     (`mark_synced`); after any other change of `values` (an optimiser of torch, `load_state_dict`,
     DistributedDataParallel's broadcast, arithmetic in place) the next forward copies them, which
     `values._version` tells. A compiled forward cannot look at versions: there, any
-    `torch.optim.Optimizer`'s step is followed by the copy; after other changes call `sync`.
+    `torch.optim.Optimizer`'s step is followed by the copy; after other changes call `sync`. Where
+    another tensor stands in for `values` during a call (`functional_call`, `fully_shard`), that
+    call works on a private copy of W.
 
     The state dict holds `weight`, `values`, `blocks` and `bias`. Loading other blocks than the
     module's replaces them; where a file has a weight but no values, those are read from it.
@@ -185,9 +187,10 @@ class MaskedLinear(BlockValues, nn.Linear):
 
     def mark_synced(self) -> None:
         """Says that the weight holds `values`: for optimisers that wrote both."""
-        values = self._home
-        self._synced = values._version
-        if self._cast is not None:
+        own = self.__dict__  # nn.Module.__setattr__ would take ten times as long
+        values = own["_home"]
+        own["_synced"] = values._version
+        if own["_cast"] is not None:
             self._recast(values, 1)
 
     def sync(self) -> None:
@@ -358,6 +361,9 @@ class MaskedLinear(BlockValues, nn.Linear):
     def set_blocks(self, blocks: _choose.BlockChoice, dropped: str = "keep") -> torch.Tensor:
         """Trains other blocks from now on; the Parameter `values` stays the same object.
 
+        Not while a wrapper that has counted its numbers (DistributedDataParallel) is in use: wrap
+        anew.
+
         Args:
             blocks: as in the constructor.
             dropped: what becomes of blocks that are in the list no more: "keep" leaves their
@@ -447,6 +453,10 @@ class MaskedLinear(BlockValues, nn.Linear):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._adopt()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.sync()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

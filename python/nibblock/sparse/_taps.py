@@ -18,7 +18,7 @@ from torch import nn
 
 from nibblock import _accelerate as _tree
 from nibblock._config import Where
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
 from nibblock.ops import _block_checks
 
 
@@ -50,14 +50,6 @@ class Site:
         return _block_checks.grid(*self.shape, block)
 
 
-def masked_linear() -> tuple[type, ...]:
-    """`MaskedLinear` as a tuple for isinstance; it holds more than a weight and a bias."""
-    from nibblock import nn as layers
-
-    found = getattr(layers, "MaskedLinear", None)
-    return () if found is None else (found,)
-
-
 def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
     """Every linear of a model in the order of its tree; those that cannot or shall not be trained
     by blocks carry the reason."""
@@ -70,7 +62,7 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
             reason = "in skip"
         elif isinstance(module, BlockSparseLinear):
             reason = "block-sparse already"
-        elif isinstance(module, (AdapterLinear, *masked_linear())):
+        elif isinstance(module, (AdapterLinear, MaskedLinear)):
             reason = ""
         elif isinstance(module, Int4Linear):
             reason = _tree._unfit_parent(layer)
@@ -79,7 +71,7 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
         if not reason and not wanted(layer.name, module):
             reason = "not selected by where"
         if not reason and where is None:
-            reason = _tied_to_table(module, owners)
+            reason = _tied(module, owners)
         sites.append(Site(layer.name, module, reason))
     return sites
 
@@ -97,12 +89,13 @@ def _linears(model: nn.Module) -> list[_tree._Layer]:
     return list(layers.values())
 
 
-def _tied_to_table(module: nn.Module, owners) -> str:
-    """Training a head's blocks would change the embedding too: only by the caller's wish."""
+def _tied(module: nn.Module, owners) -> str:
+    """Training a tied weight's blocks would change the other module too: only by the caller's
+    wish."""
     base = module.base if isinstance(module, AdapterLinear) else module
     weight = base._parameters.get("packed" if isinstance(base, Int4Linear) else "weight")
     for name, other, _ in owners.get(id(weight), ()):
-        if isinstance(other, (nn.Embedding, Int4Embedding)):
+        if other is not base:
             return f"its weight is tied to {name}; name it in where to train it"
     return ""
 
@@ -236,7 +229,7 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             for parameter, asks in flags:
                 if asks:
                     parameter.requires_grad_(False)
