@@ -36,7 +36,8 @@ class Variant:
     Attributes:
         method, select: as of the settings. cut: whether only the top third is trained. cache:
             whether what is below runs once a row. int4: a 4-bit base. budget: of the selection.
-        beds: where it runs. experiments: which of X1 to X7 read it.
+        moves: how the selection changes. beds: where it runs.
+        experiments: which of X1 to X7 read it.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Variant:
     cache: bool = False
     int4: bool = False
     budget: float = 0.0
+    moves: str = ""
     beds: tuple[str, ...] = ("smollm2", "minilm")
     experiments: str = "X1 X2 X3 X4"
 
@@ -57,6 +59,7 @@ class Variant:
             cache=CACHE if self.cache else 0,
             int4=self.int4,
             budget=self.budget,
+            moves=self.moves,
             lr=lr,
             seed=seed,
         )
@@ -78,6 +81,9 @@ VARIANTS = {
     "ours, int4 base": Variant("adapter", int4=True, beds=("smollm2",), experiments="X3 X4"),
     "ours, adapter": Variant("adapter", experiments="X3 X7"),
     "ours, budget 0.5": Variant("masked", budget=0.5, cache=True, experiments="X1 X7"),
+    "ours, re-selecting": Variant("masked", moves="reselect", beds=("minilm",), experiments="X7"),
+    "ours, group lasso": Variant("masked", moves="prox", beds=("minilm",), experiments="X7"),
+    "ours, progressive": Variant("masked", moves="progressive", beds=("minilm",), experiments="X7"),
     "ours, movement": Variant("masked", select="movement", beds=("minilm",), experiments="X7"),
 }
 PLANTED = {

@@ -219,6 +219,44 @@ def test_a_cut_with_the_cache_gives_the_same_losses(method, tmp_path):
     assert "48 reused, 24 computed" in prepared.notes[-1]
 
 
+@pytest.mark.parametrize("moves", ["reselect", "prox", "progressive"])
+def test_moving_blocks(moves, monkeypatch):
+    from nibblock._finetune import moving
+
+    monkeypatch.setattr(moving, "STRENGTH", 3.0)  # more than a step of AdamW moves any block
+    run = dataclasses.replace(
+        RUN, method="masked", select="impact", density=0.3, moves=moves, steps=24, checkpoint=-1
+    ).checked()
+    task = text_task()
+    prepared = methods.prepare(tiny_llama(2), task, run)
+    layers = [m for m in prepared.model.modules() if isinstance(m, nb.MaskedLinear)]
+    assert len(layers) == 14
+
+    def lists():
+        return [m.blocks.tolist() for m in layers]
+
+    before = lists()
+    record = train(task, prepared, run)
+    assert record.step == 24
+    first, last = (record.evaluations[i]["loss"] for i in (0, -1))
+    count = [sum(map(len, blocks)) for blocks in (before, lists())]
+    if moves == "prox":  # every block is shrunk back to where it was, and leaves
+        assert count[1] == 0
+        assert last == pytest.approx(first, abs=1e-6)
+        return
+    assert lists() != before
+    assert last < first - 1e-3
+    if moves == "reselect":
+        assert count[0] == count[1]
+    else:
+        assert count[1] == pytest.approx(4 * count[0], abs=4)
+
+
+def test_moving_blocks_take_no_checkpoints():
+    with pytest.raises(ValueError, match="--moves must go with --method masked"):
+        dataclasses.replace(RUN, method="masked", moves="reselect").checked()
+
+
 def test_no_cache_where_the_first_layer_is_trained():
     model, task = tiny_llama(2), text_task()
     run = dataclasses.replace(RUN, cache=1 << 20)

@@ -14,6 +14,7 @@ import torch
 
 from nibblock._finetune import checkpoint as files
 from nibblock._finetune.methods import Prepared
+from nibblock._finetune.moving import make_moves
 from nibblock._finetune.settings import Settings
 from nibblock._finetune.task import Task
 from nibblock._progress import Progress, ProgressOption
@@ -98,7 +99,6 @@ def train(
     folder: Optional[Path] = None,
     resume: Optional[files.Checkpoint] = None,
     progress: ProgressOption = False,
-    after_step: Optional[Callable[[int, Prepared], None]] = None,
 ) -> Record:
     """Trains until the last step or an early stop; the best evaluated weights are in the model.
 
@@ -108,13 +108,12 @@ def train(
             weights in memory and writes nothing.
         resume: a checkpoint of this run; `prepared` was built with its blocks.
         progress: as of `nibblock._progress.Progress`.
-        after_step: called with (steps done, prepared), for schedules that change blocks.
     Returns:
         the record of the whole run, resumed parts included.
     Determinism: a run that was stopped and resumed gives the losses of one that was not, bit for
         bit, on the same machine with the same number of threads.
     """
-    return _Loop(task, prepared, settings, folder, resume, after_step).run(progress)
+    return _Loop(task, prepared, settings, folder, resume).run(progress)
 
 
 def one_step(
@@ -157,11 +156,11 @@ def one_step(
 
 
 class _Loop:
-    def __init__(self, task, prepared, settings, folder, resume, after_step) -> None:
+    def __init__(self, task, prepared, settings, folder, resume) -> None:
         self.task, self.prepared, self.settings, self.folder = task, prepared, settings, folder
         self.total = total_steps(settings, task)
         self.every = settings.evaluate or max(1, self.total // 10)
-        self.after_step = after_step
+        self.moves = make_moves(task, settings, self.total)
         self.cache = make_cache(prepared, task, settings, folder)
         self.record = Record()
         self.best: Optional[dict[str, torch.Tensor]] = None
@@ -201,6 +200,8 @@ class _Loop:
                 self.cache.close()
         if record.best == 0 and record.step:
             self.prepared.notes.append("no evaluation was better than the first")
+        elif self.moves is not None:
+            self.prepared.notes.append("blocks moved: the weights are those of the last step")
         elif record.best != record.step:
             self._take_best()
         return record
@@ -217,6 +218,11 @@ class _Loop:
             nullcontext() if self.cache is None else self.cache.batch(indices),
             self._before_zero,
         )
+        record.step += 1
+        if self.moves is not None:
+            start = time.perf_counter()
+            self.moves(record.step, self.prepared)
+            phases["optimizer"] += time.perf_counter() - start
         record.losses.append(value)
         record.seconds += sum(phases.values())
         for name, seconds in phases.items():
@@ -225,12 +231,8 @@ class _Loop:
             record.stopped = f"the loss was {value} at step {record.step}"
 
     def _before_zero(self) -> None:
-        record = self.record
-        if not record.state_bytes:  # once, while the gradients are there
-            record.state_bytes = self.prepared.state_bytes()
-        record.step += 1
-        if self.after_step is not None:
-            self.after_step(record.step, self.prepared)
+        if not self.record.state_bytes:  # once, while the gradients are there
+            self.record.state_bytes = self.prepared.state_bytes()
 
     def _evaluate(self) -> None:
         record = self.record
@@ -247,7 +249,7 @@ class _Loop:
             record.stopped = f"no better loss in {record.waited} evaluations"
 
     def _keep_best(self) -> None:
-        if self.record.step == 0:
+        if self.record.step == 0 or self.moves is not None:
             return  # what the model held before; it is made again from scratch
         trained = {n: p.detach().clone() for n, p in self.prepared.trained().items()}
         if self.folder is None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nibblock._finetune.checkpoint import write_tensors
+from nibblock._finetune.moving import START
 from nibblock._finetune.settings import Settings
 from nibblock._finetune.task import Task
 
@@ -218,6 +219,8 @@ def choose(
         stack, index = above(settings.cut)
         sizes = {n: s for n, s in sizes.items() if _is_above(n, stack, index)}
         density = min(1.0, density * every / max(1, _block_total(sizes, settings.block)))
+    if settings.moves == "progressive":
+        density *= START
     begun = time.perf_counter()
     if settings.select == "even":
         found: Selection = {
@@ -236,6 +239,9 @@ def choose(
             budget=settings.budget or None,
             seed=settings.seed,
         )
+    if settings.moves:  # other layers may get blocks later
+        none = torch.zeros(0, 2, dtype=torch.int32)
+        found = {name: found.get(name, none) for name in sizes}
     return found, time.perf_counter() - begun
 
 

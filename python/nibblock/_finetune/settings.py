@@ -11,6 +11,7 @@ METHODS = ("full", "lora", "masked", "adapter")
 BASELINES = (*METHODS, "lora-cut", "full-cut", "shira")
 CUT_METHODS = ("lora-cut", "full-cut")  # trained from the chosen method's lowest layer upwards
 SELECTIONS = ("impact", "movement", "magnitude", "random", "even")
+MOVES = ("", "reselect", "prox", "progressive")
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {  # where --lr is not given
     "full": 5e-5,
@@ -34,6 +35,7 @@ class Settings:
     block: int = 32
     budget: float = 0.0  # of full fine-tuning's step time, for the selection; 0 for no limit
     select: str = "impact"
+    moves: str = ""  # how the selection changes while it is trained; "" for not at all
     batches: int = 8  # that the selection scores
     rank: int = 8  # of LoRA, and of SHiRA's count
     int4: bool = False
@@ -62,6 +64,7 @@ class Settings:
             "method": BASELINES,
             "select": SELECTIONS,
             "schedule": SCHEDULES,
+            "moves": MOVES,
             "block": (16, 32, 64, 128),
         }
         for name, allowed in choices.items():
@@ -85,6 +88,11 @@ class Settings:
             _refuse("budget", "in (0, 1], a share of full fine-tuning's step", self.budget)
         if self.tokens < self.seq:
             _refuse("tokens", f"at least --seq ({self.seq})", self.tokens)
+        if self.moves and (self.method != "masked" or self.checkpoint >= 0):
+            raise ValueError(
+                f"finetune: --moves must go with --method masked and --checkpoint -1, got "
+                f"{self.method} and {self.checkpoint}: a checkpoint holds one list of blocks"
+            )
         if self.int4 and self.method != "adapter":
             raise ValueError(
                 f"finetune: --int4 must go with --method adapter, got {self.method}: "

@@ -99,14 +99,12 @@ def run(
     resume: bool,
     progress: Any = None,
     build: Callable[[Settings], tuple] = build,
-    after_step: Optional[Callable[[int, Any], None]] = None,
 ) -> dict[str, Any]:
     """Trains and returns the figures; also writes what was trained into the folder.
 
     Args:
         settings, folder, resume, progress: as the command line says.
         build: settings -> (model, task, keep), for other beds than text.
-        after_step: as of `train`.
     """
     from nibblock._demo import weight_count
     from nibblock._finetune.loop import train
@@ -128,7 +126,7 @@ def run(
     elif isinstance(prepared.selection, Selection):
         prepared.selection.save(folder / "selection.safetensors")
         prepared.notes.append(str(prepared.selection).splitlines()[-1])
-    record = train(task, prepared, settings, folder, found, progress, after_step)
+    record = train(task, prepared, settings, folder, found, progress)
     peak = memory("VmHWM") - before
     name = "model" if settings.method.startswith("full") else "trained"
     file_bytes = prepared.save(folder / f"{name}.safetensors")
