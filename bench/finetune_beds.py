@@ -251,21 +251,23 @@ def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, int]]) -> dict[str, torc
 
 # --- planted blocks -------------------------------------------------------------------------------
 
-PLANTED = {"layers": 6, "width": 256, "block": 32, "density": 0.02, "rows": 128, "batches": 16}
+PLANTED = {"layers": 6, "width": 256, "block": 32, "density": 0.05, "rows": 512, "batches": 16}
 
 
 def planted_recall(select: dict[str, Any], seed: int) -> float:
     """Which share of planted blocks a selection of the same size finds.
 
-    A stack of residual layers; its twin has random blocks added to 2 % of all places, and gives the
-    targets. Only inputs and targets are shown.
+    Layers side by side, each with inputs of its own, whose results are summed; their twin has
+    random blocks added to some of all places, and gives the targets. Only inputs and targets are
+    shown. Not a residual stack: there the same block of any layer changes the output almost alike,
+    and no gradient could tell where it was planted.
     """
     import nibblock as nb
 
     generator = _random(seed)
     size, count, block = PLANTED["width"], PLANTED["layers"], PLANTED["block"]
-    model = _Stack(count, size, generator)
-    twin = _Stack(count, size, generator)
+    model = _Parallel(count, size, generator)
+    twin = _Parallel(count, size, generator)
     twin.load_state_dict(model.state_dict())
     per_layer = (size // block) ** 2
     places = torch.randperm(count * per_layer, generator=generator)
@@ -282,7 +284,7 @@ def planted_recall(select: dict[str, Any], seed: int) -> float:
             planted.add((f"layers.{layer}", row, column))
         batches = []
         for _ in range(PLANTED["batches"]):
-            x = torch.randn(PLANTED["rows"], size, generator=generator)
+            x = torch.randn(PLANTED["rows"], count, size, generator=generator)
             batches.append((x, twin(x)))
     found = nb.select_blocks(
         model,
@@ -291,13 +293,14 @@ def planted_recall(select: dict[str, Any], seed: int) -> float:
         density=PLANTED["density"],
         block=block,
         seed=seed,
+        progress=False,
         **select,
     )
     chosen = {(n, int(i), int(j)) for n, blocks in found.items() for i, j in blocks.tolist()}
     return len(chosen & planted) / len(planted)
 
 
-class _Stack(nn.Module):
+class _Parallel(nn.Module):
     def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(count))
@@ -306,6 +309,4 @@ class _Stack(nn.Module):
                 layer.weight.copy_(torch.randn(size, size, generator=generator) / size**0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = x + 0.3 * torch.tanh(layer(x))
-        return x
+        return sum(torch.tanh(layer(part)) for layer, part in zip(self.layers, x.unbind(1)))

@@ -324,30 +324,6 @@ def arguments(place, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_whole_run_in_processes_of_its_own(place, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "nibblock", "finetune"]
-    command += arguments(place, "--method", "adapter", "--baselines", "full", "--out", str(out))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for word in ("perplexity", "peak MB", "adapter", "full", "against full", "report.png"):
-        assert word in done.stdout
-    assert "adapter: 6 steps in" in done.stderr
-    figures = json.loads((out / "report.json").read_text())["results"]
-    adapter, full = figures
-    assert adapter["trained"] < full["trained"] == full["weights"] == adapter["weights"]
-    assert adapter["state_bytes"] < 0.3 * full["state_bytes"]
-    assert adapter["before"]["loss"] == full["before"]["loss"]
-    assert adapter["best"]["loss"] < adapter["before"]["loss"]
-    assert 0 < adapter["peak_bytes"] < 1e9
-    assert adapter["file_bytes"] == (out / "adapter" / "trained.safetensors").stat().st_size
-    assert (out / "report.png").stat().st_size > 1000
-    model = worker.load_model(Settings.from_json(adapter["settings"]))[0]
-    nb.load(out / "adapter" / "trained.safetensors", model)
-    task = worker.load_task(Settings.from_json(adapter["settings"]), model, byte_tokenizer())
-    assert task.evaluate(model)["loss"] == pytest.approx(adapter["best"]["loss"], abs=1e-6)
-
-
 @pytest.fixture
 def here(monkeypatch):
     """Runs the children in this process."""
@@ -357,6 +333,41 @@ def here(monkeypatch):
         return subprocess.CompletedProcess(command, worker.main(command[3:]))
 
     monkeypatch.setattr(cli.subprocess, "run", run)
+
+
+def test_a_method_beside_a_baseline(place, tmp_path, here, capsys):
+    out = tmp_path / "out"
+    extra = ["--method", "adapter", "--baselines", "full", "--out", str(out)]
+    assert cli.main(arguments(place, *extra)) == 0
+    said = capsys.readouterr()
+    for word in ("perplexity", "peak MB", "adapter", "full", "against full", "report.png"):
+        assert word in said.out
+    assert "adapter: 6 steps in" in said.err
+    figures = json.loads((out / "report.json").read_text())["results"]
+    adapter, full = figures
+    assert adapter["trained"] < full["trained"] == full["weights"] == adapter["weights"]
+    assert adapter["state_bytes"] < 0.3 * full["state_bytes"]
+    assert adapter["before"]["loss"] == full["before"]["loss"]
+    assert adapter["best"]["loss"] < adapter["before"]["loss"]
+    assert adapter["file_bytes"] == (out / "adapter" / "trained.safetensors").stat().st_size
+    assert (out / "report.png").stat().st_size > 1000
+    model = worker.load_model(Settings.from_json(adapter["settings"]))[0]
+    nb.load(out / "adapter" / "trained.safetensors", model)
+    task = worker.load_task(Settings.from_json(adapter["settings"]), model, byte_tokenizer())
+    assert task.evaluate(model)["loss"] == pytest.approx(adapter["best"]["loss"], abs=1e-6)
+
+
+def test_the_command_in_processes_of_its_own(place, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "nibblock", "finetune", "--json", "--out", str(out)]
+    command += [*arguments(place), "--method", "masked", "--select", "impact"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["results"]
+    assert result["best"]["loss"] < result["before"]["loss"]
+    assert 0 < result["peak_bytes"] < 5e8 < 4 * result["imports_bytes"]
+    saved = nb.sparse.Selection.load(out / "masked" / "selection.safetensors")
+    assert sum(map(len, saved.values())) * 32 * 32 == result["trained"]
 
 
 def test_int4_base_and_json(place, tmp_path, here, capsys):

@@ -46,6 +46,7 @@ FIRST, EVENTS = (
 )  # 10 events of the checkpoint at step 3 and 3 of the best weights at 4 are earlier
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_killed_while_a_checkpoint_is_written(settings, tmp_path):
     """The run dies at each file-system event of the checkpoint at step 6."""
