@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nibblock.nn._blocks import BlockValues
-from nibblock.nn._links import Link, places_in, version
+from nibblock.nn._links import Link, follow, places_in, version
 from nibblock.nn._masked_product import MaskedProduct, plan_columns
 from nibblock.nn.block_sparse_linear import BlockSparseLinear, check_input
 from nibblock.nn.int4_linear import Int4Linear
 from nibblock.ops import _block_checks, _checks
 from nibblock.sparse import _choose
-
-_alive: weakref.WeakSet[MaskedLinear] = weakref.WeakSet()
-
-
-def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    # Compiled forwards cannot look at version counters, so other optimisers' steps are followed
-    # here.
-    if not getattr(optimizer, "_writes_through", False):
-        for module in list(_alive):
-            module.sync()
-
-
-register_optimizer_step_post_hook(_after_any_step)
 
 
 class MaskedLinear(BlockValues, nn.Linear):
@@ -177,7 +162,7 @@ class MaskedLinear(BlockValues, nn.Linear):
         self.__dict__["_home"] = values
         values._masked_linear = Link(self)
         self._synced = version(values)
-        _alive.add(self)
+        follow(self)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)

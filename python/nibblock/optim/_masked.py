@@ -255,7 +255,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
             key = (mask.kind, 0, parameter.dtype, None, parameter.device)
         else:
             weight = layer._parameters["weight"]
-            key = ("block", layer.block, parameter.dtype, weight.dtype, parameter.device)
+            # The kernels write float32 and bfloat16 rows; other weights are left to `sync`.
+            direct = weight.dtype in _block_checks.VALUES and weight.stride(1) == 1
+            sort = weight.dtype if direct else None
+            key = ("block", layer.block, parameter.dtype, sort, parameter.device)
         batch = found.setdefault(key, _plan.Batch(key[0], key[1], states=[[] for _ in names]))
         batch.parameters.append(parameter)
         batch.clocks.append(state["step" if layer is None else "age"])
@@ -267,7 +270,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         else:
             batch.entries.append(layer._buffers["blocks"])
             batch.layers.append(layer)
-            if weight.dtype in _block_checks.VALUES:  # float16 is left to the next forward
+            if direct:
                 batch.weights.append(weight)
 
     @torch.no_grad()
@@ -294,7 +297,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for group, batch, grads in work:
             self._update(group, batch, grads, multiplier, found_inf)
             for layer in batch.layers:
-                layer.mark_synced() if batch.weights else layer.sync()
+                if batch.weights:
+                    layer.mark_synced()
+                else:
+                    layer.sync()
         return loss
 
     def _grad(self, parameter: torch.Tensor) -> torch.Tensor:

@@ -165,7 +165,7 @@ class _Run:
         self.op, self.model, self.sites = op, model, sites
         self.block, self.method, self.samples, self.seed = block, method, samples, seed
         self.bytes = 0
-        self.forward_seconds = 0.0  # of the fastest batch
+        self.forward = (0.0, 0.0)  # seconds of the fastest, and its linears' share of them
         self._sums: dict[str, torch.Tensor] = {}
         self._calls = 0
 
@@ -191,8 +191,8 @@ class _Run:
                     taps.begin()
                     begun = time.perf_counter()
                     loss = self._loss(loss_fn, batch, i)
-                    took = time.perf_counter() - begun
-                    self.forward_seconds = min(took, self.forward_seconds or took)
+                    took = (time.perf_counter() - begun, taps.linear_seconds)
+                    self.forward = min(took, self.forward) if i else took
                     self._backward(loss, taps, targets)
                     taps.finish()
                     bar.step()
@@ -262,7 +262,7 @@ class _Run:
         with undisturbed(self.model, self.seed), taps.open(), torch.no_grad():
             begun = time.perf_counter()
             loss_fn(self.model, batch)
-            self.forward_seconds = time.perf_counter() - begun
+            self.forward = (time.perf_counter() - begun, taps.linear_seconds)
 
     def score_weights(self, normalize):
         generator = torch.Generator().manual_seed(self.seed)
@@ -353,10 +353,10 @@ def _choose_blocks(op, model, sites, scores, block, method, density, budget, cos
     sizes = [scores[s.name].numel() for s in targets]
     count = _choose.block_count(1, len(flat), density)
     step = None
-    if seen and (cost is not None or budget is not None or run.forward_seconds):
+    if seen and (cost is not None or budget is not None or run.forward[0] > 0):
         machine = cost
         if machine is None:
-            machine = _cost.with_overhead(_cost.CostModel.measure(), layers, run.forward_seconds)
+            machine = _cost.as_seen(_cost.CostModel.measure(), layers, *run.forward)
         step = _cost.StepCost(machine, layers, _parameters(model, sites), block)
     if budget is None:
         chosen = _best(flat, count)

@@ -8,6 +8,7 @@ made to begin there. Works on any module tree whose linears are called as module
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,6 +116,9 @@ class _Root(torch.autograd.Function):
 class Taps:
     """Hooks on the linears of a model while `open` is entered.
 
+    Attributes:
+        linear_seconds: what the linears' forwards took since `begin`.
+
     Args:
         op: whose errors these are.
         sites: all linears; `receive` gets those without a reason.
@@ -139,6 +143,8 @@ class Taps:
         self._seen: set[int] = set()
         self._parts: dict[int, list] = {}
         self._level, self._last = -1, None
+        self._started: dict[int, float] = {}
+        self.linear_seconds = 0.0  # of this step's forward
         self._backward = False
 
     @contextmanager
@@ -146,10 +152,9 @@ class Taps:
         """Registers the hooks, and removes them whatever happens."""
         try:
             for index, site in enumerate(self._sites):
-                hook = self._hook(index, site)
-                self._handles.append(
-                    site.module.register_forward_hook(hook, with_kwargs=True, always_call=False)
-                )
+                start, end = self._start(index), self._hook(index, site)
+                self._handles.append(site.module.register_forward_pre_hook(start))
+                self._handles.append(site.module.register_forward_hook(end, with_kwargs=True))
             yield self
         finally:
             for handle in self._handles:
@@ -169,12 +174,19 @@ class Taps:
             self._receive(self._sites[index], torch.cat(grads), torch.cat(inputs))
         self._reset()
 
+    def _start(self, index: int):
+        def hook(module, args):
+            self._started[index] = time.perf_counter()
+
+        return hook
+
     def _hook(self, index: int, site: Site):
         def hook(module, args, kwargs, output):
             if self._backward and index in self._calls:
                 # A checkpoint computes its part again: seen already, but the graph must be the
                 # same.
                 return output if output.requires_grad else _Root.apply(output, self.anchor)
+            self.linear_seconds += time.perf_counter() - self._started[index]
             x = args[0] if args else next(iter(kwargs.values()))
             self._place(site, index, x)
             if site.reason or self._receive is None or not torch.is_grad_enabled():
