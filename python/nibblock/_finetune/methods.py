@@ -19,6 +19,7 @@ from nibblock._finetune.moving import START
 from nibblock._finetune.settings import Settings
 from nibblock._finetune.task import Task
 
+SCORED = 256  # tokens of a batch that is scored: its whole backward needs memory, a step's may not
 Selection = Mapping[str, torch.Tensor]  # layer name -> int32 [Z, 2]
 
 
@@ -228,9 +229,10 @@ def choose(
         }
     else:
         count = min(settings.batches, task.order.steps_per_epoch)
+        rows = max(1, SCORED // settings.seq)
         found = nb.select_blocks(
             model,
-            [task.batch(task.order.indices(step)) for step in range(count)],
+            [task.batch(task.order.indices(step)[:rows]) for step in range(count)],
             task.loss,
             density=density,
             block=settings.block,
