@@ -10,6 +10,7 @@ BENCHMARKS = {
     "block_sparse_linear": ("block_report", "block-sparse products over density, adapters"),
     "masked_update": ("masked_report", "optimiser steps: dense, blocks, scattered entries"),
     "readme": ("readme", "no measurement: writes the results into README.md"),
+    "finetune": ("finetune_suite", "fine-tuning: time to quality, memory, files, which blocks"),
     "model": ("model_suite", "SmolLM2-135M: decode, prefill, perplexity, bytes"),
 }
 
