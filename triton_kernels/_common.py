@@ -106,6 +106,7 @@ RECORDS: Optional[list] = None  # where launches go instead of a GPU while `_ahe
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Runs a kernel on the current device and stream, or notes the launch for `_ahead`."""
+    options.setdefault("enable_fp_fusion", True)  # Triton's own default changes with 3.10
     if RECORDS is not None:
         RECORDS.append((kernel, args, options))
     else:

@@ -143,10 +143,6 @@ def weight_grad_config(block: int, wide: bool) -> dict[str, Any]:
     return dict(BI=block, BJ=block, BM=64, num_warps=warps, num_stages=4)
 
 
-def kernel_id(dx: bool = False) -> str:
-    return f"block_sparse_linear{'_dx' if dx else ''}.cuda.triton.tile"
-
-
 def parts_of(layout: torch.Tensor, n: int, k: int, block: int, count: int) -> tuple:
     """(row_ptr, col, col_ptr, col_row, col_block) of a layout array, as views."""
     return layout.split((cdiv(n, block) + 1, count, cdiv(k, block) + 1, count, count))

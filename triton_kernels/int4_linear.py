@@ -15,11 +15,10 @@ from typing import Any, Optional
 
 import torch
 import triton.language as tl
-from nibblock.triton_kernels import _common, _int4_kernels
+from nibblock.triton_kernels import _common, _int4_kernels, _table
 from nibblock.triton_kernels._common import OnDevice, cdiv, launch, next_power_of_2, rows_of
+from nibblock.triton_kernels._table import FEW_ROWS
 
-FEW_ROWS = 64  # up to here the weights' bytes are the cost, beyond it the products
-MATMUL_ROWS = 1024  # from here on one dequantisation is small beside the product
 WHOLE_ROW = 1 << 30  # the group size that makes every k // group zero
 
 
@@ -91,8 +90,7 @@ def forward_config(rows: int, x: torch.dtype, group: int) -> dict[str, Any]:
         return dict(BN=64, BM=64, BK=32, SCALE_SUMS=False, num_warps=4, num_stages=2)
     if x == torch.float16:
         return dict(BN=128, BM=64, BK=min(group, 64), SCALE_SUMS=True, num_warps=8, num_stages=3)
-    bm = 64 if rows <= 64 else 128
-    return dict(BN=128, BM=bm, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=3)
+    return dict(BN=128, BM=128, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=4)
 
 
 def dx_config(rows: int, grad: torch.dtype, group: int) -> dict[str, Any]:
@@ -103,20 +101,7 @@ def dx_config(rows: int, grad: torch.dtype, group: int) -> dict[str, Any]:
         return dict(BN=32 if wide else 64, BM=bm, BK=64, num_warps=4, num_stages=3)
     if wide:
         return dict(BN=32, BM=64, BK=64, num_warps=4, num_stages=2)
-    return dict(BN=64, BM=128, BK=128, num_warps=8, num_stages=3)
-
-
-def kernel_id(rows: int, x: torch.dtype, dx: bool = False, adapter: bool = False) -> str:
-    """Which row of the table serves a call; `nb.explain` prints it."""
-    stem = "int4_block_sparse_linear" if adapter else "int4_linear"
-    stem += "_dx" if dx else ""
-    if rows <= FEW_ROWS:
-        kind = "few"
-    elif x == torch.bfloat16 and rows >= MATMUL_ROWS and not adapter:
-        kind = "dequantize"
-    else:
-        kind = "tile"
-    return f"{stem}.cuda.triton.{kind}"
+    return dict(BN=64, BM=128, BK=128, num_warps=8, num_stages=4)
 
 
 def _parts(packed: torch.Tensor, f: Format) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,8 +164,8 @@ class _Ride:
         self.blocks = columns if dx else rows
         self.value_strides = (1, b) if dx else (b, 1)
         dot, precision = _common.operands(x.dtype, self.values.dtype)
-        step = 32 if dot == tl.float32 else 64
-        self.constants.update(B=b, BR=min(b, step), VDOT=dot, VPRECISION=precision)
+        # Steps of 32: the walk shares its registers with the int4 tile's accumulator.
+        self.constants.update(B=b, BR=min(b, 32), VDOT=dot, VPRECISION=precision)
 
     def _take_low_rank(self, x, adapter, n, k, dx):
         a, c = adapter.a.contiguous(), adapter.c.contiguous()
@@ -231,7 +216,8 @@ def linear(
         out.zero_()
         return (out if bias is None else out + bias.to(out.dtype)).view(shape)
     with OnDevice(x):
-        kind = kernel_id(m, x.dtype, dx, adapter is not None).rsplit(".", 1)[1]
+        op = f"int4{'' if adapter is None else '_block_sparse'}_linear{'_dx' if dx else ''}"
+        kind = _table.select(op, m, x.dtype).kind
         if kind == "dequantize":
             w = dequantize(packed, f, x.dtype)
             if dx:

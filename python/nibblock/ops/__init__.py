@@ -1,5 +1,6 @@
 """One typed function per op: `nibblock.ops.int4_linear(...)` and its family."""
 
+from nibblock.ops import _triton  # noqa: F401  (the CUDA bodies; imports no Triton)
 from nibblock.ops.block_sparse_linear import (
     block_layout,
     block_sparse_linear,
