@@ -315,6 +315,7 @@ def run_adapter(
 ) -> dict[str, Any]:
     """The int4 base alone, with its adapter in one op, and as two ops; bf16 x, groups of 128."""
     from nibblock.ops import int4_pack, int4_quantize
+    from nibblock.ops._checks import format_code
 
     n, k, block = *weights.dense.shape, 32
     codes = int4_quantize(weights.dense, group_size=128)
@@ -324,11 +325,11 @@ def run_adapter(
     count = copies_for(packed.numel(), cold_bytes(5)) if m <= COLD_ROWS else 1
     bases = _copies(packed, count)
     form = (n, 128, 4, True, torch.float32, "bf16")
-    base = torch.ops.nibblock._int4_linear_forward.default
+    base, code = torch.ops.nibblock._int4_linear_forward.default, format_code(*form)
     fused = torch.ops.nibblock._int4_block_sparse_linear_forward.default
     sparse = torch.ops.nibblock._block_sparse_linear_forward.default
     calls: dict[str, Callable[[int], torch.Tensor]] = {
-        "base": lambda i: base(x, bases[i], None, *form)
+        "base": lambda i: base(x, bases[i], None, code)
     }
     for label, dtype in _DTYPES.items():
         own = _copies(values.to(dtype), count)
@@ -336,7 +337,7 @@ def run_adapter(
             x, bases[i], None, *form, own[i], layout, block, None, None
         )
         calls[f"two ops {label}"] = lambda i, own=own: sparse(
-            x, own[i], layout, None, base(x, bases[i], None, *form), n, block
+            x, own[i], layout, None, base(x, bases[i], None, code), n, block
         )
     added = (x[:4].double() @ weights.masked(density, block).double().t()).float()
     for label in _DTYPES:

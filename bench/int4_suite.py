@@ -185,6 +185,7 @@ def run_overhead(rounds: int = 41) -> dict[str, Any]:
 def _tiny_calls(dtype: torch.dtype) -> dict[str, Callable[[int], object]]:
     import nibblock as nb
     from nibblock.ops import int4_linear, int4_pack
+    from nibblock.ops._checks import format_code
 
     n = k = 64
     problem = P.Problem(Shape("tiny", "64x64", n, k), k)
@@ -195,9 +196,10 @@ def _tiny_calls(dtype: torch.dtype) -> dict[str, Callable[[int], object]]:
     dense = torch.nn.Linear(k, n, bias=False, dtype=dtype)
     module = nb.Int4Linear.from_linear(torch.nn.Linear(k, n, bias=False), group_size=k)
     op, f32 = torch.ops.nibblock._int4_linear_forward.default, torch.float32
+    code = format_code(n, k, 4, True, f32, "bf16")
     return {
         "F.linear": lambda _: F.linear(x, w),
-        "op": lambda _: op(x, packed, None, n, k, 4, True, f32, "bf16"),
+        "op": lambda _: op(x, packed, None, code),
         "nb.ops.int4_linear": lambda _: int4_linear(
             x, packed, out_features=n, group_size=k, affine=True, scale_dtype=f32
         ),

@@ -246,6 +246,7 @@ def nibblock_int4(
 ) -> Candidate:
     """Our op, with the scales as `Int4Linear.from_linear` stores them: float16."""
     from nibblock.ops import int4_pack
+    from nibblock.ops._checks import format_code
 
     scale, offset = p.scale.to(SCALES), None if p.symmetric else p.offset.to(SCALES)
     n, k, group, affine = *p.shape[2:], p.group, not p.symmetric
@@ -255,9 +256,10 @@ def nibblock_int4(
     ]
     x = activations(p, m, dtype)
     op = torch.ops.nibblock._int4_linear_forward.default
+    code = format_code(n, group, 4, affine, SCALES, compute)
     return Candidate(
         "",
-        lambda i: op(x, blobs[i], None, n, group, 4, affine, SCALES, compute),
+        lambda i: op(x, blobs[i], None, code),
         x,
         _nbytes(blobs[0]),
         p.dense,

@@ -6,7 +6,7 @@
 STABLE_TORCH_LIBRARY(nibblock, m) {
   // clang-format off
   m.def("int4_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute) -> Tensor");
-  m.def("_int4_linear_forward(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute) -> Tensor");
+  m.def("_int4_linear_forward(Tensor x, Tensor packed, Tensor? bias, int format) -> Tensor");
   m.def("int4_linear_dx(Tensor grad, Tensor packed, int in_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute) -> Tensor");
   m.def("int4_dequantize(Tensor packed, int out_features, int in_features, int group_size, int bits, bool affine, ScalarType scale_dtype, ScalarType dtype) -> Tensor");
   m.def("int4_embedding(Tensor indices, Tensor packed, int num_embeddings, int embedding_dim, int group_size, int bits, bool affine, ScalarType scale_dtype, ScalarType dtype) -> Tensor");
@@ -17,5 +17,9 @@ STABLE_TORCH_LIBRARY(nibblock, m) {
   m.def("int4_block_sparse_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
   m.def("_int4_block_sparse_linear_forward(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
   m.def("int4_block_sparse_linear_dx(Tensor grad, Tensor packed, int in_features, int group_size, int bits, bool affine, ScalarType scale_dtype, str compute, Tensor values, Tensor layout, int block, Tensor? lora_a, Tensor? lora_c) -> Tensor");
+  m.def("_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("_add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("_rotate_(Tensor(a!) y, Tensor cos, Tensor sin, int heads) -> ()");
+  m.def("_silu_mul(Tensor y, int width, int start) -> Tensor");
   // clang-format on
 }

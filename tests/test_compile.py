@@ -8,6 +8,7 @@ import pytest
 import reference as ref
 import torch
 from harness import TORCH, dx_arguments, op_arguments, torch_packed
+from nibblock.ops._checks import format_code
 
 RNG = np.random.default_rng(50)
 WEIGHTS = {
@@ -30,7 +31,7 @@ def op_inputs(weight):
         for lead in ((3,), (2, 5), (0,), ()):
             for bias in (None, x_of(24, dtype=dtype)):
                 calls["_int4_linear_forward"].append(
-                    (x_of(*lead, 80, dtype=dtype), packed, bias, *a.values())
+                    (x_of(*lead, 80, dtype=dtype), packed, bias, format_code(*a.values()))
                 )
                 if bias is not None:
                     bias = bias.clone().requires_grad_()
@@ -46,7 +47,7 @@ def op_inputs(weight):
         x_of(1, 80).expand(3, 80),
     ):
         calls["int4_linear"].append((x.detach().requires_grad_(), blob, x_of(48)[::2], *a.values()))
-        calls["_int4_linear_forward"].append((x, blob, x_of(48)[::2], *a.values()))
+        calls["_int4_linear_forward"].append((x, blob, x_of(48)[::2], format_code(*a.values())))
     calls["int4_linear_dx"].append((x_of(24, 5).t(), blob, *d.values()))
     calls["int4_dequantize"] = [(packed, 24, 80, *tail, dtype) for dtype in TORCH.values()]
     calls["int4_embedding"] = [

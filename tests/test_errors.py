@@ -12,6 +12,7 @@ import pytest
 import reference as ref
 import torch
 from harness import native, packed_of, torch_packed
+from nibblock.ops._checks import format_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 WEIGHT = ref.random_weight(np.random.default_rng(40), 20, 100, 32, 4, True)
@@ -224,8 +225,10 @@ def test_the_good_calls_are_good(op):
 def test_the_twin_speaks_as_the_op():
     for op, changed, _, sentence in CASES:
         if op == "int4_linear":
-            with pytest.raises(RuntimeError) as error:
-                torch.ops.nibblock._int4_linear_forward(*{**GOOD[op], **changed}.values())
+            # (a format that cannot be is refused where it would become a code)
+            with pytest.raises((RuntimeError, TypeError, ValueError)) as error:
+                x, packed, bias, *form = {**GOOD[op], **changed}.values()
+                torch.ops.nibblock._int4_linear_forward(x, packed, bias, format_code(*form))
             assert f"int4_linear: {sentence}" in str(error.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -375,19 +376,32 @@ def test_known_forwards_are_shorter(name):
         "attention": lambda: layer.self_attn(
             torch.ones(1, 1, 64), position_embeddings=position, attention_mask=None
         )[0],
+        "layer": lambda: layer(
+            torch.ones(1, 1, 64), position_embeddings=position, attention_mask=None
+        ),
     }
     before = {key: count_ops(run) for key, run in runs.items()}
     fuse_linears(model)
     for key, run in runs.items():
         count, out = count_ops(run)
-        # (the norm saves Python only: its one op has the same parts inside)
-        assert count[0] < before[key][0][0] or key == "norm", key
-        assert torch.equal(out, before[key][1]), key
+        assert count < before[key][0], key
+        near(out, before[key][1])
     assert type(layer.input_layernorm).forward is _lean._rms_norm
+    assert inspect.unwrap(type(layer).forward) is _lean._layer
     unfuse_linears(model)
     assert {key: count_ops(run)[0] for key, run in runs.items()} == {
         k: v[0] for k, v in before.items()
     }
+
+
+def near(actual, expected):
+    """Equal but for the rounding of norms and silu (csrc/decoder_ops), a few float32 units in the
+    last place, which int16 activations turn into a step of 2^-15 here and there.
+    """
+    wide = expected.dtype == torch.float32
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-4 if wide else 2e-2, atol=5e-5 if wide else 2e-2
+    )
 
 
 def count_ops(run):
@@ -407,8 +421,8 @@ def test_short_forwards_at_many_shapes(shape, dtype):
     a, b = plain.model.layers[0], fused.model.layers[0]
     for guard in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with guard():
-            assert torch.equal(a.mlp(x), b.mlp(x))
-            assert torch.equal(a.input_layernorm(x), b.input_layernorm(x))
+            near(b.mlp(x), a.mlp(x))
+            near(b.input_layernorm(x), a.input_layernorm(x))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"])
@@ -419,13 +433,14 @@ def test_transformers_models_give_the_same_tokens(name):
     assert len(fuse_linears(fused)) == 4
     tokens = torch.arange(12).reshape(1, 12)
     with torch.no_grad():
-        assert torch.equal(fused(tokens).logits, plain(tokens).logits)
-        assert torch.equal(fused(tokens[:, :1]).logits, plain(tokens[:, :1]).logits)
+        near(fused(tokens).logits, plain(tokens).logits)
+        near(fused(tokens[:, :1]).logits, plain(tokens[:, :1]).logits)
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     expected = plain.generate(tokens, output_logits=True, return_dict_in_generate=True, **options)
     got = fused.generate(tokens, output_logits=True, return_dict_in_generate=True, **options)
     assert torch.equal(got.sequences, expected.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits))
+    for a, b in zip(got.logits, expected.logits):
+        near(a, b)
     one = copy.deepcopy(fused)
     assert torch.equal(one.generate(tokens, **options), expected.sequences)
     attentions = [m(tokens, output_attentions=True).attentions for m in (plain, fused)]

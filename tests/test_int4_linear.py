@@ -24,6 +24,7 @@ from harness import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from nibblock.ops._checks import format_code
 
 LEVEL = pytest.mark.parametrize("level", level_params())
 
@@ -45,7 +46,9 @@ def test_values_at_every_level(level, compute):
         what = f"{level} m={m} {w.format} x={x_dtype} bias={bias_dtype} {compute}"
         y = nb.ops.int4_linear(x, packed, bias, **arguments)
         check_op(y, x, w, bias, compute=compute, what=what)
-        twin = torch.ops.nibblock._int4_linear_forward(x, packed, bias, *arguments.values())
+        twin = torch.ops.nibblock._int4_linear_forward(
+            x, packed, bias, format_code(*arguments.values())
+        )
         assert torch.equal(twin, y), f"{what}: the autograd-free twin differs"
         grad = random_x(rng, (m, n), x_dtype)
         dx = nb.ops.int4_linear_dx(grad, packed, **dx_arguments(w, compute))

@@ -38,6 +38,26 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
   return f;
 }
 
+// What `format` of _int4_linear_forward holds (python/nibblock/ops/_checks.py, format_code): six
+// arguments in one, because each argument of a call through torch costs a third of a microsecond.
+struct FormatCode {
+  int64_t out_features, group_size, bits;
+  bool affine, int8;
+  ScalarType scale_dtype;
+};
+
+inline FormatCode decode_format(int64_t code) {
+  static constexpr int64_t kGroups[8] = {32, 64, 128, 256, -1, 0, 0, 0};
+  FormatCode f;
+  f.bits = code & 1 ? 8 : 4;
+  f.affine = code & 2;
+  f.scale_dtype = code & 4 ? ScalarType::Float : ScalarType::Half;
+  f.int8 = code & 8;
+  f.group_size = kGroups[(code >> 4) & 7];
+  f.out_features = code >> 8;
+  return f;
+}
+
 inline Compute check_compute(const char* op, const std::string& compute) {
   STD_TORCH_CHECK(compute == "bf16" || compute == "int8", op,
                   ": compute must be \"bf16\" or \"int8\", got \"", compute, "\"");

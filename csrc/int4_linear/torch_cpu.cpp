@@ -26,14 +26,13 @@ void check_status(const char* op, Status s, const Int4LinearParams& p) {
 
 Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, const char* x_name,
               Tensor packed, const std::optional<Tensor>& bias, int64_t n, int64_t k, int64_t group,
-              int64_t bits, bool affine, ScalarType scale_dtype, const std::string& compute,
-              bool forward) {
+              int64_t bits, bool affine, ScalarType scale_dtype, Compute compute, bool forward) {
   Int4LinearParams p;
   p.xtype = check_float(op, x_name, x.scalar_type());
   STD_TORCH_CHECK(x.dim() >= 1, op, ": ", x_name, " must have at least 1 dimension, got a scalar");
   check_cpu(op, x_name, x);
   p.w = check_format(op, packed, n, k, group, bits, affine, scale_dtype);
-  p.compute = check_compute(op, compute);
+  p.compute = compute;
   p.bias = nullptr;
   p.bias_type = Dtype::kF32;
   Tensor keep_bias = packed;
@@ -65,16 +64,27 @@ Tensor int4_linear_op(const Tensor& x, const Tensor& packed, const std::optional
                       int64_t out_features, int64_t group_size, int64_t bits, bool affine,
                       ScalarType scale_dtype, const std::string& compute) {
   const int64_t k = x.dim() >= 1 ? x.size(x.dim() - 1) : 0;
-  return linear("int4_linear", int4_linear_table(), x, "x", packed, bias, out_features, k,
-                group_size, bits, affine, scale_dtype, compute, true);
+  const char* op = "int4_linear";
+  return linear(op, int4_linear_table(), x, "x", packed, bias, out_features, k, group_size, bits,
+                affine, scale_dtype, check_compute(op, compute), true);
+}
+
+Tensor int4_linear_forward_op(const Tensor& x, const Tensor& packed,
+                              const std::optional<Tensor>& bias, int64_t format) {
+  const char* op = "int4_linear";
+  const int64_t k = x.dim() >= 1 ? x.size(x.dim() - 1) : 0;
+  const FormatCode f = decode_format(format);
+  return linear(op, int4_linear_table(), x, "x", packed, bias, f.out_features, k, f.group_size,
+                f.bits, f.affine, f.scale_dtype, f.int8 ? Compute::kInt8 : Compute::kBF16, true);
 }
 
 Tensor int4_linear_dx_op(const Tensor& grad, const Tensor& packed, int64_t in_features,
                          int64_t group_size, int64_t bits, bool affine, ScalarType scale_dtype,
                          const std::string& compute) {
   const int64_t n = grad.dim() >= 1 ? grad.size(grad.dim() - 1) : 0;
-  return linear("int4_linear_dx", int4_linear_dx_table(), grad, "grad", packed, std::nullopt, n,
-                in_features, group_size, bits, affine, scale_dtype, compute, false);
+  const char* op = "int4_linear_dx";
+  return linear(op, int4_linear_dx_table(), grad, "grad", packed, std::nullopt, n, in_features,
+                group_size, bits, affine, scale_dtype, check_compute(op, compute), false);
 }
 
 Tensor int4_dequantize_op(Tensor packed, int64_t out_features, int64_t in_features,
@@ -131,7 +141,7 @@ Tensor int4_embedding_op(const Tensor& indices, Tensor packed, int64_t num_embed
 
 STABLE_TORCH_LIBRARY_IMPL(nibblock, CPU, m) {
   m.impl("int4_linear", TORCH_BOX(&nibblock::int4_linear_op));
-  m.impl("_int4_linear_forward", TORCH_BOX(&nibblock::int4_linear_op));
+  m.impl("_int4_linear_forward", TORCH_BOX(&nibblock::int4_linear_forward_op));
   m.impl("int4_linear_dx", TORCH_BOX(&nibblock::int4_linear_dx_op));
   m.impl("int4_dequantize", TORCH_BOX(&nibblock::int4_dequantize_op));
   m.impl("int4_embedding", TORCH_BOX(&nibblock::int4_embedding_op));

@@ -1,11 +1,13 @@
 """Shorter forwards for modules of transformers whose forward is known to the letter.
 
 At one token a step most of a small model's time is Python and dispatch, not arithmetic. The
-forwards below give the same values, bit for bit, with fewer calls: gate and up, or q, k and v, come
-out of one product as one tensor; q and k are rotated together; a norm is one op. A class is matched
-by a fingerprint of the source of its forward (and of the functions it calls); any other forward,
-and any call that these do not cover (gradients, tracing, hooks on the siblings, replaced siblings),
-runs the original.
+forwards below compute the same with fewer calls: gate and up, or q, k and v, come out of one
+product as one tensor; q and k are rotated together, in place; a norm is one call, with the addition
+before it where there is one; and so is silu(gate) * up (csrc/decoder_ops). Rotated values are the
+same bit for bit; norms and silu differ from torch's by float32 rounding (torch adds the squares in
+another order and has another exp). A class is matched by a fingerprint of the source of its forward
+(and of the functions it calls); any other forward, and any call that these do not cover (gradients,
+tracing, many rows, hooks on or replacements of what is passed over), runs the original.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch.nn.modules import module as _torch_module
 # theirs.
 _MLP = {"b4e9c2637c7f1172"}
 _RMS_NORM = {"d676bfe9af0e524d"}
+_LAYER = {"461ed20abeb521a9"}
 _ROTARY = ("ea234325c15de475", "f714a4b1160c694e")
 _ATTENTION: dict[str, Callable[[Any], dict]] = {
     "c0fd8e0b732ba611": lambda self: {},
@@ -36,6 +39,16 @@ _ATTENTION: dict[str, Callable[[Any], dict]] = {
 
 # As FusedInt4Group's: above this many rows the saved calls no longer matter.
 _MAX_ROWS = 8
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ops = torch.ops.nibblock
+_norm = _ops._rms_norm.default
+_add_norm = _ops._add_rms_norm.default
+_rotate = _ops._rotate_.default
+_silu_mul = _ops._silu_mul.default
+
+# The modules that compute silu(x) and nothing else.
+_SILU = {"torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"}
 
 
 def _fingerprint(function: Any) -> str:
@@ -72,6 +85,30 @@ def lean_norm(cls: type) -> Optional[Callable]:
     return _rms_norm if _of_transformers(cls) and _fingerprint(cls.forward) in _RMS_NORM else None
 
 
+@functools.cache
+def lean_layer(cls: type) -> Optional[Callable]:
+    """A shorter forward for a decoder layer, or None."""
+    return _layer if _of_transformers(cls) and _fingerprint(cls.forward) in _LAYER else None
+
+
+def _plain_step(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x is a few CPU rows of weight's dtype that nobody traces or differentiates."""
+    return (
+        x.dtype == weight.dtype
+        and x.dtype in _FLOATS
+        and x.numel() <= _MAX_ROWS * weight.numel()
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether calling the module is calling its forward."""
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
 def _shared_product(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> Optional[tuple]:
     """(y, spans) of the siblings called `names`, or None: run the original forward."""
     if (
@@ -100,7 +137,15 @@ def _mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if shared is None:
         return self._int4_original_forward(x)
     y, ((_, gate), (start, end)) = shared
+    act = self._modules.get("act_fn")
+    if act is not None and _is_silu(type(act)) and _bare(act):
+        return self.down_proj(_silu_mul(y, gate, start))
     return self.down_proj(self.act_fn(y[..., :gate]) * y[..., start:end])
+
+
+@functools.cache
+def _is_silu(cls: type) -> bool:
+    return f"{cls.__module__}.{cls.__qualname__}" in _SILU
 
 
 def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
@@ -124,14 +169,16 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         y, (q_span, k_span, v_span) = shared
         shape = hidden_states.shape[:-1]
         dim = self.head_dim
-        heads = q_span[1] // dim
-        both = y[..., : k_span[1]].view(*shape, -1, dim).transpose(1, 2)
-        value = y[..., v_span[0] : v_span[1]].view(*shape, -1, dim).transpose(1, 2)
         cos, sin = position_embeddings
-        first, second = both.chunk(2, -1)
-        turned = torch.cat((-second, first), -1)
-        both = (both * cos.unsqueeze(1)).add_(turned * sin.unsqueeze(1))
-        query, key = both[:, :heads], both[:, heads:]
+        if not _rotates(y, cos) or cos.shape != sin.shape or sin.dtype != y.dtype:
+            return self._int4_original_forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        # (only y, which nobody else has seen, is written)
+        _rotate(y, cos.contiguous(), sin.contiguous(), k_span[1] // dim)
+        query = y[..., : q_span[1]].view(*shape, -1, dim).transpose(1, 2)
+        key = y[..., k_span[0] : k_span[1]].view(*shape, -1, dim).transpose(1, 2)
+        value = y[..., v_span[0] : v_span[1]].view(*shape, -1, dim).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         interface = implementations.get_interface(self.config._attn_implementation, eager)
@@ -151,9 +198,43 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
     return attention
 
 
+def _rotates(y: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether the tables have one row for all rows of y, or one for each."""
+    tables = cos.numel() // max(1, cos.shape[-1])
+    rows = y.numel() // max(1, y.shape[-1])
+    return cos.dtype == y.dtype and (tables == 1 or tables == rows)
+
+
 def _rms_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    # One op, the same steps inside; in other dtypes the original rounds at another place.
     weight = self.weight
+    if _plain_step(hidden_states, weight):
+        return _norm(hidden_states, weight, self.variance_epsilon)
+    # One op, the same steps inside; in other dtypes the original rounds at another place.
     if hidden_states.dtype == torch.float32 and weight.dtype == torch.float32:
         return torch.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
     return self._int4_original_forward(hidden_states)
+
+
+def _layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    modules = self._modules
+    first, second = modules["input_layernorm"], modules["post_attention_layernorm"]
+    # Everything is a keyword in the calls of transformers 5.
+    if (
+        args
+        or not (_is_lean_norm(first) and _is_lean_norm(second))
+        or not _plain_step(hidden_states, first.weight)
+        or not _plain_step(hidden_states, second.weight)
+        or _torch_module._has_any_global_hook()
+    ):
+        return self._int4_original_forward(hidden_states, *args, **kwargs)
+    x = _norm(hidden_states, first.weight, first.variance_epsilon)
+    x, _ = self.self_attn(hidden_states=x, **kwargs)
+    if not x.is_contiguous() or x.dtype != hidden_states.dtype:
+        hidden_states = hidden_states + x
+        return hidden_states + self.mlp(second(hidden_states))
+    hidden_states, x = _add_norm(hidden_states, x, second.weight, second.variance_epsilon)
+    return hidden_states + self.mlp(x)
+
+
+def _is_lean_norm(module: nn.Module) -> bool:
+    return type(module).forward is _rms_norm and _bare(module)

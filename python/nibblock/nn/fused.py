@@ -23,7 +23,7 @@ from torch import nn
 
 from nibblock.nn import _lean
 from nibblock.nn.int4_linear import Int4Linear
-from nibblock.ops._checks import PANEL_ROWS
+from nibblock.ops._checks import PANEL_ROWS, format_code
 
 _forward = torch.ops.nibblock._int4_linear_forward.default
 
@@ -74,7 +74,7 @@ class FusedInt4Group:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._active: dict[int, Optional[list]] = {}
-        self._bound: Optional[tuple] = None  # (pointers, blob, spans, columns, op arguments)
+        self._bound: Optional[tuple] = None  # (pointers, blob, spans, columns, format)
         self._bias: tuple = ((), None)  # (state of the siblings' biases, all of them in one tensor)
         self.enabled = True
         self._wasted = 0
@@ -111,9 +111,9 @@ class FusedInt4Group:
                 spans.append((columns, columns + sibling.out_features))
                 columns += -(-sibling.out_features // PANEL_ROWS) * PANEL_ROWS
             pointers = [p.data_ptr() for p in parameters]
-            args = (columns, *self.siblings[0]._args[1:])
+            code = format_code(columns, *self.siblings[0]._args[1:])
             # One assignment: other threads see the old state or the new one, never a mixture.
-            self._bound = bound = (pointers, blob, spans, columns, args)
+            self._bound = bound = (pointers, blob, spans, columns, code)
             return bound
 
     def _ready(self) -> Optional[tuple]:
@@ -124,10 +124,8 @@ class FusedInt4Group:
                 return bound
         return self._bind()
 
-    def _concatenated_bias(self, spans: list, columns: int) -> Optional[torch.Tensor]:
-        biases = [s._parameters["bias"] for s in self.siblings]
-        if all(b is None for b in biases):
-            return None
+    def _concatenated_bias(self, spans: list, columns: int) -> torch.Tensor:
+        biases = self._biases()
         state = tuple([None if b is None else (b.data_ptr(), b._version, b.dtype) for b in biases])
         known, bias = self._bias
         if state != known:
@@ -149,13 +147,20 @@ class FusedInt4Group:
         where none is needed.
         """
         bound = self._ready() if self.enabled else None
-        if bound is None or any(
-            b is not None and b.is_inference()
-            for b in [s._parameters["bias"] for s in self.siblings]
-        ):
-            return None  # (an inference tensor's changes cannot be seen)
-        _, blob, spans, columns, args = bound
-        return _forward(x, blob, self._concatenated_bias(spans, columns), *args), spans
+        if bound is None:
+            return None
+        _, blob, spans, columns, code = bound
+        bias = None
+        for sibling in self.siblings:
+            if sibling._parameters["bias"] is not None:
+                if any(b is not None and b.is_inference() for b in self._biases()):
+                    return None  # (an inference tensor's changes cannot be seen)
+                bias = self._concatenated_bias(spans, columns)
+                break
+        return _forward(x, blob, bias, code), spans
+
+    def _biases(self) -> list[Optional[torch.Tensor]]:
+        return [s._parameters["bias"] for s in self.siblings]
 
     def open(self) -> Optional[list]:
         """Starts sharing in this thread (the parent's forward begins); returns what was there
@@ -206,8 +211,7 @@ class FusedInt4Group:
         """Whether a sibling's bias is being trained now."""
         if not torch.is_grad_enabled():
             return False
-        biases = [s._parameters["bias"] for s in self.siblings]
-        return any(b is not None and b.requires_grad for b in biases)
+        return any(b is not None and b.requires_grad for b in self._biases())
 
 
 # --- parents --------------------------------------------------------------------------------------
@@ -244,12 +248,12 @@ _classes: dict[type, type] = {}
 def _swapped_class(cls: type) -> type:
     """The subclass of `cls` with a shared or shorter forward."""
     if cls not in _classes:
-        norm = _lean.lean_norm(cls)
-        lean = norm or _lean.lean_parent(cls)
-        base = _Swapped if norm else _Shared
+        alone = _lean.lean_norm(cls) or _lean.lean_layer(cls)
+        lean = alone or _lean.lean_parent(cls)
+        base = _Swapped if alone else _Shared
         body = {
             "_nibblock_original": cls,
-            "_int4_original_forward": cls.forward if norm else _Shared.forward,
+            "_int4_original_forward": cls.forward if alone else _Shared.forward,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
@@ -287,11 +291,11 @@ def _find_groups(module: nn.Module) -> list[list[Int4Linear]]:
 def fuse_linears(model: nn.Module) -> list[str]:
     """Lets sibling `Int4Linear`s that read the same input run as one call, in place.
 
-    Names, modules, Parameters, the state dict and results stay as they are. Siblings are found by
+    Names, modules, Parameters and the state dict stay as they are. Siblings are found by
     name (q_proj/k_proj/v_proj, gate_proj/up_proj, query/key/value, ...) within one parent; they
     must have one in_features and one format, and their weights must not be tied to anything else.
-    Attention, MLP and norm modules of transformers whose source is known also get a shorter forward
-    with the same values.
+    Attention, MLP, norm and decoder layer modules of transformers whose source is known also get a
+    shorter forward, with the same values up to float32 rounding in norms and silu.
 
     Args:
         model: any module tree.
@@ -325,8 +329,11 @@ def fuse_linears(model: nn.Module) -> list[str]:
             module.__class__ = _swapped_class(type(module))
     if out:
         for module in model.modules():
-            if not isinstance(module, _Swapped) and _lean.lean_norm(type(module)):
-                module.__class__ = _swapped_class(type(module))
+            cls = type(module)
+            if issubclass(cls, _Swapped):
+                continue
+            if _lean.lean_norm(cls) or _lean.lean_layer(cls):
+                module.__class__ = _swapped_class(cls)
     return out
 
 

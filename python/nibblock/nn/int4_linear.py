@@ -255,6 +255,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             self.scale_dtype,
             value,
         )
+        self._code = _checks.format_code(*self._args)
         fused = self.__dict__.get("_fused")
         if fused is not None:
             fused[0].invalidate()
@@ -280,7 +281,7 @@ class Int4Linear(PackedWeight, nn.Linear):
                     shared = group.take(index, x)
                     if shared is not None:
                         return shared
-                return _forward(x, parameters["packed"], bias, *self._args)
+                return _forward(x, parameters["packed"], bias, self._code)
         except (RuntimeError, AttributeError, IndexError):
             self._diagnose(x)
             raise

@@ -153,6 +153,35 @@ def check_device(
         )
 
 
+_GROUP_CODES = {32: 0, 64: 1, 128: 2, 256: 3, -1: 4}
+
+
+def format_code(
+    out_features: int,
+    group_size: int,
+    bits: int,
+    affine: bool,
+    scale_dtype: torch.dtype,
+    compute: str,
+) -> int:
+    """The `format` of `_int4_linear_forward`: the last six arguments of `int4_linear` in one int.
+
+    bit 0: 8 bits; 1: affine; 2: float32 scales; 3: int8 compute; 4 to 6: group; 8 and up:
+    out_features.
+    """
+    check_format("int4_linear", group_size, bits, scale_dtype, compute)
+    flags = (bits == 8) + 2 * affine + 4 * (scale_dtype == torch.float32) + 8 * (compute == "int8")
+    return (out_features << 8) + (_GROUP_CODES[group_size] << 4) + flags
+
+
+def decode_format(code: int) -> tuple[int, int, int, bool, torch.dtype, str]:
+    """The inverse of `format_code`."""
+    group_size = {v: k for k, v in _GROUP_CODES.items()}[(code >> 4) & 7]
+    scale_dtype = torch.float32 if code & 4 else torch.float16
+    compute = "int8" if code & 8 else "bf16"
+    return code >> 8, group_size, 8 if code & 1 else 4, bool(code & 2), scale_dtype, compute
+
+
 def check_linear(
     op: str,
     x: torch.Tensor,

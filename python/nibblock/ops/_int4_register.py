@@ -27,10 +27,9 @@ def _(x, packed, bias, out_features, group_size, bits, affine, scale_dtype, comp
 
 
 @torch.library.register_fake("nibblock::_int4_linear_forward")
-def _(x, packed, bias, out_features, group_size, bits, affine, scale_dtype, compute):
-    _checks.check_linear(
-        "int4_linear", x, packed, bias, out_features, group_size, bits, affine, scale_dtype, compute
-    )
+def _(x, packed, bias, format):
+    out_features, *rest = _checks.decode_format(format)
+    _checks.check_linear("int4_linear", x, packed, bias, out_features, *rest)
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -21,7 +21,10 @@ from nibblock.ops._checks import packed_bytes
 _library.load()
 
 from nibblock import _native  # noqa: E402  (its shared library lies beside the one just loaded)
-from nibblock.ops import _int4_register  # noqa: E402, F401  (registers fakes and gradients)
+from nibblock.ops import (  # noqa: E402  (they register fakes and gradients)
+    _decoder_register,  # noqa: F401
+    _int4_register,  # noqa: F401
+)
 
 __all__ = [
     "int4_dequantize",

@@ -1,0 +1,54 @@
+// decoder_ops: what a decoder layer computes between its products, for the few rows of a decode
+// step. C interface.
+//
+//     sum = x + delta;  y = sum * rsqrt(mean(sum^2) + eps) * weight          (add_rms_norm)
+//     q, k <- rotated by cos and sin, first half against second half         (rotate)
+//     y = silu(gate) * up,  silu(v) = v / (1 + exp(-v))                      (silu_mul)
+//
+// At one token a step each of these is a few hundred numbers, and torch takes 3 to 7 calls of 2 to
+// 5 us for it: as long as the int4 products themselves. The bodies are plain loops that the
+// compiler vectorises for the baseline; wider instructions would save fractions of a microsecond.
+//
+// Arithmetic is float32. Where torch's sequence of calls rounds to x's dtype, so do these: after
+// x + delta, after the normalisation, and after each product and sum of the rotation.
+#pragma once
+
+#include "../common/status.h"
+#include "../common/types.h"
+
+namespace nibblock {
+
+struct AddRmsNormParams {
+  Dtype type;  // of x, delta, weight, sum and y
+  int64_t rows, width;
+  const void* x;      // [rows, width]
+  const void* delta;  // [rows, width], or null: sum = x
+  const void* weight;
+  float eps;
+  void* sum;  // [rows, width], or null where delta is
+  void* y;    // [rows, width]
+};
+NB_API void add_rms_norm(const AddRmsNormParams& p);
+
+struct RotateParams {
+  Dtype type;                // of y, cos and sin
+  int64_t rows, heads, dim;  // dim is even
+  void* y;                   // [rows, at least heads * dim], rotated in place
+  int64_t y_stride;
+  const void* cos;  // [rows or 1, dim]
+  const void* sin;
+  int64_t table_stride;  // 0: one row of cos and sin serves all
+};
+NB_API void rotate(const RotateParams& p);
+
+struct SiluMulParams {
+  Dtype type;  // of gate, up and y
+  int64_t rows, width;
+  const void* gate;  // [rows, width], row stride `stride`, as up
+  const void* up;
+  int64_t stride;
+  void* y;  // [rows, width]
+};
+NB_API void silu_mul(const SiluMulParams& p);
+
+}  // namespace nibblock

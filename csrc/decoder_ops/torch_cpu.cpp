@@ -1,0 +1,120 @@
+// torch glue of decoder_ops for the CPU. Private ops: nn/_lean.py calls them where the shapes are
+// known, so they refuse what they do not cover and have no gradients. Stable ABI only.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../glue/check.h"
+#include "decoder_ops.h"
+
+namespace nibblock {
+namespace {
+
+using namespace glue;
+
+void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
+                  dtype_name(x.scalar_type()), " as x, got ", dtype_name(t.scalar_type()));
+  check_cpu(op, name, t);
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got strides");
+}
+
+// y, and x + delta in `sum` where delta is given.
+Tensor norm(const char* op, const Tensor& x, const Tensor* delta, const Tensor& weight, double eps,
+            Tensor* sum) {
+  AddRmsNormParams p;
+  p.type = check_float(op, "x", x.scalar_type());
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  check_like(op, "x", x, x);
+  check_like(op, "weight", weight, x);
+  p.width = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.numel() == p.width, op, ": weight must be [", p.width,
+                  "], got ", shape_text(weight));
+  p.rows = p.width > 0 ? x.numel() / p.width : 0;
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.eps = static_cast<float>(eps);
+  p.delta = nullptr;
+  p.sum = nullptr;
+  if (delta) {
+    check_like(op, "delta", *delta, x);
+    STD_TORCH_CHECK(delta->numel() == x.numel(), op, ": delta must be ", shape_text(x), ", got ",
+                    shape_text(*delta));
+    *sum = empty_like_rows(x, p.width);
+    p.delta = delta->const_data_ptr();
+    p.sum = sum->mutable_data_ptr();
+  }
+  Tensor y = empty_like_rows(x, p.width);
+  p.y = y.mutable_data_ptr();
+  add_rms_norm(p);
+  return y;
+}
+
+Tensor rms_norm_op(const Tensor& x, const Tensor& weight, double eps) {
+  return norm("_rms_norm", x, nullptr, weight, eps, nullptr);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_op(const Tensor& x, const Tensor& delta,
+                                           const Tensor& weight, double eps) {
+  Tensor sum = x;
+  Tensor y = norm("_add_rms_norm", x, &delta, weight, eps, &sum);
+  return {sum, y};
+}
+
+void rotate_op(Tensor y, const Tensor& cos, const Tensor& sin, int64_t heads) {
+  const char* op = "_rotate_";
+  RotateParams p;
+  p.type = check_float(op, "y", y.scalar_type());
+  check_like(op, "y", y, y);
+  check_like(op, "cos", cos, y);
+  check_like(op, "sin", sin, y);
+  STD_TORCH_CHECK(y.dim() >= 1 && cos.dim() >= 1, op,
+                  ": y and cos must have at least 1 dimension, got a scalar");
+  p.y_stride = y.size(y.dim() - 1);
+  p.rows = p.y_stride > 0 ? y.numel() / p.y_stride : 0;
+  p.dim = cos.size(cos.dim() - 1);
+  p.heads = heads;
+  const int64_t tables = p.dim > 0 ? cos.numel() / p.dim : 0;
+  STD_TORCH_CHECK(p.dim > 0 && p.dim % 2 == 0 && sin.numel() == cos.numel() &&
+                      (tables == 1 || tables == p.rows),
+                  op, ": cos and sin must be [", p.rows, " or 1, even], got ", shape_text(cos),
+                  " and ", shape_text(sin));
+  STD_TORCH_CHECK(heads >= 0 && heads * p.dim <= p.y_stride, op, ": y must hold ", heads,
+                  " heads of ", p.dim, ", got ", shape_text(y));
+  p.table_stride = tables == 1 ? 0 : p.dim;
+  p.y = y.mutable_data_ptr();
+  p.cos = cos.const_data_ptr();
+  p.sin = sin.const_data_ptr();
+  rotate(p);
+}
+
+// silu(y[..., :width]) * y[..., start : start + width]
+Tensor silu_mul_op(const Tensor& y, int64_t width, int64_t start) {
+  const char* op = "_silu_mul";
+  SiluMulParams p;
+  p.type = check_float(op, "y", y.scalar_type());
+  check_like(op, "y", y, y);
+  STD_TORCH_CHECK(y.dim() >= 1, op, ": y must have at least 1 dimension, got a scalar");
+  p.stride = y.size(y.dim() - 1);
+  STD_TORCH_CHECK(width >= 0 && start >= 0 && start + width <= p.stride && width <= p.stride, op,
+                  ": y must have ", start + width, " columns, got ", shape_text(y));
+  p.rows = p.stride > 0 ? y.numel() / p.stride : 0;
+  p.width = width;
+  Tensor out = empty_like_rows(y, width);
+  const char* data = static_cast<const char*>(y.const_data_ptr());
+  p.gate = data;
+  p.up = data + start * dtype_size(p.type);
+  p.y = out.mutable_data_ptr();
+  silu_mul(p);
+  return out;
+}
+
+}  // namespace
+}  // namespace nibblock
+
+STABLE_TORCH_LIBRARY_IMPL(nibblock, CPU, m) {
+  m.impl("_rms_norm", TORCH_BOX(&nibblock::rms_norm_op));
+  m.impl("_add_rms_norm", TORCH_BOX(&nibblock::add_rms_norm_op));
+  m.impl("_rotate_", TORCH_BOX(&nibblock::rotate_op));
+  m.impl("_silu_mul", TORCH_BOX(&nibblock::silu_mul_op));
+}
