@@ -73,6 +73,10 @@ def int4_linear(x, packed, bias, out_features, group_size, bits, affine, scale_d
     return kernels.linear(x, packed, _contiguous(bias), form)
 
 
+def _int4_linear_forward(x, packed, bias, format):
+    return int4_linear(x, packed, bias, *_checks.decode_format(format))
+
+
 def int4_linear_dx(grad, packed, in_features, group_size, bits, affine, scale_dtype, compute):
     op = "int4_linear_dx"
     _checks.check_linear_dx(
@@ -167,7 +171,7 @@ def _contiguous(tensor: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 BODIES = {
     "int4_linear": int4_linear,
-    "_int4_linear_forward": int4_linear,
+    "_int4_linear_forward": _int4_linear_forward,
     "int4_linear_dx": int4_linear_dx,
     "int4_dequantize": int4_dequantize,
     "int4_embedding": int4_embedding,
