@@ -21,6 +21,7 @@ from nibblock._files import load, save
 from nibblock._info import info
 from nibblock._select import explain
 from nibblock._version import __version__
+from nibblock._warmup import warmup
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "nn",
     "ops",
     "save",
+    "warmup",
 ]
 
 

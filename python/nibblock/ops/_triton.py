@@ -47,6 +47,41 @@ def refusal(device: int) -> Optional[str]:
     return None
 
 
+def choose(op: str, rows: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """Which row of the Triton table serves a call on a device, why each other does not.
+
+    Returns:
+        kernel: id or None; refused: [(id, reason)]; level: the device's compute capability.
+    """
+    reason = refusal(device.index or 0)
+    if reason:
+        return {"kernel": None, "refused": [(r.id, reason) for r in _table.TABLE[op]], "level": ""}
+    taken = _table.select(op, rows, dtype)
+    refused, later = [], False
+    for row in _table.TABLE[op]:
+        if row is taken:
+            later = True
+        elif later:
+            refused.append((row.id, f"{taken.id} comes first"))
+        else:
+            refused.append((row.id, f"serves {row.serves_text}"))
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    note = f" ({taken.state})" if taken.state else ""
+    return {"kernel": taken.id, "refused": refused, "level": f"sm {capability}{note}"}
+
+
+def rows(op: str) -> list[dict]:
+    """The Triton rows of an op for `nb.info`: id, isa, serves, state, available, reason."""
+    reason = missing() or ("" if torch.cuda.is_available() else "no CUDA device")
+    if not reason:
+        reason = refusal(0) or ""
+    return [
+        dict(id=row.id, isa="triton", serves=row.serves_text, state=row.state,
+             available=not reason, reason=reason)
+        for row in _table.TABLE[op]
+    ]  # fmt: skip
+
+
 def _kernels(op: str, stem: str, tensor: torch.Tensor) -> ModuleType:
     reason = refusal(tensor.device.index) if tensor.is_cuda else missing()
     if reason:
