@@ -14,12 +14,17 @@ from pathlib import Path
 
 import pytest
 import triton_cases
+import triton_cases_masked
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 HERE = Path(__file__).resolve().parent
-NAMES = [f"triton_cases:{name}" for name in triton_cases.CASES]
+NAMES = [
+    f"{module.__name__}:{name}"
+    for module in (triton_cases, triton_cases_masked)
+    for name in module.CASES
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,11 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Triton's interpreter keeps bfloat16 as integers and would multiply those.
 EMULATE: tl.constexpr = tl.constexpr(INTERPRETED)
 
+TRITON_DTYPE = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 # Arguments that must not make Triton compile anew when they become 1 or divisible by 16: numbers of
 # rows, blocks and parts, and pointers into index arrays. A kernel has those it names.
 _COUNTS = ("M", "SPLITS", "PARTS", "O_BLOCKS", "N_BLOCKS", "K_BLOCKS", "R", "COUNT", "SIZE",
