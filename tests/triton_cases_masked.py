@@ -166,7 +166,9 @@ def bool_step(device, rule, dtype):
 
 for _rule in (ADAMW, {**ADAMW, "beta1": 0.0}, SGD, {**SGD, "nesterov": True, "dampening": 0.0},
               {**SGD, "momentum": 0.0, "weight_decay": 0.0}):  # fmt: skip
-    _label = "-".join(f"{k}={v}" for k, v in _rule.items() if k in ("beta1", "momentum", "nesterov"))
+    _label = "-".join(
+        f"{k}={v}" for k, v in _rule.items() if k in ("beta1", "momentum", "nesterov")
+    )
     for _dtype in ("float32", "bfloat16"):
         CASES[f"bool_step[{_label}-{_dtype}]"] = lambda d, r=_rule, t=_dtype: bool_step(d, r, t)
         for _packed in (True, False):
