@@ -60,8 +60,11 @@ ISA_FLAGS = {
 # Bindings do no arithmetic, and pybind11 takes twice as long to compile at -O3.
 BINDINGS = {
     f"native/{name}.cpp"
-    for name in ("block_select", "block_sparse", "linear", "module", "native", "quantize")
-}
+    for name in (
+        "block_scores", "block_select", "block_sparse", "linear", "masked_update", "module",
+        "native", "quantize",
+    )
+}  # fmt: skip
 # Contraction off everywhere: whether a * b + c rounds once is decided in the source, not by -O3.
 COMMON_FLAGS = [
     "-std=c++17", "-O3", "-march=x86-64-v2", "-ffp-contract=off", "-DNDEBUG", "-fPIC", "-pthread",

@@ -208,8 +208,7 @@ def _tiny_calls(dtype: torch.dtype) -> dict[str, Callable[[int], object]]:
     }
 
 
-# --- forced ISA levels, in processes of their own
-# ---------------------------------------------------
+# --- forced ISA levels, in processes of their own -------------------------------------------------
 
 # torch, oneDNN and MKL read their limits once at start-up.
 LEVELS = {
@@ -253,8 +252,12 @@ def run_levels(threads: int, budget: float, log: Log) -> dict[str, Any]:
                 text=True,
             )
             if done.returncode:
-                raise RuntimeError(f"bench: the {level} child failed:\n{done.stderr.strip()}")
-            out[level] = json.loads(target.read_text())
+                # What was measured before it is worth more than a tidy end.
+                print(done.stderr.strip(), file=sys.stderr)
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                out[level] = {"skipped": f"its process failed: {last}"}
+            else:
+                out[level] = json.loads(target.read_text())
     return out
 
 
@@ -275,8 +278,7 @@ def level_cases(budget: float) -> dict[str, Any]:
     }
 
 
-# --- helpers
-# ----------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _seconds(t: Timing) -> dict[str, Any]:

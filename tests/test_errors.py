@@ -226,8 +226,8 @@ def test_the_twin_speaks_as_the_op():
     for op, changed, _, sentence in CASES:
         if op == "int4_linear":
             # (a format that cannot be is refused where it would become a code)
+            x, packed, bias, *form = {**GOOD[op], **changed}.values()
             with pytest.raises((RuntimeError, TypeError, ValueError)) as error:
-                x, packed, bias, *form = {**GOOD[op], **changed}.values()
                 torch.ops.nibblock._int4_linear_forward(x, packed, bias, format_code(*form))
             assert f"int4_linear: {sentence}" in str(error.value)
 

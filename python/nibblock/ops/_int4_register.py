@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from nibblock.ops import _checks
-from nibblock.ops._flops import flop_formula
+from nibblock.ops._flops import register_flop_formula
 
 _ops = torch.ops.nibblock
 
@@ -187,4 +187,6 @@ def _product_flops(x_shape, packed_shape, *args, out_shape=None, **kwargs):
     return 2 * rows * x_shape[-1] * out_shape[-1]
 
 
-flop_formula([_ops.int4_linear, _ops._int4_linear_forward, _ops.int4_linear_dx])(_product_flops)
+register_flop_formula([_ops.int4_linear, _ops._int4_linear_forward, _ops.int4_linear_dx])(
+    _product_flops
+)
