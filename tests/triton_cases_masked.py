@@ -258,3 +258,51 @@ for _dtype in ("float32", "bfloat16"):
         case(masked_grads, _dtype, _flag)
         case(prox, _dtype, bool(_flag))
 case(masked_grad_blocks)
+
+
+# --- block scores ---------------------------------------------------------------------------------
+
+
+def scores(device, m, n, k, block, grad_dtype, x_dtype, sketch):
+    from nibblock.ops import _triton_masked
+
+    run = _triton_masked.BODIES["block_scores_"]
+    rng = np.random.default_rng(n + block)
+    grad = torch.from_numpy(rng.normal(size=(m, n + 1))).to(DTYPES[grad_dtype]).to(device)[:, 1:]
+    x = torch.from_numpy(rng.normal(size=(m, k))).to(DTYPES[x_dtype]).to(device)
+    weight = torch.from_numpy(rng.normal(size=(n, k))).to(DTYPES[grad_dtype]).to(device)
+    grid = -(-n // block), -(-k // block)
+    sums = torch.ones(*grid[::-1], device=device).t()  # strided, and added to
+    moves = None if sketch else torch.ones(grid, device=device)
+    run(sums, moves, grad, x, weight if moves is not None else None, block, sketch, 77)
+    dense = array(grad).astype(np.float64).T @ array(x)
+    size = np.abs(array(grad)).astype(np.float64).T @ np.abs(array(x))
+
+    def by_block(a):
+        wide = np.zeros((grid[0] * block, grid[1] * block))
+        wide[:n, :k] = a
+        return wide.reshape(grid[0], block, grid[1], block).sum((1, 3))
+
+    if sketch:
+        want = torch.ones(grid)
+        torch.ops.nibblock.block_scores_(
+            want, None, grad.cpu(), x.cpu(), None, block, sketch, 77
+        )  # the same signs: the same estimate
+        assert np.allclose(array(sums), want.numpy(), rtol=2e-3)
+        return
+    slack = 2.0**-20 * by_block(size * size)
+    assert (np.abs(array(sums) - 1 - by_block(dense**2)) <= slack + 1e-5).all()
+    w = array(weight)
+    slack = 2.0**-19 * by_block(size * np.abs(w))
+    assert (np.abs(array(moves) - 1 - by_block(dense * w)) <= slack + 1e-5).all()
+
+
+for _parameters in (
+    (40, 70, 90, 32, "float32", "float32", 0),
+    (70, 130, 40, 16, "bfloat16", "bfloat16", 0),
+    (30, 70, 150, 64, "float16", "float32", 0),
+    (9, 130, 140, 128, "bfloat16", "bfloat16", 0),
+    (40, 70, 90, 32, "bfloat16", "bfloat16", 5),
+    (20, 40, 50, 16, "float32", "float32", 17),
+):
+    case(scores, *_parameters)

@@ -2,6 +2,7 @@
 
     python tests/triton_shipped.py core 80 90    one JSON line a kernel: registers, stack ...
     python tests/triton_shipped.py all 80 90     every combination of types as well; minutes
+    python tests/triton_shipped.py list          their names; nothing is compiled
     python tests/triton_shipped.py write         the same, into bench/results/triton_compiled.json
 
 The launches are recorded from the wrappers themselves, so what is compiled here is what runs: each
@@ -95,6 +96,20 @@ def _block_calls():
                 yield core, f"weight gradient, blocks of {block}, {dtype}", call
 
 
+def _score_calls():
+    from nibblock.triton_kernels.block_scores import block_scores
+
+    for dtype in (BF16, F16, F32):
+        x, w = torch.empty(256, K, dtype=dtype), torch.empty(N, K, dtype=dtype)
+        for block in (16, 32, 64, 128):
+            sums = torch.empty(N // block, K // block)
+            core = block == 32 or (dtype == F32 and block == 128)
+            call = partial(block_scores, sums, sums.clone(), x, x, w, block, 0, 0)
+            yield core, f"scores, blocks of {block} {dtype}", call
+            call = partial(block_scores, sums, None, x, x, None, block, 8, 0)
+            yield core and dtype != F16, f"scores, sketch, blocks of {block} {dtype}", call
+
+
 def _masked_calls():
     from nibblock.triton_kernels import masked_update as k
 
@@ -144,7 +159,12 @@ def launches() -> list[tuple[bool, str, tuple]]:
 
     if not _found:
         seen = {}
-        for core, label, call in (*_int4_calls(), *_block_calls(), *_masked_calls()):
+        for core, label, call in (
+            *_int4_calls(),
+            *_block_calls(),
+            *_score_calls(),
+            *_masked_calls(),
+        ):
             for launch in _ahead.record(call):
                 source, options, _ = _ahead.source(launch)
                 key = (source.hash(), json.dumps(options, sort_keys=True))
@@ -175,6 +195,11 @@ def compiled(every: bool, capabilities: list[int]):
 
 
 def main() -> None:
+    if sys.argv[1] == "list":
+        from nibblock.triton_kernels import _ahead
+
+        print("\n".join(sorted({_ahead.source(launch)[2] for _, _, launch in launches()})))
+        return
     if sys.argv[1] == "write":
         import triton
 

@@ -71,7 +71,16 @@ TABLE: dict[str, list[Row]] = {
     "block_weight_grad": _one("block_weight_grad", "blocks"),
     "int4_block_sparse_linear": _int4("int4_block_sparse_linear", False),
     "int4_block_sparse_linear_dx": _int4("int4_block_sparse_linear_dx", False),
-}
+    "block_scores": _one("block_scores", "tile"),
+    **{
+        op: _one(op, "list")
+        for op in (
+            "masked_adamw_block", "masked_adamw_flat", "masked_adamw_bool", "masked_sgd_block",
+            "masked_sgd_flat", "masked_sgd_bool", "masked_grad_bool", "masked_grad_block",
+            "grad_norm", "prox_blocks",
+        )
+    },
+}  # fmt: skip
 
 
 def select(op: str, rows: int, dtype: torch.dtype) -> Row:

@@ -250,6 +250,9 @@ def prox_kernel(table, parts, norms, P: tl.constexpr, HAS_ORIGIN: tl.constexpr, 
 # --- tables ---------------------------------------------------------------------------------------
 
 _tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+_captured: list[
+    tuple[torch.Tensor, torch.Tensor]
+] = []  # graphs read these for as long as they live
 _MOST_TABLES = 256
 
 
@@ -269,6 +272,8 @@ def _launch_list(rows: list[list[int]], counts: list[int], device: torch.device)
             table.to(device, non_blocking=True),
             parts.contiguous().to(device, non_blocking=True),
         )
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
     return found
 
 
@@ -346,8 +351,7 @@ def step(
     def kernel_key(i: int) -> tuple:
         weight = weights[i].dtype if weights else None
         index = indices[i].dtype if indices else torch.int32
-        packed = kind == "flat" and grads[i].shape == indices[i].shape != params[i].shape
-        packed = packed or (kind == "flat" and grads[i].numel() == indices[i].numel())
+        packed = kind == "flat" and grads[i].numel() == indices[i].numel()
         return params[i].dtype, weight, index, packed, bool(masks) and masks[i].numel() > 0
 
     with OnDevice(params[0]):

@@ -82,11 +82,14 @@ def rows(op: str) -> list[dict]:
     ]  # fmt: skip
 
 
-def _kernels(op: str, stem: str, tensor: torch.Tensor) -> ModuleType:
+def kernels(op: str, stem: str, tensor: torch.Tensor) -> ModuleType:
     reason = refusal(tensor.device.index) if tensor.is_cuda else missing()
     if reason:
         raise BackendUnavailable(f"{op}: no kernel for {tensor.device}: {reason}")
     return importlib.import_module(f"nibblock.triton_kernels.{stem}")
+
+
+OPS = tuple(_table.TABLE)
 
 
 def _check_compute(op: str, compute: str) -> None:
@@ -103,9 +106,9 @@ def int4_linear(x, packed, bias, out_features, group_size, bits, affine, scale_d
         op, x, packed, bias, out_features, group_size, bits, affine, scale_dtype, compute
     )
     _check_compute(op, compute)
-    kernels = _kernels(op, "int4_linear", x)
-    form = kernels.Format(out_features, x.shape[-1], group_size, bits, affine, scale_dtype)
-    return kernels.linear(x, packed, _contiguous(bias), form)
+    module = kernels(op, "int4_linear", x)
+    form = module.Format(out_features, x.shape[-1], group_size, bits, affine, scale_dtype)
+    return module.linear(x, packed, _contiguous(bias), form)
 
 
 def _int4_linear_forward(x, packed, bias, format):
@@ -117,9 +120,9 @@ def int4_linear_dx(grad, packed, in_features, group_size, bits, affine, scale_dt
     _checks.check_linear_dx(
         op, grad, packed, in_features, group_size, bits, affine, scale_dtype, compute
     )
-    kernels = _kernels(op, "int4_linear", grad)
-    form = kernels.Format(grad.shape[-1], in_features, group_size, bits, affine, scale_dtype)
-    return kernels.linear(grad, packed, None, form, dx=True)
+    module = kernels(op, "int4_linear", grad)
+    form = module.Format(grad.shape[-1], in_features, group_size, bits, affine, scale_dtype)
+    return module.linear(grad, packed, None, form, dx=True)
 
 
 def int4_dequantize(
@@ -129,9 +132,9 @@ def int4_dequantize(
     _checks.check_dequantize(
         op, packed, out_features, in_features, group_size, bits, affine, scale_dtype, dtype
     )
-    kernels = _kernels(op, "int4_linear", packed)
-    form = kernels.Format(out_features, in_features, group_size, bits, affine, scale_dtype)
-    return kernels.dequantize(packed, form, dtype)
+    module = kernels(op, "int4_linear", packed)
+    form = module.Format(out_features, in_features, group_size, bits, affine, scale_dtype)
+    return module.dequantize(packed, form, dtype)
 
 
 def int4_embedding(
@@ -142,33 +145,33 @@ def int4_embedding(
         op, indices, packed, num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype,
         dtype,
     )  # fmt: skip
-    kernels = _kernels(op, "int4_linear", packed)
-    form = kernels.Format(num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype)
-    out = kernels.dequantize(packed, form, dtype, indices.reshape(-1).contiguous())
+    module = kernels(op, "int4_linear", packed)
+    form = module.Format(num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype)
+    out = module.dequantize(packed, form, dtype, indices.reshape(-1).contiguous())
     return out.view(*indices.shape, embedding_dim)
 
 
 def block_sparse_linear(x, values, layout, bias, y0, out_features, block):
     op = "block_sparse_linear"
     _block_checks.check_linear(op, x, values, layout, bias, y0, out_features, block)
-    kernels = _kernels(op, "block_sparse_linear", x)
+    module = kernels(op, "block_sparse_linear", x)
     sizes = (out_features, x.shape[-1], block)
-    return kernels.linear(x, values, layout.contiguous(), _contiguous(bias), y0, *sizes)
+    return module.linear(x, values, layout.contiguous(), _contiguous(bias), y0, *sizes)
 
 
 def block_sparse_linear_dx(grad, values, layout, in_features, block):
     op = "block_sparse_linear_dx"
     _block_checks.check_linear_dx(op, grad, values, layout, in_features, block)
-    kernels = _kernels(op, "block_sparse_linear", grad)
+    module = kernels(op, "block_sparse_linear", grad)
     sizes = (grad.shape[-1], in_features, block)
-    return kernels.linear(grad, values, layout.contiguous(), None, None, *sizes, dx=True)
+    return module.linear(grad, values, layout.contiguous(), None, None, *sizes, dx=True)
 
 
 def block_weight_grad(grad, x, layout, block, dtype):
     op = "block_weight_grad"
     _block_checks.check_weight_grad(op, grad, x, layout, block, dtype)
-    kernels = _kernels(op, "block_sparse_linear", x)
-    return kernels.block_weight_grad(grad, x, layout.contiguous(), block, dtype)
+    module = kernels(op, "block_sparse_linear", x)
+    return module.block_weight_grad(grad, x, layout.contiguous(), block, dtype)
 
 
 def int4_block_sparse_linear(
@@ -180,10 +183,10 @@ def int4_block_sparse_linear(
     rest = (values, layout, block, lora_a, lora_c)
     _block_register.check_fused(op, x, packed, bias, *own, compute, *rest)
     _check_compute(op, compute)
-    kernels = _kernels(op, "int4_linear", x)
-    form = kernels.Format(out_features, x.shape[-1], group_size, bits, affine, scale_dtype)
-    adapter = kernels.Adapter(values, layout.contiguous(), block, lora_a, lora_c)
-    return kernels.linear(x, packed, _contiguous(bias), form, adapter)
+    module = kernels(op, "int4_linear", x)
+    form = module.Format(out_features, x.shape[-1], group_size, bits, affine, scale_dtype)
+    adapter = module.Adapter(values, layout.contiguous(), block, lora_a, lora_c)
+    return module.linear(x, packed, _contiguous(bias), form, adapter)
 
 
 def int4_block_sparse_linear_dx(
@@ -194,10 +197,10 @@ def int4_block_sparse_linear_dx(
     own = (in_features, group_size, bits, affine, scale_dtype, compute)
     rest = (values, layout, block, lora_a, lora_c)
     _block_register.check_fused_dx(op, grad, packed, *own, *rest)
-    kernels = _kernels(op, "int4_linear", grad)
-    form = kernels.Format(grad.shape[-1], in_features, group_size, bits, affine, scale_dtype)
-    adapter = kernels.Adapter(values, layout.contiguous(), block, lora_a, lora_c)
-    return kernels.linear(grad, packed, None, form, adapter, dx=True)
+    module = kernels(op, "int4_linear", grad)
+    form = module.Format(grad.shape[-1], in_features, group_size, bits, affine, scale_dtype)
+    adapter = module.Adapter(values, layout.contiguous(), block, lora_a, lora_c)
+    return module.linear(grad, packed, None, form, adapter, dx=True)
 
 
 def _contiguous(tensor: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
