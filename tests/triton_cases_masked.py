@@ -306,3 +306,76 @@ for _parameters in (
     (20, 40, 50, 16, "float32", "float32", 17),
 ):
     case(scores, *_parameters)
+
+
+# --- the operators' bodies, argument by argument, beside the CPU's --------------------------------
+
+
+def operator_arguments(op: str, rng, device) -> tuple:
+    """A call of an operator in its schema's order."""
+
+    def make(*size):
+        return torch.from_numpy(rng.normal(size=size)).float().to(device)
+
+    ages = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    blocks = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32, device=device)
+    multiplier, found = torch.tensor([0.5], device=device), torch.zeros(1, device=device)
+    weight, mask = make(40, 30), make(50, 30) > 0.5
+    if op == "block_scores_":
+        return make(3, 2), make(3, 2), make(7, 40), make(7, 30), weight, 16, 0, 0
+    if op == "prox_blocks_":
+        limit = torch.tensor([1.0, 99.0], device=device)
+        return [make(2, 16, 16)], [make(2, 16, 16)], [limit]
+    if op == "grad_norm":
+        return [make(3, 4), make(5)], multiplier
+    if op == "masked_grad_bool_":
+        return [make(50, 30)], [mask], multiplier, 0.1
+    if op == "masked_grad_block_":
+        return [make(40, 30)], [blocks], 16, multiplier, 0.1
+    rule, kind = op.split("_")[1:3]
+    states, numbers = [], [1e-2, 0.9, 0.0, 0.1, True, True, multiplier, found]
+    if rule == "adamw":
+        numbers = [1e-2, 0.9, 0.999, 1e-8, 0.1, True, multiplier, found]
+    count = 2 if rule == "adamw" else 1
+    if kind == "block":
+        states = [[make(2, 16, 16).abs()] for _ in range(count)]
+        lists = [[make(2, 16, 16)], [make(2, 16, 16)], *states, [ages], [weight], [blocks], 16]
+    elif kind == "flat":
+        states = [[make(3).abs()] for _ in range(count)]
+        index = torch.tensor([1, 5, 9], device=device)
+        lists = [[make(4, 5)], [make(3)], [index], *states, [ages[:1]]]
+    else:
+        from nibblock.ops import mask_offsets
+
+        states = [[make(int(mask.sum())).abs()] for _ in range(count)]
+        starts = mask_offsets(mask)
+        lists = [[make(50, 30)], [make(50, 30)], [mask], [starts], *states, [ages[1:]]]
+    return (*lists, *numbers)
+
+
+def copied(value, device):
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(v, device) for v in value)
+    return value.clone().to(device) if isinstance(value, torch.Tensor) else value
+
+
+def body(device, op):
+    from nibblock.ops import _triton_masked
+
+    arguments = operator_arguments(op, np.random.default_rng(11), device)
+    cpu = copied(arguments, "cpu")
+    got = _triton_masked.BODIES[op](*arguments)
+    want = getattr(torch.ops.nibblock, op)(*cpu)
+    pairs = [(got, want)] if want is not None else []
+    for mine, theirs in zip(arguments, cpu):
+        mine, theirs = (v if isinstance(v, list) else [v] for v in (mine, theirs))
+        pairs += [p for p in zip(mine, theirs) if isinstance(p[0], torch.Tensor)]
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=2e-6, atol=1e-6)
+
+
+for _name in (
+    *(f"masked_{r}_{k}_" for r in ("adamw", "sgd") for k in ("block", "flat", "bool")),
+    "masked_grad_bool_", "masked_grad_block_", "grad_norm", "prox_blocks_", "block_scores_",
+):  # fmt: skip
+    case(body, _name)
