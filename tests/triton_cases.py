@@ -70,6 +70,7 @@ INT4 = [
     (17, 48, 257, 256, 4, True, "float32", "bfloat16"),
     (70, 19, 96, 32, 4, True, "float16", "bfloat16"),
     (66, 130, 66, 128, 4, False, "float32", "float16"),
+    (515, 21, 70, 64, 4, True, "float32", "bfloat16"),
     (65, 33, 64, -1, 4, True, "float32", "float32"),
     (3, 20, 100, 32, 8, False, "float16", "bfloat16"),
     (67, 34, 70, 32, 8, True, "float32", "float16"),

@@ -30,7 +30,9 @@ def _int4_calls():
     from nibblock.triton_kernels import int4_linear as int4
 
     for dtype in (BF16, F16, F32):
-        for m in (1, 32, 64, 128):
+        for m in (1, 32, 64, 128, 512):
+            if m == 512 and dtype != BF16:
+                continue  # no configuration of its own
             for dx in (False, True):
                 core = m in (1, 128) or (dtype == BF16 and not dx)
                 yield core, f"int4 {m} {dtype} dx={dx}", int4_call(m, dtype, dx)
@@ -180,7 +182,8 @@ def _compile(at: int, capability: int) -> dict:
     _, label, launch = launches()[at]
     start = time.perf_counter()
     done = _ahead.compile_launch(launch, capability)
-    facts = ("name", "capability", "registers", "stack", "shared", "tensor_cores")
+    facts = ("name", "capability", "registers", "stack", "shared", "tensor_cores",
+             "wide_copies")  # fmt: skip
     seconds = round(time.perf_counter() - start, 2)
     return {"label": label, **{k: done[k] for k in facts}, "seconds": seconds}
 

@@ -87,7 +87,8 @@ def compile_launch(launch: tuple, capability: int) -> dict[str, Any]:
         launch: from `record`. capability: 80 or 90.
     Returns:
         name, capability, registers, stack (bytes; more than zero means spills), shared (bytes),
-        tensor_cores ("wgmma", "mma" or ""), ptx and cubin.
+        tensor_cores ("wgmma", "mma" or ""), wide_copies (16-byte copies to shared memory), ptx and
+        cubin.
     """
     src, options, name = source(launch)
     done = triton.compile(src, target=GPUTarget("cuda", capability, 32), options=options)
@@ -99,6 +100,7 @@ def compile_launch(launch: tuple, capability: int) -> dict[str, Any]:
         **resources(done.asm["cubin"]),
         "shared": done.metadata.shared,
         "tensor_cores": units,
+        "wide_copies": len(re.findall(r"cp\.async\.cg\S* \[[^\]]*\], \[[^\]]*\], 0x10", ptx)),
         "ptx": ptx,
         "cubin": done.asm["cubin"],
     }

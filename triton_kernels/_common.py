@@ -28,9 +28,9 @@ TRITON_DTYPE = {
     torch.float16: tl.float16,
 }
 # Arguments that must not make Triton compile anew when they become 1 or divisible by 16: numbers of
-# rows, blocks and parts, and pointers into index arrays. A kernel has those it names.
-_COUNTS = ("M", "SPLITS", "PARTS", "O_BLOCKS", "N_BLOCKS", "K_BLOCKS", "R", "COUNT", "SIZE",
-           "part_k", "part_n", "part_i", "part_m")  # fmt: skip
+# rows, blocks and parts, and pointers into index arrays. A kernel has those it names. Where a part
+# begins is not among them: that it is a multiple of 16 is what allows 16-byte loads.
+_COUNTS = ("M", "SPLITS", "PARTS", "O_BLOCKS", "N_BLOCKS", "K_BLOCKS", "R", "COUNT", "SIZE")
 _INDICES = ("ptr", "other", "order", "col", "col_row", "col_block", "rows")
 
 

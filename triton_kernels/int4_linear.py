@@ -89,11 +89,11 @@ def forward_config(rows: int, x: torch.dtype, group: int, adapter: bool) -> dict
         return dict(BN=64, BM=bm, BK=bk, SCALE_SUMS=True, num_warps=warps, num_stages=4)
     if wide:
         return dict(BN=64, BM=64, BK=32, SCALE_SUMS=False, num_warps=8, num_stages=2)
-    bn, bm = (128, 64) if x == torch.float16 or adapter else (128, 128)
     if x == torch.float16:
-        bn = 64 if adapter else bn
-        return dict(BN=bn, BM=bm, BK=min(group, 64), SCALE_SUMS=True, num_warps=8, num_stages=3)
-    return dict(BN=bn, BM=bm, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=4)
+        return dict(BN=128, BM=64, BK=min(group, 64), SCALE_SUMS=True, num_warps=8, num_stages=3)
+    if rows >= 512 and not adapter:  # twice the products for each weight that is scaled
+        return dict(BN=128, BM=256, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=3)
+    return dict(BN=128, BM=128, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=4)
 
 
 def dx_config(rows: int, grad: torch.dtype, group: int, adapter: bool) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def dx_config(rows: int, grad: torch.dtype, group: int, adapter: bool) -> dict[s
         return dict(BN=32 if wide else 64, BM=bm, BK=64, num_warps=4, num_stages=3)
     if wide:
         return dict(BN=32, BM=64, BK=64, num_warps=8 if adapter else 4, num_stages=2)
-    return dict(BN=64, BM=64 if adapter else 128, BK=128, num_warps=8, num_stages=4)
+    return dict(BN=64, BM=128, BK=128, num_warps=8, num_stages=4)
 
 
 def _parts(packed: torch.Tensor, f: Format) -> tuple[torch.Tensor, torch.Tensor]:

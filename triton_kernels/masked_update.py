@@ -45,7 +45,7 @@ def masked_step_kernel(
     KIND: tl.constexpr, P: tl.constexpr, W: tl.constexpr, INDEX: tl.constexpr,
     PACKED: tl.constexpr, ADAMW: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr,
     NESTEROV: tl.constexpr, DECAYS: tl.constexpr, SIGN: tl.constexpr, ALIGNED: tl.constexpr,
-    B: tl.constexpr, SIZE: tl.constexpr,
+    EVEN: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One part of one tensor: a block (KIND 0), 1024 listed entries (1), 1024 entries of a mask (2)
     or of a tensor without one (3).
@@ -58,6 +58,10 @@ def masked_step_kernel(
     second = _pointer(table, entry, 3, tl.float32, ALIGNED)
     ages = _pointer(table, entry, 4, tl.int32, False)
     count = tl.load(table + entry * 10 + 7)
+    columns = tl.load(table + entry * 10 + 8)
+    if EVEN:  # masks then cover whole vectors, and accesses are 16 bytes wide
+        count = tl.multiple_of(count, 16)
+        columns = tl.multiple_of(columns, 16)
     # 1, or 0 to leave everything as it is: in the masks, not in a branch; the host is never asked.
     live = entry * 0 + 1
     if found_inf is not None:
@@ -86,7 +90,7 @@ def masked_step_kernel(
                 blocks = _pointer(table, entry, 6, tl.int32, False)
                 n = tl.load(blocks + 2 * part) * B + i // B
                 k = tl.load(blocks + 2 * part + 1) * B + i % B
-                here = (n < count) & (k < tl.load(table + entry * 10 + 8))  # count: N
+                here = (n < count) & (k < columns)  # count: N
         elif KIND == 1:
             state_at = tl.cast(part, tl.int64) * SIZE + i
             here = state_at < count
@@ -134,8 +138,10 @@ def masked_step_kernel(
         tl.store(param + at, moved, mask=here)
         if KIND == 0:
             if W is not None:
-                weight = _pointer(table, entry, 5, W, False)
+                weight = _pointer(table, entry, 5, W, EVEN)
                 stride = tl.load(table + entry * 10 + 9)
+                if EVEN:
+                    stride = tl.multiple_of(stride, 16)
                 # Through P: what it rounded away must not come back in a wider weight.
                 value = moved.to(tl.float32)
                 tl.store(weight + n.to(tl.int64) * stride + k, rounded(value, W), mask=here)
@@ -317,6 +323,10 @@ def _aligned(row: list[int]) -> bool:
     return all(pointer % 16 == 0 for pointer in row[:4])
 
 
+def _even(row: list[int]) -> bool:
+    return row[5] % 16 == 0 and all(size % 16 == 0 for size in row[7:10])
+
+
 def step(
     kind: str,
     rule: tuple[list[float], dict[str, Any]],
@@ -384,6 +394,7 @@ def step(
                     P=TRITON_DTYPE[dtype], W=None if weight is None else TRITON_DTYPE[weight],
                     INDEX=tl.int64 if index == torch.int64 else tl.int32, PACKED=packed,
                     SIGN=-1.0 if maximize else 1.0, ALIGNED=all(map(_aligned, rows)),
+                    EVEN=all(map(_even, rows)),
                     B=block or 1, SIZE=min(CHUNK, block * block) if block else CHUNK,
                     num_warps=4, num_stages=1, enable_fp_fusion=False, **constants,
                 )  # fmt: skip
