@@ -58,6 +58,7 @@ def check(rows: list[dict]) -> None:
         main = row["name"].split("(")[0] not in ("int4_finish_kernel", "low_rank_down_kernel")
         if row["capability"] == 90 and main and row["label"].startswith(TILES):
             assert row["tensor_cores"] == "wgmma", where
+            assert row["wide_copies"] > 0, f"no 16-byte copies: {where}"
 
 
 def test_nothing_spills_and_everything_fits(kernels):
@@ -70,4 +71,4 @@ def test_the_report_covers_every_configuration(tmp_path):
     rows = json.loads(REPORT.read_text())["kernels"]
     check(rows)
     names = set(child("list", cache=tmp_path).splitlines())
-    assert names == {row["name"] for row in rows}
+    assert names == {f"{row['capability']} {row['name']}" for row in rows}

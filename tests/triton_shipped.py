@@ -12,6 +12,7 @@ and block edge in the types that most use.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CAPABILITIES = (80, 90)
 N = K = 1024  # divisible by all tiles, as the layers of real models are
 
 
@@ -152,38 +154,28 @@ def _masked_calls():
         yield dtype == F32, f"prox {dtype}", partial(k.prox_blocks, [v], [v], [torch.ones(4)])
 
 
-_found: list[tuple[bool, str, tuple]] = []
-
-
-def launches() -> list[tuple[bool, str, tuple]]:
+@functools.cache
+def launches(capability: int) -> list[tuple[bool, str, tuple]]:
     """(core, label, launch) of every distinct launch of all configurations."""
     from nibblock.triton_kernels import _ahead
 
-    if not _found:
-        seen = {}
-        for core, label, call in (
-            *_int4_calls(),
-            *_block_calls(),
-            *_score_calls(),
-            *_masked_calls(),
-        ):
-            for launch in _ahead.record(call):
-                source, options, _ = _ahead.source(launch)
-                key = (source.hash(), json.dumps(options, sort_keys=True))
-                if core or key not in seen:
-                    seen[key] = (core, label, launch)
-        _found.extend(seen.values())
-    return _found
+    seen = {}
+    for core, label, call in (*_int4_calls(), *_block_calls(), *_score_calls(), *_masked_calls()):
+        for launch in _ahead.record(call, capability):
+            source, options, _ = _ahead.source(launch)
+            key = (source.hash(), json.dumps(options, sort_keys=True))
+            if core or key not in seen:
+                seen[key] = (core, label, launch)
+    return list(seen.values())
 
 
 def _compile(at: int, capability: int) -> dict:
     from nibblock.triton_kernels import _ahead
 
-    _, label, launch = launches()[at]
+    _, label, launch = launches(capability)[at]
     start = time.perf_counter()
     done = _ahead.compile_launch(launch, capability)
-    facts = ("name", "capability", "registers", "stack", "shared", "tensor_cores",
-             "wide_copies")  # fmt: skip
+    facts = ("name", "capability", "registers", "stack", "shared", "tensor_cores", "wide_copies")
     seconds = round(time.perf_counter() - start, 2)
     return {"label": label, **{k: done[k] for k in facts}, "seconds": seconds}
 
@@ -191,8 +183,10 @@ def _compile(at: int, capability: int) -> dict:
 def compiled(every: bool, capabilities: list[int]):
     """One dict a kernel, in order, from two processes."""
     torch.set_num_threads(1)
-    wanted = [at for at, (core, _, _) in enumerate(launches()) if core or every]
-    jobs = [(at, capability) for capability in capabilities for at in wanted]
+    jobs = []
+    for capability in capabilities:
+        found = enumerate(launches(capability))
+        jobs += [(at, capability) for at, (core, _, _) in found if core or every]
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         yield from pool.map(_compile, *zip(*jobs))
 
@@ -201,13 +195,16 @@ def main() -> None:
     if sys.argv[1] == "list":
         from nibblock.triton_kernels import _ahead
 
-        print("\n".join(sorted({_ahead.source(launch)[2] for _, _, launch in launches()})))
+        for capability in CAPABILITIES:
+            for _, _, launch in launches(capability):
+                print(capability, _ahead.source(launch)[2])
         return
     if sys.argv[1] == "write":
         import triton
 
         rows = [
-            {k: v for k, v in row.items() if k != "seconds"} for row in compiled(True, [80, 90])
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in compiled(True, list(CAPABILITIES))
         ]
         out = Path(__file__).resolve().parent.parent / "bench/results/triton_compiled.json"
         out.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")

@@ -24,14 +24,16 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
-def record(call: Callable[[], Any]) -> list:
-    """(kernel, arguments, options) of every launch that `call` would make; nothing is launched."""
-    _common.RECORDS = []
+def record(call: Callable[[], Any], capability: int) -> list:
+    """(kernel, arguments, options) of every launch that `call` would make on a GPU of that compute
+    capability; nothing is launched.
+    """
+    _common.RECORDS, _common.TARGET = [], capability
     try:
         call()
         return _common.RECORDS
     finally:
-        _common.RECORDS = None
+        _common.RECORDS, _common.TARGET = None, 0
 
 
 def source(launch: tuple) -> tuple[ASTSource, dict[str, Any], str]:

@@ -106,6 +106,19 @@ def splits(tiles: int, steps: int, target: int = 264, least: int = 4) -> int:
     return max(1, min(target // tiles, steps // least, 64))
 
 
+TARGET = 0  # the compute capability that `_ahead` records for; 0: the device's own
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """80, 90, ...: what configurations are chosen for. The interpreter has those of 90."""
+    if TARGET:
+        return TARGET
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
 RECORDS: Optional[list] = None  # where launches go instead of a GPU while `_ahead` collects them
 
 

@@ -77,8 +77,12 @@ def arithmetic(x: torch.dtype, dx: bool) -> tuple[tl.dtype, str, bool]:
     return tl.float32, "tf32x3", False
 
 
-def forward_config(rows: int, x: torch.dtype, group: int, adapter: bool) -> dict[str, Any]:
-    """Tile, warps and stages of the forward kernels by shape class; none of them spills."""
+def forward_config(
+    capability: int, rows: int, x: torch.dtype, group: int, adapter: bool
+) -> dict[str, Any]:
+    """Tile, warps and stages of the forward kernels by compute capability and shape class; none of
+    them spills. mma.sync keeps operands in registers that wgmma reads from shared memory.
+    """
     wide = x == torch.float32
     if rows <= FEW_ROWS:
         bm = max(16, next_power_of_2(rows))
@@ -87,24 +91,33 @@ def forward_config(rows: int, x: torch.dtype, group: int, adapter: bool) -> dict
             return dict(BN=64, BM=bm, BK=32, SCALE_SUMS=False, num_warps=warps, num_stages=3)
         bk = min(group, 128)
         return dict(BN=64, BM=bm, BK=bk, SCALE_SUMS=True, num_warps=warps, num_stages=4)
+    tight = adapter and capability < 90
     if wide:
-        return dict(BN=64, BM=64, BK=32, SCALE_SUMS=False, num_warps=8, num_stages=2)
+        bm = 32 if tight else 64
+        return dict(BN=64, BM=bm, BK=32, SCALE_SUMS=False, num_warps=8, num_stages=2)
     if x == torch.float16:
-        return dict(BN=128, BM=64, BK=min(group, 64), SCALE_SUMS=True, num_warps=8, num_stages=3)
+        bm = 32 if tight else 64
+        return dict(BN=128, BM=bm, BK=min(group, 64), SCALE_SUMS=True, num_warps=8, num_stages=3)
     if rows >= 512 and not adapter:  # twice the products for each weight that is scaled
         return dict(BN=128, BM=256, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=3)
-    return dict(BN=128, BM=128, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=4)
+    bm = 64 if tight else 128
+    return dict(BN=128, BM=bm, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=4)
 
 
-def dx_config(rows: int, grad: torch.dtype, group: int, adapter: bool) -> dict[str, Any]:
+def dx_config(
+    capability: int, rows: int, grad: torch.dtype, group: int, adapter: bool
+) -> dict[str, Any]:
     """The same for dx: the outputs are k, the sum runs over n."""
     wide = grad != torch.bfloat16
     if rows <= FEW_ROWS:
         bm = max(16, next_power_of_2(rows))
         return dict(BN=32 if wide else 64, BM=bm, BK=64, num_warps=4, num_stages=3)
+    tight = adapter and capability < 90
     if wide:
-        return dict(BN=32, BM=64, BK=64, num_warps=8 if adapter else 4, num_stages=2)
-    return dict(BN=64, BM=128, BK=128, num_warps=8, num_stages=4)
+        warps = 8 if adapter else 4
+        return dict(BN=32, BM=32 if tight else 64, BK=64, num_warps=warps, num_stages=2)
+    bm = 64 if tight else 128
+    return dict(BN=64, BM=bm, BK=128, num_warps=8, num_stages=4)
 
 
 def _parts(packed: torch.Tensor, f: Format) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,7 +258,8 @@ def _launch(x, packed, bias, f: Format, adapter, dx, out) -> None:
     words, scales = _parts(packed, f)
     m = x.shape[0]
     dot, precision, _ = arithmetic(x.dtype, dx)
-    config = (dx_config if dx else forward_config)(m, x.dtype, f.group, adapter is not None)
+    chosen = dx_config if dx else forward_config
+    config = chosen(_common.capability(x), m, x.dtype, f.group, adapter is not None)
     bn, bm, bk = config["BN"], config["BM"], config["BK"]
     outputs, inner = (f.k, f.n) if dx else (f.n, f.k)
     step, tile = (bn, bk) if dx else (bk, bn)
