@@ -128,6 +128,18 @@ def test_explain_and_warmup(device):
     assert nb.warmup(layer, tokens=(1, 128), backward=True) == 1
 
 
+def test_opcheck(device):
+    layer = int4_layer(device)
+    x = torch.randn(3, 256, device=device, requires_grad=True)
+    arguments = (x, layer.packed, None, *layer._args)
+    torch.library.opcheck(torch.ops.nibblock.int4_linear.default, arguments)
+    layout = nb.ops.block_layout(torch.tensor([[0, 1], [1, 0]], device=device), 64, 64, 32)
+    values = torch.randn(2, 32, 32, device=device, requires_grad=True)
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    arguments = (x, values, layout, None, None, 64, 32)
+    torch.library.opcheck(torch.ops.nibblock.block_sparse_linear.default, arguments)
+
+
 def test_masked_optimizer_step_captures(device):
     values = torch.nn.Parameter(torch.randn(4, 32, 32, device=device))
     weight = torch.zeros(128, 128, device=device)
