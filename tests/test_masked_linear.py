@@ -108,10 +108,11 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("density", [0.02, 0.5])
 def test_no_dense_gradient_anywhere(density):
-    layer = masked(1536, 576, density, 32)
-    optimizer = torch.optim.SGD([layer.values], lr=0.1)
+    linear = linear_of(1536, 576)
     x = torch.randn(8, 576, requires_grad=True)
     with Largest() as largest:
+        layer = nb.MaskedLinear.from_linear(linear, density)
+        optimizer = torch.optim.SGD([layer.values], lr=0.1)
         for _ in range(2):
             layer(x).square().sum().backward()
             optimizer.step()
@@ -323,3 +324,15 @@ def test_compile(n, k, block, density):
     program = torch.export.export(layer.eval(), (torch.randn(3, k),))
     y = torch.randn(3, k)
     assert torch.equal(program.module()(y), layer(y))
+
+
+def test_compiled_steps_of_other_optimisers():
+    torch._dynamo.reset()
+    layer = masked()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.SGD([layer.values], lr=0.1)
+    step = torch.compile(lambda: optimizer.step(), backend="aot_eager")
+    for _ in range(2):
+        compiled(torch.ones(2, 100)).sum().backward()
+        step()
+        assert torch.equal(inside(layer, layer.values), held_inside(layer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 
@@ -64,7 +65,6 @@ def test_moves():
 
 def test_state_dict():
     layer, x = drift(masked()), torch.randn(3, 100)
-    layer(x)
     state = copy.deepcopy(layer.state_dict())
     assert list(state) == ["weight", "bias", "values", "blocks"]
     other = nb.MaskedLinear.from_linear(linear_of(seed=5), 0.1, 16)
@@ -111,6 +111,10 @@ def test_a_link_does_not_keep_the_layer():
     gc.collect()
     assert gone() is None
     assert values._masked_linear() is None
+    file = io.BytesIO()
+    torch.save([masked().values], file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)[0], values)
 
 
 # --- constructors and errors --------------------------------------------------------------------

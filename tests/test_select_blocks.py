@@ -249,6 +249,8 @@ def test_frozen_int4_models_are_scored():
         for name in one.scores:
             scale = two.scores[name].abs().max()
             assert (one.scores[name] - two.scores[name]).abs().max() <= 0.1 * scale
+    with pytest.raises(ValueError, match="config.block must be the selection's 16, got 32"):
+        nb.add_adapters(model, nb.AdapterConfig(block=32), blocks=one)
     report = nb.add_adapters(model, nb.AdapterConfig(block=16), blocks=one)
     assert len(report.replaced) == len(one)
     again = select(model, batches, mode="exact", method="movement")

@@ -1,10 +1,13 @@
-"""Small helpers of `MaskedLinear`: links that survive pickling, versions, places in block lists."""
+"""Small helpers of `MaskedLinear`: links, versions, other optimisers' steps, places in lists."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import torch
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Link(weakref.ref):
@@ -23,9 +26,36 @@ def dead_link() -> Link:
     return Link(_Nobody())
 
 
+# `torch.save` of a Parameter saves its attributes; `torch.load(weights_only=True)` asks for names.
+torch.serialization.add_safe_globals([dead_link])
+
+
 def version(tensor: torch.Tensor) -> int:
     """The version counter; inference tensors have none and cannot change."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+_followers: weakref.WeakSet = weakref.WeakSet()
+
+
+@_disable_dynamo  # a compiled step runs it too, as it is
+def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    if not getattr(optimizer, "_writes_through", False):
+        for module in list(_followers):
+            module.sync()
+
+
+@functools.cache
+def _register() -> None:
+    register_optimizer_step_post_hook(_after_any_step)
+
+
+def follow(module: torch.nn.Module) -> None:
+    """Lets `module.sync` run after every step of a foreign optimiser: compiled forwards cannot look
+    at version counters.
+    """
+    _followers.add(module)
+    _register()
 
 
 def places_in(blocks: torch.Tensor, among: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,11 @@
 
 For dS only the input columns that some listed block uses are needed. Where they are fewer than half
 of all, forward gathers them and lets go of x; the blocks are then numbered within the gathered
-columns. Half, because x itself costs nothing extra where a neighbour keeps it anyway: two layers
-that read one x and gather less than half of it each never keep more than x between them. The choice
-is made from the block list alone, so that a recomputed forward (checkpointing) keeps the same.
+columns. Gathering costs about 3 % of the layer's forward and backward (measured on SmolLM2's
+shapes, 512 tokens), so memory decides. Half: two layers that read one x and gather less than half
+of it each never keep more than x between them, and 2 % of SmolLM2's blocks, spread evenly, keep
+half of what all inputs would take. The choice is made from the block list alone, so that a
+recomputed forward (checkpointing) keeps the same.
 """
 
 from __future__ import annotations

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nibblock.nn._blocks import BlockValues
-from nibblock.nn._links import Link, places_in, version
+from nibblock.nn._links import Link, follow, places_in, version
 from nibblock.nn._masked_product import MaskedProduct, plan_columns
 from nibblock.nn.block_sparse_linear import BlockSparseLinear, check_input
 from nibblock.nn.int4_linear import Int4Linear
 from nibblock.ops import _block_checks, _checks
 from nibblock.sparse import _choose
-
-_alive: weakref.WeakSet[MaskedLinear] = weakref.WeakSet()
-
-
-def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    # Compiled forwards cannot look at version counters, so other optimisers' steps are followed
-    # here.
-    if not getattr(optimizer, "_writes_through", False):
-        for module in list(_alive):
-            module.sync()
-
-
-register_optimizer_step_post_hook(_after_any_step)
 
 
 class MaskedLinear(BlockValues, nn.Linear):
@@ -59,7 +44,9 @@ class MaskedLinear(BlockValues, nn.Linear):
     (`mark_synced`); after any other change of `values` (an optimiser of torch, `load_state_dict`,
     DistributedDataParallel's broadcast, arithmetic in place) the next forward copies them, which
     `values._version` tells. A compiled forward cannot look at versions: there, any
-    `torch.optim.Optimizer`'s step is followed by the copy; after other changes call `sync`.
+    `torch.optim.Optimizer`'s step is followed by the copy; after other changes call `sync`. Where
+    another tensor stands in for `values` during a call (`functional_call`, `fully_shard`), that
+    call works on a private copy of W.
 
     The state dict holds `weight`, `values`, `blocks` and `bias`. Loading other blocks than the
     module's replaces them; where a file has a weight but no values, those are read from it.
@@ -175,7 +162,7 @@ class MaskedLinear(BlockValues, nn.Linear):
         self.__dict__["_home"] = values
         values._masked_linear = Link(self)
         self._synced = version(values)
-        _alive.add(self)
+        follow(self)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)
@@ -185,9 +172,10 @@ class MaskedLinear(BlockValues, nn.Linear):
 
     def mark_synced(self) -> None:
         """Says that the weight holds `values`: for optimisers that wrote both."""
-        values = self._home
-        self._synced = values._version
-        if self._cast is not None:
+        own = self.__dict__  # nn.Module.__setattr__ would take ten times as long
+        values = own["_home"]
+        own["_synced"] = values._version
+        if own["_cast"] is not None:
             self._recast(values, 1)
 
     def sync(self) -> None:
@@ -358,6 +346,9 @@ class MaskedLinear(BlockValues, nn.Linear):
     def set_blocks(self, blocks: _choose.BlockChoice, dropped: str = "keep") -> torch.Tensor:
         """Trains other blocks from now on; the Parameter `values` stays the same object.
 
+        Not while a wrapper that has counted its numbers (DistributedDataParallel) is in use: wrap
+        anew.
+
         Args:
             blocks: as in the constructor.
             dropped: what becomes of blocks that are in the list no more: "keep" leaves their
@@ -447,6 +438,10 @@ class MaskedLinear(BlockValues, nn.Linear):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._adopt()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.sync()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -32,6 +32,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"{self._name}: max_norm must be above 0 or None, got {max_norm}")
         self.max_norm = max_norm
+        self.last_norm: Optional[torch.Tensor] = None
         self._masks: dict[torch.Tensor, _plan.Mask] = {}
         self._wanted = dict(_plan.check_masks(self._name, masks))
         self._batches: dict[int, Any] = {}
@@ -87,7 +88,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._batches.clear()
 
     def _prepare(self, parameter: torch.Tensor, mask: Any) -> Optional[_plan.Mask]:
-        _plan.check_parameter(self._name, parameter)
+        if parameter.requires_grad:  # what is frozen may come along, as with torch's optimisers
+            _plan.check_parameter(self._name, parameter)
         if _plan.masked_layer(parameter) is None:
             return _plan.make_mask(self._name, parameter, mask)
         if mask is not None:
@@ -180,22 +182,30 @@ class MaskedOptimizer(torch.optim.Optimizer):
             }  # fmt: skip
 
     def move_blocks(self, values: nn.Parameter, came_from: torch.Tensor) -> None:
-        """Lets the state of a `MaskedLinear` follow its `set_blocks`.
+        """Lets the state of `values` follow a change of their block list.
 
         Args:
-            values: the layer's Parameter.
+            values: the Parameter of a `MaskedLinear` after `set_blocks`, or of an adapter whose
+                blocks `nibblock.sparse` has changed (its state has no ages, but one count of
+                steps).
             came_from: int64 [Z], what `set_blocks` returned: blocks that stayed keep their state
                 and age; new ones (-1) start at age 0.
         """
         state = self.state.get(values)
         self._batches.clear()
+        entries = _plan.masked_layer(values) is None and values in self._masks
+        if entries:
+            self._masks[values] = _plan.make_mask(self._name, values, None)
         if not state:
             return
         stay = came_from >= 0
         for name, old in state.items():
-            new = old.new_zeros((len(came_from), *old.shape[1:]))
-            new[stay.to(old.device)] = old[came_from[stay].to(old.device)]
-            state[name] = new
+            if entries and name == "step":
+                continue
+            rows = old.view(-1, values.shape[1] * values.shape[2]) if entries else old
+            new = rows.new_zeros((len(came_from), *rows.shape[1:]))
+            new[stay.to(old.device)] = rows[came_from[stay].to(old.device)]
+            state[name] = new.view(-1) if entries else new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_masks": self._masks, "max_norm": self.max_norm}
@@ -203,6 +213,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_masks", {})
+        self.__dict__.setdefault("last_norm", None)
         self._wanted, self._batches = {}, {}
 
     # --- calls ----------------------------------------------------------------------------------
@@ -244,7 +255,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
             key = (mask.kind, 0, parameter.dtype, None, parameter.device)
         else:
             weight = layer._parameters["weight"]
-            key = ("block", layer.block, parameter.dtype, weight.dtype, parameter.device)
+            # The kernels write float32 and bfloat16 rows; other weights are left to `sync`.
+            direct = weight.dtype in _block_checks.VALUES and weight.stride(1) == 1
+            sort = weight.dtype if direct else None
+            key = ("block", layer.block, parameter.dtype, sort, parameter.device)
         batch = found.setdefault(key, _plan.Batch(key[0], key[1], states=[[] for _ in names]))
         batch.parameters.append(parameter)
         batch.clocks.append(state["step" if layer is None else "age"])
@@ -256,7 +270,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         else:
             batch.entries.append(layer._buffers["blocks"])
             batch.layers.append(layer)
-            if weight.dtype in _block_checks.VALUES:  # float16 is left to the next forward
+            if direct:
                 batch.weights.append(weight)
 
     @torch.no_grad()
@@ -283,7 +297,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for group, batch, grads in work:
             self._update(group, batch, grads, multiplier, found_inf)
             for layer in batch.layers:
-                layer.mark_synced() if batch.weights else layer.sync()
+                if batch.weights:
+                    layer.mark_synced()
+                else:
+                    layer.sync()
         return loss
 
     def _grad(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -299,7 +316,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         multiplier = None if scale is None else scale.to(torch.float32).reciprocal()
         if self.max_norm is not None:
-            norm = self._norm(work, multiplier)
+            self.last_norm = norm = self._norm(work, multiplier)
             clip = (self.max_norm / (norm + _TINY)).clamp(max=1.0)
             multiplier = clip if multiplier is None else multiplier * clip
         return multiplier, found_inf

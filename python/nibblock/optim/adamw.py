@@ -33,6 +33,8 @@ class MaskedAdamW(MaskedOptimizer):
         maximize: whether to ascend.
         masks: Parameter -> bool tensor of its shape, or int32 | int64 [nnz] sorted flat indices.
             A group of `add_param_group` may bring "masks" of its own.
+    Attributes:
+        last_norm: float32 scalar, the norm before clipping at the last step; None without max_norm.
     State (float32 whatever the Parameter's dtype, also after `load_state_dict`):
         exp_avg, exp_avg_sq: [Z, B, B], or [selected entries]; age: int32 [Z] of `values`; step:
         int32 [1] of others.

@@ -110,12 +110,15 @@ class StepCost:
         return 1.0 - self.above(level) / whole if whole > 0 else 0.0
 
 
-def with_overhead(model: CostModel, layers: list[LayerCost], forward: float) -> CostModel:
-    """The model with the overhead that a measured forward shows, kept within 1 and 4."""
-    linear = sum(model.product(l.rows, l.numbers) for l in layers)
-    if linear <= 0 or forward <= 0:
+def as_seen(model: CostModel, layers: list[LayerCost], forward: float, linears: float) -> CostModel:
+    """The constants that one forward shows: the rate of its linears, and what else it took.
+
+    Both come from the same seconds, so that a busy machine does not look like a slow model.
+    """
+    work = sum(2.0 * l.rows * l.numbers for l in layers)
+    if not 0 < linears <= forward or work <= 0:
         return model
-    return replace(model, overhead=min(4.0, max(1.0, forward / linear)))
+    return replace(model, flops=work / linears, overhead=min(4.0, forward / linears))
 
 
 def best_under_budget(

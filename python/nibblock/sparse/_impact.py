@@ -72,7 +72,7 @@ def select_blocks(
         method: "impact", "movement", "magnitude" or "random".
         where, skip: which linears are targets, as in `accelerate`. Left out as well, with the
             reason in `Selection.skipped`: linears that cannot be trained by blocks, and, unless
-            `where` is given, heads tied to an embedding.
+            `where` is given, weights tied to another module's, such as a head's.
         mode, samples: "sketch" estimates impact from `samples` random combinations of columns (1 to
             32), "exact" computes it; movement is always exact.
         shards: how many the batches are dealt to; at most one a batch is used.
@@ -165,8 +165,7 @@ class _Run:
         self.op, self.model, self.sites = op, model, sites
         self.block, self.method, self.samples, self.seed = block, method, samples, seed
         self.bytes = 0
-        self.forward_seconds = 0.0
-        self.scoring_seconds = 0.0
+        self.forward = (0.0, 0.0)  # seconds of the fastest, and its linears' share of them
         self._sums: dict[str, torch.Tensor] = {}
         self._calls = 0
 
@@ -192,14 +191,14 @@ class _Run:
                     taps.begin()
                     begun = time.perf_counter()
                     loss = self._loss(loss_fn, batch, i)
-                    self.forward_seconds += time.perf_counter() - begun
+                    took = (time.perf_counter() - begun, taps.linear_seconds)
+                    self.forward = min(took, self.forward) if i else took
                     self._backward(loss, taps, targets)
                     taps.finish()
                     bar.step()
             finished = True
         finally:
             bar.close(finished)
-        self.forward_seconds /= len(batches)
         for site in targets:
             for shard in sums:
                 if site.name not in shard:
@@ -240,7 +239,6 @@ class _Run:
             raise BackendUnavailable(
                 f"{self.op}: scoring needs the model on cpu, got {site.name} on {grad.device}"
             )
-        begun = time.perf_counter()
         sums = self._sums.get(site.name)
         if sums is None:
             sums = self._sums[site.name] = self._zeros(site)
@@ -255,7 +253,6 @@ class _Run:
             _ops.block_scores_(
                 sums, None, grad, x, block=self.block, sketch=self.samples, seed=seed
             )
-        self.scoring_seconds += time.perf_counter() - begun
 
     # --- without gradients -----------------------------------------------------------------------
 
@@ -265,7 +262,7 @@ class _Run:
         with undisturbed(self.model, self.seed), taps.open(), torch.no_grad():
             begun = time.perf_counter()
             loss_fn(self.model, batch)
-            self.forward_seconds = time.perf_counter() - begun
+            self.forward = (time.perf_counter() - begun, taps.linear_seconds)
 
     def score_weights(self, normalize):
         generator = torch.Generator().manual_seed(self.seed)
@@ -319,6 +316,25 @@ def _combine(means, names, robust, normalize, method) -> dict[str, torch.Tensor]
     return out
 
 
+def as_selection(
+    sites: list[Site], scores: dict[str, torch.Tensor], block: int, method: str, density: float
+) -> Selection:
+    """The best `density` of all blocks as a `Selection`, without a forward's account of time."""
+    targets = [site for site in sites if site.name in scores]
+    if not any(site.level >= 0 for site in sites):
+        for level, site in enumerate(sites):
+            site.level = level
+    flat = torch.cat([scores[site.name].flatten() for site in targets])
+    chosen = _best(flat, _choose.block_count(1, len(flat), density))
+    sizes = [scores[site.name].numel() for site in targets]
+    return _selection(sites, targets, scores, sizes, chosen, block, method, None)
+
+
+def _best(flat: torch.Tensor, count: int) -> torch.Tensor:
+    """The places of the largest scores, sorted; of equal scores the first."""
+    return torch.sort(flat, descending=True, stable=True).indices[:count].sort().values
+
+
 def _choose_blocks(op, model, sites, scores, block, method, density, budget, cost, run):
     """Compares the blocks of all layers and makes a `Selection` of the best."""
     seen = any(site.level >= 0 for site in sites)
@@ -337,13 +353,13 @@ def _choose_blocks(op, model, sites, scores, block, method, density, budget, cos
     sizes = [scores[s.name].numel() for s in targets]
     count = _choose.block_count(1, len(flat), density)
     step = None
-    if seen and (cost is not None or budget is not None or run.forward_seconds):
+    if seen and (cost is not None or budget is not None or run.forward[0] > 0):
         machine = cost
         if machine is None:
-            machine = _cost.with_overhead(_cost.CostModel.measure(), layers, run.forward_seconds)
+            machine = _cost.as_seen(_cost.CostModel.measure(), layers, *run.forward)
         step = _cost.StepCost(machine, layers, _parameters(model, sites), block)
     if budget is None:
-        chosen = torch.sort(flat, descending=True, stable=True).indices[:count].sort().values
+        chosen = _best(flat, count)
     else:
         repeats = torch.tensor(sizes)
         levels = torch.tensor([s.level for s in targets]).repeat_interleave(repeats)
@@ -358,10 +374,10 @@ def _choose_blocks(op, model, sites, scores, block, method, density, budget, cos
                 f"{op}: budget must be at least {least:.3g} of a full step for this model, got "
                 f"{budget}"
             )
-    return _selection(sites, targets, scores, sizes, chosen, block, method, step, seen)
+    return _selection(sites, targets, scores, sizes, chosen, block, method, step)
 
 
-def _selection(sites, targets, scores, sizes, chosen, block, method, step, seen) -> Selection:
+def _selection(sites, targets, scores, sizes, chosen, block, method, step) -> Selection:
     blocks, start = {}, 0
     for site, size in zip(targets, sizes):
         here = chosen[(chosen >= start) & (chosen < start + size)] - start

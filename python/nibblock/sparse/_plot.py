@@ -65,7 +65,8 @@ def plot(selection: Selection, path: Union[str, os.PathLike]) -> None:
     floor = np.quantile(positive, 0.01) if positive.size else 1.0
     logs = np.log10(np.where(np.isnan(scores), np.nan, np.maximum(scores, floor)))
     # No pyplot: it would start a GUI backend and keep the figure alive.
-    figure = Figure(figsize=(14, min(30.0, max(4.0, 0.02 * scores.shape[0]))), dpi=120)
+    figure = Figure(figsize=(14, min(16.0, max(4.0, 0.02 * scores.shape[0]))), dpi=150)
+    figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)
     for i, (values, title, colours) in enumerate(
         ((logs, f"log10 {selection.method} score", "viridis"), (choice, "selected", "binary"))
@@ -77,6 +78,6 @@ def plot(selection: Selection, path: Union[str, os.PathLike]) -> None:
         axes.set_xticks(left[:-1], columns, rotation=60, ha="right", fontsize=6)
         axes.set_yticks(top[:-1], rows, fontsize=6)
         if i == 0:
-            figure.colorbar(shown, ax=axes)
+            figure.colorbar(shown, ax=axes, fraction=0.03)
     figure.suptitle(selection._summary(), fontsize=8)
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path)

@@ -8,6 +8,7 @@ made to begin there. Works on any module tree whose linears are called as module
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import nn
 
 from nibblock import _accelerate as _tree
 from nibblock._config import Where
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
 from nibblock.ops import _block_checks
 
 
@@ -50,14 +51,6 @@ class Site:
         return _block_checks.grid(*self.shape, block)
 
 
-def masked_linear() -> tuple[type, ...]:
-    """`MaskedLinear` as a tuple for isinstance; it holds more than a weight and a bias."""
-    from nibblock import nn as layers
-
-    found = getattr(layers, "MaskedLinear", None)
-    return () if found is None else (found,)
-
-
 def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
     """Every linear of a model in the order of its tree; those that cannot or shall not be trained
     by blocks carry the reason."""
@@ -70,7 +63,7 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
             reason = "in skip"
         elif isinstance(module, BlockSparseLinear):
             reason = "block-sparse already"
-        elif isinstance(module, (AdapterLinear, *masked_linear())):
+        elif isinstance(module, (AdapterLinear, MaskedLinear)):
             reason = ""
         elif isinstance(module, Int4Linear):
             reason = _tree._unfit_parent(layer)
@@ -79,7 +72,7 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
         if not reason and not wanted(layer.name, module):
             reason = "not selected by where"
         if not reason and where is None:
-            reason = _tied_to_table(module, owners)
+            reason = _tied(module, owners)
         sites.append(Site(layer.name, module, reason))
     return sites
 
@@ -97,12 +90,13 @@ def _linears(model: nn.Module) -> list[_tree._Layer]:
     return list(layers.values())
 
 
-def _tied_to_table(module: nn.Module, owners) -> str:
-    """Training a head's blocks would change the embedding too: only by the caller's wish."""
+def _tied(module: nn.Module, owners) -> str:
+    """Training a tied weight's blocks would change the other module too: only by the caller's
+    wish."""
     base = module.base if isinstance(module, AdapterLinear) else module
     weight = base._parameters.get("packed" if isinstance(base, Int4Linear) else "weight")
     for name, other, _ in owners.get(id(weight), ()):
-        if isinstance(other, (nn.Embedding, Int4Embedding)):
+        if other is not base:
             return f"its weight is tied to {name}; name it in where to train it"
     return ""
 
@@ -121,6 +115,9 @@ class _Root(torch.autograd.Function):
 
 class Taps:
     """Hooks on the linears of a model while `open` is entered.
+
+    Attributes:
+        linear_seconds: what the linears' forwards took since `begin`.
 
     Args:
         op: whose errors these are.
@@ -146,6 +143,8 @@ class Taps:
         self._seen: set[int] = set()
         self._parts: dict[int, list] = {}
         self._level, self._last = -1, None
+        self._started: dict[int, float] = {}
+        self.linear_seconds = 0.0  # of this step's forward
         self._backward = False
 
     @contextmanager
@@ -153,10 +152,9 @@ class Taps:
         """Registers the hooks, and removes them whatever happens."""
         try:
             for index, site in enumerate(self._sites):
-                hook = self._hook(index, site)
-                self._handles.append(
-                    site.module.register_forward_hook(hook, with_kwargs=True, always_call=False)
-                )
+                start, end = self._start(index), self._hook(index, site)
+                self._handles.append(site.module.register_forward_pre_hook(start))
+                self._handles.append(site.module.register_forward_hook(end, with_kwargs=True))
             yield self
         finally:
             for handle in self._handles:
@@ -176,12 +174,19 @@ class Taps:
             self._receive(self._sites[index], torch.cat(grads), torch.cat(inputs))
         self._reset()
 
+    def _start(self, index: int):
+        def hook(module, args):
+            self._started[index] = time.perf_counter()
+
+        return hook
+
     def _hook(self, index: int, site: Site):
         def hook(module, args, kwargs, output):
             if self._backward and index in self._calls:
                 # A checkpoint computes its part again: seen already, but the graph must be the
                 # same.
                 return output if output.requires_grad else _Root.apply(output, self.anchor)
+            self.linear_seconds += time.perf_counter() - self._started[index]
             x = args[0] if args else next(iter(kwargs.values()))
             self._place(site, index, x)
             if site.reason or self._receive is None or not torch.is_grad_enabled():
@@ -236,7 +241,7 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             for parameter, asks in flags:
                 if asks:
                     parameter.requires_grad_(False)
