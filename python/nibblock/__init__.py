@@ -22,6 +22,7 @@ from nibblock._info import info
 from nibblock._select import explain
 from nibblock._sparse_update import sparse_update, trainable_parameters, unmask
 from nibblock._version import __version__
+from nibblock._warmup import warmup
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear, MaskedLinear
 from nibblock.sparse._impact import select_blocks
 from nibblock.sparse._selection import Selection
@@ -54,6 +55,7 @@ __all__ = [
     "sparse_update",
     "trainable_parameters",
     "unmask",
+    "warmup",
 ]
 
 

@@ -17,6 +17,7 @@ import torch
 
 from nibblock import _library, _native
 from nibblock._errors import BackendUnavailable
+from nibblock.ops import _triton
 
 __all__ = ["info", "self_test"]
 
@@ -87,7 +88,8 @@ def info(self_test: bool = False) -> dict[str, Any]:
     Returns:
         A dict with `versions`, `cpu` (model, features, isa, isa_max, why, threads), `kernels` (per
         table: id, isa, serves, available, reason), `build` (build_info.json and the module's own
-        facts), `optional` (package -> version or None) and, if asked for, `self_test`.
+        facts), `gpu_kernels` (as `kernels`, of Triton's rows, with their `state`), `optional`
+        (package -> version or None) and, if asked for, `self_test`.
     """
     features = dict(_native.cpu_features())
     level, highest = _native.cpu_isa(), _native.cpu_isa_max()
@@ -118,6 +120,7 @@ def info(self_test: bool = False) -> dict[str, Any]:
             "int4_block_sparse_linear_dx": _native.block_sparse_kernels("fused_dx"),
             **{name: _native.masked_update_kernels(which) for name, which in _MASKED.items()},
         },
+        "gpu_kernels": {op: _triton.rows(op) for op in _triton.OPS},
         "build": {**_library.build_info(), "native": _native.build_info()},
         "optional": {name: _version(name) for name in _OPTIONAL},
     }
@@ -208,6 +211,16 @@ def _text(facts: dict[str, Any]) -> str:
     lines += [f"optional  {', '.join(there) or 'none'}"]
     if absent:
         lines += [f"absent    {', '.join(absent)}"]
+    rows = [row for rows in facts["gpu_kernels"].values() for row in rows]
+    if rows[0]["available"]:
+        lines += ["", "kernels on the GPU"]
+        width = max(len(row["id"]) for row in rows)
+        for row in rows:
+            lines += [
+                f"  {row['id']:<{width}}  serves {row['serves']:<20}  {row['state']}".rstrip()
+            ]
+    else:
+        lines += ["", f"GPU       {len(rows)} kernels, none available: {rows[0]['reason']}"]
     for table, rows in facts["kernels"].items():
         width = max(len(row["id"]) for row in rows)
         lines += ["", f"kernels of {table}, in the order they are tried"]

@@ -1,5 +1,6 @@
 """One typed function per op: `nibblock.ops.int4_linear(...)` and its family."""
 
+from nibblock.ops import _triton, _triton_masked  # noqa: F401  (CUDA bodies; no Triton yet)
 from nibblock.ops.block_scores import block_scores, block_scores_
 from nibblock.ops.block_sparse_linear import (
     block_layout,

@@ -23,10 +23,11 @@ Tensors = Sequence[torch.Tensor]
 
 
 def _has_data(*tensors: torch.Tensor) -> bool:
-    """False under fake tensors and on the meta device."""
+    """False under fake tensors and on the meta device, and on a GPU, whose data would have to be
+    waited for."""
     fake = torch._subclasses.FakeTensor
     functional = torch._subclasses.functional_tensor.FunctionalTensor
-    return not any(t.is_meta or isinstance(t, (fake, functional)) for t in tensors)
+    return not any(t.is_meta or t.is_cuda or isinstance(t, (fake, functional)) for t in tensors)
 
 
 def _value(condition: bool, op: str, text: str) -> None:
