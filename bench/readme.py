@@ -84,13 +84,18 @@ def _newest(found: dict[str, dict[str, Any]], benchmark: str) -> tuple[str, dict
     runs = [(n, r) for n, r in found.items() if r.get("benchmark") == benchmark]
     if not runs:
         raise ValueError(f"bench/results: a run of {benchmark} must be there, got none")
-    return max(runs, key=lambda run: order.index(run[1]["environment"]["isa"]))
+    return max(runs, key=lambda run: order.index(_taken(run[1])["environment"]["isa"]))
+
+
+def _taken(run: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run that says where and under what load it was taken."""
+    return run if "environment" in run else run["steps"]
 
 
 def source(stem: str, run: dict[str, Any]) -> str:
     """One sentence: where the figures are from."""
-    env = run["environment"]
-    load = run["other_load"]
+    taken = _taken(run)
+    env, load = taken["environment"], taken["other_load"]
     busy = f"; other processes took {load * 100:.0f} % of it" if load >= 0.005 else ""
     return (
         f"[{stem}.json](bench/results/{stem}.json): {env['cpu']}, kernels of level `{env['isa']}`, "
@@ -194,10 +199,54 @@ def block_figures(found: dict[str, dict[str, Any]]) -> str:
     return source(stem, run) + " Speed over the better dense product.\n\n" + markdown(header, rows)
 
 
+def masked_figures(found: dict[str, dict[str, Any]]) -> str:
+    stem, run = _newest(found, "masked_update")
+    rows = []
+    for case in run["cases"]:
+        base = case["lines"]["torch AdamW fused"]
+        for name, line in case["lines"].items():
+            if not name.startswith(("torch AdamW fused", "nibblock block", "nibblock flat")):
+                if name != "nibblock dense":
+                    continue
+            cells = []
+            for cache in ("cold", "resident"):
+                ours, theirs = line[cache]["median_s"], base[cache]["median_s"]
+                cells += [seconds(ours), f"{theirs / ours:.2f}x"]
+            rows.append((case["list"], name, *cells))
+    header = ("20 M parameters", "", "cold", "over fused", "resident", "over fused")
+    return source(stem, run) + "\n\n" + markdown(header, rows)
+
+
+def finetune_figures(found: dict[str, dict[str, Any]]) -> str:
+    stem, run = _newest(found, "finetune")
+    steps = run["steps"]
+    base = steps["methods"]["full"]
+    rows = []
+    for name, line in steps["methods"].items():
+        rows.append(
+            (
+                name,
+                f"{line['trained'] / 1e6:.2f} M",
+                f"{line['median_s']:.2f} s",
+                f"{line['median_s'] / base['median_s']:.2f}x",
+                *(f"{line['phases'][p]:.2f} s" for p in ("forward", "backward", "optimizer")),
+                f"{line['state_bytes'] / 1e6:.0f} MB",
+                f"{line['peak_bytes'] / 1e9:.2f} GB",
+            )
+        )
+    header = (
+        *("method", "trained", "step", "of full", "forward", "backward", "optimizer"),
+        *("gradients and state", "peak, net of imports"),
+    )
+    return source(stem, run) + "\n\n" + markdown(header, rows)
+
+
 FIGURES: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "int4_linear": int4_figures,
     "model": model_figures,
     "block_sparse_linear": block_figures,
+    "masked_update": masked_figures,
+    "finetune": finetune_figures,
 }
 
 
