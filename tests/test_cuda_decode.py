@@ -246,9 +246,7 @@ def test_every_tail_of_k(library):
     for k in [*range(0, 20), *range(56, 74), *range(120, 137), 191, 192, 193, 255, 256, 257]:
         # Rows of x that are whole 16-byte units where K allows it, and odd rows.
         for x_pad in {0, -k % 8}:
-            check(
-                library, rng, 2, 18, k, next(groups), 4, True, "float16", "bfloat16", x_pad=x_pad
-            )
+            check(library, rng, 2, 18, k, next(groups), 4, True, "float16", "bfloat16", x_pad=x_pad)
 
 
 def test_every_tail_of_n(library):

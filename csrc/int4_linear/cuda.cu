@@ -198,6 +198,16 @@ Status int4_linear_cuda_run(const Int4CudaParams& p, Int4CudaPlan* plan, void* p
   return kOk;
 }
 
+bool int4_linear_cuda_capture(void* stream, unsigned long long* id, int* device_error) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  *id = 0;
+  const cudaError_t e = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, id);
+  if (e) (void)cudaGetLastError();
+  if (status != cudaStreamCaptureStatusActive) *id = 0;
+  *device_error = e;
+  return !e;
+}
+
 const char* int4_linear_cuda_error_text(int device_error) {
   return cudaGetErrorString(static_cast<cudaError_t>(device_error));
 }
@@ -227,3 +237,14 @@ bool int4_linear_cuda_facts(int index, Int4CudaKernelFacts* facts) {
 }
 
 }  // namespace nibblock
+
+// The rows for Python, which reads them without torch: false behind the last one.
+extern "C" NB_API bool nibblock_cuda_int4_row(int index, const char** id, const char** serves,
+                                              int* proven) {
+  const nibblock::Int4CudaTable t = nibblock::int4_linear_cuda_table();
+  if (index < 0 || index >= t.count) return false;
+  *id = t.rows[index].id;
+  *serves = t.rows[index].serves_text;
+  *proven = t.rows[index].proven;
+  return true;
+}

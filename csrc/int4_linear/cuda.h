@@ -56,6 +56,9 @@ NB_API Status int4_linear_cuda_plan(const Int4CudaParams& p, const char* forced_
 NB_API Status int4_linear_cuda_run(const Int4CudaParams& p, Int4CudaPlan* plan, void* partials,
                                    int32_t* counters, void* stream);
 
+// Which capture into a CUDA graph a stream takes part in; 0: none. False with *device_error.
+NB_API bool int4_linear_cuda_capture(void* stream, unsigned long long* id, int* device_error);
+
 // CUDA's words for a plan's device_error.
 NB_API const char* int4_linear_cuda_error_text(int device_error);
 

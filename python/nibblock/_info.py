@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nibblock import _library, _native
+from nibblock import _cuda, _library, _native
 from nibblock._errors import BackendUnavailable
 
 __all__ = ["info", "self_test"]
@@ -176,6 +176,16 @@ def self_test() -> list[dict[str, Any]]:
     return rows
 
 
+def _cuda_text(build: dict[str, Any]) -> str:
+    cuda = build.get("cuda")
+    if not cuda:
+        return f"C++ kernels not built: {build.get('cuda_left_out') or 'no build facts'}"
+    return (
+        f"C++ kernels by nvcc {cuda['nvcc']} for {', '.join(cuda['code'])}; {_cuda.UNPROVEN}, "
+        "taken only by name"
+    )
+
+
 def _text(facts: dict[str, Any]) -> str:
     cpu, build = facts["cpu"], facts["build"]
     lines = ["  ".join(f"{name} {version}" for name, version in facts["versions"].items()), ""]
@@ -187,7 +197,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"level     {cpu['isa']} ({cpu['why']})",
         f"built     against torch {build.get('torch_built_against')}, {build.get('compiler')}",
         f"libraries {' '.join(build.get('libraries', []))}",
-        "CUDA      not built: this version has no CUDA source",
+        f"CUDA      {_cuda_text(build)}",
     ]
     there = [f"{name} {version}" for name, version in facts["optional"].items() if version]
     absent = [name for name, version in facts["optional"].items() if not version]
