@@ -86,9 +86,9 @@ def kernels(folder: Path) -> list[dict]:
     return [k for log in sorted(folder.glob("*.log")) for k in SETUP.ptxas_facts(log.read_text())]
 
 
-def shape_of(kernel: str) -> tuple[int, int, int]:
-    """Token tiles, bits, affine of a decode kernel, from its mangled name."""
-    found = re.search(r"DecodeShapeILi(\d+)ELi(\d+)ELb([01])E", kernel)
+def shape_of(kernel: str) -> tuple[int, ...]:
+    """Token tiles, bits, affine, adapter of a decode kernel, from its mangled name."""
+    found = re.search(r"DecodeShapeILi(\d+)ELi(\d+)ELb([01])ELb([01])E", kernel)
     return tuple(map(int, found.groups()))
 
 
@@ -105,7 +105,8 @@ def test_registers_and_spills(compiled):
         kernel["shape"] = shape_of(kernel["kernel"])
     (compiled / "resources.json").write_text(json.dumps(facts, indent=1))
     assert {k["arch"] for k in facts} == {"sm_80", "sm_90a"}
-    assert len(facts) == 2 * 2 * 2 * 2 * 4  # architectures, types, bits, affine or not, tiles
+    # Two architectures, two types, affine or not: 4 tiles at 4 and 8 bits, 3 with an adapter.
+    assert len(facts) == 2 * 2 * 2 * (4 + 4 + 3)
     for kernel in facts:
         assert kernel["spills"] == 0, kernel
         assert kernel["stack"] == 0, kernel
@@ -128,11 +129,13 @@ def test_machine_code_is_what_the_source_asks_for(compiled, arch):
     target = compiled / "int4_linear-cuda_decode_bf16_4.cu.o"
     text = run(cuobjdump(), "-sass", "-arch", arch, target).stdout
     functions = re.split(r"\n\s*Function : ", text)[1:]
-    assert len(functions) == 8
+    assert len(functions) == 14
     for code in functions:
-        tiles, _, affine = shape_of(code)
+        tiles, _, affine, adapter = shape_of(code)
         # Four steps of 2 x 2 products for each 8 tokens, half as many again for the offsets.
-        assert len(re.findall(r"\bHMMA\.16816\.F32\.BF16", code)) == 4 * tiles * (4 + 2 * affine)
+        fewest = 4 * tiles * (4 + 2 * affine)
+        products = len(re.findall(r"\bHMMA\.16816\.F32\.BF16", code))
+        assert products > fewest if adapter else products == fewest
         assert len(re.findall(r"\bLDGSTS\.E\.BYPASS\.128", code)) >= 4
         assert len(re.findall(r"\bLDS\.128", code)) >= 4
         assert not re.findall(r"\b(LDL|STL|ATOMS|RED)\b", code)
@@ -221,7 +224,8 @@ def test_loads_and_refuses_without_a_gpu(library):
             print(name.value.decode(), "|", serves.value.decode(), "|", proven.value)
             i += 1
         try:
-            torch.ops.nibblock._int4_linear_cuda(torch.zeros(1, 8), torch.zeros(8), None, 0, "")
+            x, packed = torch.zeros(1, 8), torch.zeros(8)
+            torch.ops.nibblock._int4_linear_cuda(x, packed, None, 0, None, None, 32, "")
         except (NotImplementedError, RuntimeError) as error:
             print(type(error).__name__)
     """

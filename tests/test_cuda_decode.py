@@ -88,7 +88,7 @@ class Result:
 
 def launch(
     lib, weight: Weight, x, dtype, bias=None, bias_dtype="float32", nt=None, blocks=3, order=None,
-    x_pad=0, x_shift=0, y_pad=0,
+    x_pad=0, x_shift=0, y_pad=0, adapter=None,
 ) -> Result:  # fmt: skip
     m, k = x.shape
     n = weight.out_features
@@ -103,6 +103,11 @@ def launch(
     order = np.arange(blocks) if order is None else np.asarray(order)
     order = np.ascontiguousarray(order, np.int32)
     found = np.zeros(3, np.int64)
+    blocks_of = (None, 0, None, None, ctypes.c_int64(32))
+    if adapter is not None:
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (adapter.row_ptr, adapter.col)]
+        stored = ctypes.c_void_p(adapter.stored.ctypes.data)
+        blocks_of = (stored, TYPES[adapter.dtype], *pointers, ctypes.c_int64(adapter.edge))
     units = lib.cuda_decode_run(
         *map(ctypes.c_int64, (n, k, weight.group_size)),
         weight.bits,
@@ -121,10 +126,34 @@ def launch(
         blocks,
         ctypes.c_void_p(order.ctypes.data),
         ctypes.c_void_p(found.ctypes.data),
+        *blocks_of,
     )
     assert units > 0, "arrival counters were not left at zero"
     assert (y[:, n:] == 0x1234).all(), "wrote behind the end of a row"
     return Result(y[:, :n].copy(), units, *map(int, found))
+
+
+class Adapter:
+    """Random blocks; what lies outside [N, K] in ragged ones is NaN, which nobody may see."""
+
+    def __init__(self, rng, n, k, edge, density, dtype):
+        rows, columns = -(-n // edge), -(-k // edge)
+        mask = rng.random((rows, columns)) < density
+        mask[rows // 2, :] = True  # a full row, and the last column of some
+        blocks = np.argwhere(mask)
+        self.edge, self.dtype = edge, dtype
+        self.col = np.ascontiguousarray(blocks[:, 1], np.int32)
+        self.row_ptr = np.concatenate([[0], np.cumsum(mask.sum(1))]).astype(np.int32)
+        values = rng.normal(size=(len(blocks), edge, edge)).astype(np.float32) / 4
+        values = decode(encode(values, dtype), dtype)
+        full = np.zeros((rows * edge, columns * edge), np.float32)
+        for z, (i, j) in enumerate(blocks):
+            full[i * edge : (i + 1) * edge, j * edge : (j + 1) * edge] = values[z]
+            values[z, max(0, n - i * edge) :] = np.nan
+            values[z, :, max(0, k - j * edge) :] = np.nan
+        self.dense = full[:n, :k].astype(np.float64)
+        self.stored = aligned(values.shape, np.float32 if dtype == "float32" else np.uint16)
+        self.stored[:] = encode(values, dtype)
 
 
 def check(lib, rng, m, n, k, group, bits, affine, scale_dtype, dtype, bias_dtype=None, **more):
@@ -253,6 +282,34 @@ def test_every_tail_of_n(library):
     rng = np.random.default_rng(4)
     for n in [*range(1, 36), 63, 64, 65, 127, 128, 129, 130, 255, 257]:
         check(library, rng, 3, n, 72, 32, 4, False, "float16", "float16", "float32", y_pad=n % 4)
+
+
+@pytest.mark.parametrize("edge", [32, 64, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_adapter_rides_along(library, edge, dtype):
+    rng = np.random.default_rng(edge)
+    for (m, n, k), value_dtype, density, affine in zip(
+        [(1, 40, 200), (9, 150, 330), (17, 33, 129), (3, 130, 64), (40, 70, 257), (2, 5, 31)],
+        itertools.cycle(["float32", "bfloat16", "float16"]),
+        [0.3, 0.1, 1.0, 0.5, 0.05, 1.0],
+        itertools.cycle([False, True]),
+    ):
+        weight = random_weight(rng, n, k, 32, 4, affine, "float16")
+        adapter = Adapter(rng, n, k, edge, density, value_dtype)
+        x = decode(encode(rng.normal(size=(m, k)).astype(np.float32), dtype), dtype)
+        more = dict(adapter=adapter, nt=min(token_tiles(m), 4))
+        first = launch(library, weight, x, dtype, blocks=3, **more)
+        assert first.extra == 0
+        got = decode(first.y, dtype)
+        values = adapter.dense  # as the products see them: rounded to x's type
+        values = decode(encode(values.astype(np.float32), dtype), dtype).astype(np.float64)
+        want = int4_linear(x, weight) + x.astype(np.float64) @ values.T
+        size = np.abs(x.astype(np.float64)) @ (weight.magnitude() + np.abs(values)).T
+        bound = size * 2.0**-24 * (8 + k**0.5) + np.abs(want) * HALF_ULP[dtype] + 2.0**-24
+        assert (np.abs(got - want) <= bound).all(), (m, n, k, edge, value_dtype)
+        order = rng.permutation(3)
+        again = launch(library, weight, x, dtype, blocks=3, order=order, **more)
+        assert np.array_equal(first.y, again.y)
 
 
 def test_misaligned_x_and_views(library):

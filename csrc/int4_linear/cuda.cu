@@ -42,7 +42,7 @@ DecodeKernels kernels_of(int variant) {
 // write the same answers.
 struct Device {
   std::atomic<int> multiprocessors, capability, shared_limit;
-  std::atomic<int> blocks[kVariants][2][kTiles];  // of a kernel on one multiprocessor; -1: none
+  std::atomic<int> blocks[kVariants][2][2][kTiles];  // of a kernel on one multiprocessor; -1: none
 };
 Device devices[kDevices];
 
@@ -87,7 +87,10 @@ bool serves(const Int4CudaKernel& row, const Int4CudaParams& p) {
   const int64_t tokens = kTokens * row.token_tiles;
   return p.m >= 1 && p.m <= (row.token_tiles >= 4 ? kMaxRowsOfX : tokens) && p.w.n >= 1 &&
          p.xtype != Dtype::kF32 && fits_int32(p.w.n) && fits_int32(p.w.k) &&
-         reinterpret_cast<uintptr_t>(p.packed) % 16 == 0;
+         reinterpret_cast<uintptr_t>(p.packed) % 16 == 0 &&
+         (!p.values || (p.w.bits == 4 && row.token_tiles <= 4 &&
+                        (p.block == 32 || p.block == 64 || p.block == 128) &&
+                        reinterpret_cast<uintptr_t>(p.values) % 16 == 0));
 }
 
 int variant_of(const Int4CudaParams& p) {
@@ -127,15 +130,15 @@ Status int4_linear_cuda_plan(const Int4CudaParams& p, const char* forced_id, Int
     if (!serves(row, p)) continue;
     // 32 rows at a time fill the tensor cores' columns better than 64 up to there; beyond, 64 reads
     // the weights half as often.
-    if (!forced_id && row.token_tiles == 4 && p.m > 32 &&
-        d.shared_limit >= all.row[p.w.affine != 0][3].shared_bytes) {
+    if (!forced_id && row.token_tiles == 4 && p.m > 32 && !p.values &&
+        d.shared_limit >= all.row[0][p.w.affine != 0][3].shared_bytes) {
       continue;
     }
     const int tile = tile_index(row.token_tiles);
-    const DecodeKernel& k = all.row[p.w.affine != 0][tile];
+    const DecodeKernel& k = all.row[p.values != nullptr][p.w.affine != 0][tile];
     if (k.shared_bytes > d.shared_limit) continue;
     int blocks = 0;
-    e = resident_blocks(k, d.blocks[variant][p.w.affine != 0][tile], &blocks);
+    e = resident_blocks(k, d.blocks[variant][p.values != nullptr][p.w.affine != 0][tile], &blocks);
     if (e) {
       plan->device_error = e;
       return kDeviceError;
@@ -160,7 +163,8 @@ Status int4_linear_cuda_run(const Int4CudaParams& p, Int4CudaPlan* plan, void* p
                             int32_t* counters, void* stream) {
   const Int4Geometry g = int4_geometry(p.w);
   const DecodeKernels all = kernels_of(variant_of(p));
-  const DecodeKernel& k = all.row[p.w.affine != 0][tile_index(plan->kernel->token_tiles)];
+  const DecodeKernel& k =
+      all.row[p.values != nullptr][p.w.affine != 0][tile_index(plan->kernel->token_tiles)];
   DecodeParams q = {};
   q.packed = p.packed;
   q.x = static_cast<const uint16_t*>(p.x);
@@ -186,6 +190,11 @@ Status int4_linear_cuda_run(const Int4CudaParams& p, Int4CudaPlan* plan, void* p
   q.x_aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.x_stride % 8 == 0 || p.m == 1);
   q.y_aligned = reinterpret_cast<uintptr_t>(p.y) % 8 == 0 && (p.y_stride % 4 == 0 || p.m == 1);
   q.schedule = plan->schedule;
+  q.values = p.values;
+  q.row_ptr = p.row_ptr;
+  q.col = p.col;
+  q.block_shift = p.block == 128 ? 7 : p.block == 64 ? 6 : 5;
+  q.value_type = static_cast<int32_t>(p.value_type);
   void* arguments[] = {&q};
   const cudaError_t e =
       cudaLaunchKernel(k.function, dim3(q.schedule.blocks), dim3(k.threads), arguments,
@@ -213,20 +222,23 @@ const char* int4_linear_cuda_error_text(int device_error) {
 }
 
 bool int4_linear_cuda_facts(int index, Int4CudaKernelFacts* facts) {
-  if (index < 0 || index >= kVariants * 2 * kTiles) return false;
-  const int variant = index / (2 * kTiles), affine = index / kTiles % 2, tile = index % kTiles;
+  if (index < 0 || index >= kVariants * 4 * kTiles) return false;
+  const int variant = index / (4 * kTiles), adapter = index / (2 * kTiles) % 2;
+  const int affine = index / kTiles % 2, tile = index % kTiles;
   const DecodeKernels all = kernels_of(variant);
-  const DecodeKernel& k = all.row[affine][tile];
+  const DecodeKernel& k = all.row[adapter][affine][tile];
+  if (!k.function) return false;
   cudaFuncAttributes a = {};
   int blocks = 0, device = 0;
   if (cudaGetDevice(&device) || device >= kDevices || cudaFuncGetAttributes(&a, k.function) ||
-      resident_blocks(k, devices[device].blocks[variant][affine][tile], &blocks)) {
+      resident_blocks(k, devices[device].blocks[variant][adapter][affine][tile], &blocks)) {
     (void)cudaGetLastError();
     return false;
   }
   *facts = {variant < 2 ? "bfloat16" : "float16",
             variant % 2 ? 8 : 4,
             affine,
+            adapter,
             kTokenTiles[tile],
             a.numRegs,
             static_cast<int>(a.localSizeBytes),

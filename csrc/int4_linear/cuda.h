@@ -20,6 +20,12 @@ struct Int4CudaParams {
   Dtype xtype;
   const void* bias;  // [n] bias_type, or null
   Dtype bias_type;
+  // A block-sparse adapter that is added (codes of 4 bits, blocks of 32, 64 or 128), or null.
+  const void* values;      // [Z, block, block] value_type, begins at a multiple of 16
+  const int32_t* row_ptr;  // on the device, as block_sparse_linear.h has them
+  const int32_t* col;
+  int64_t block;
+  Dtype value_type;
 };
 
 // A row of the table: which kernel for how many rows of x. `proven` says that it has run on a GPU
@@ -63,10 +69,11 @@ NB_API bool int4_linear_cuda_capture(void* stream, unsigned long long* id, int* 
 NB_API const char* int4_linear_cuda_error_text(int device_error);
 
 // Registers, shared memory and blocks on one multiprocessor of each kernel on the current device:
-// what a report prints. index 0 .. 31; false beyond.
+// what a report prints. False where index names no kernel (it counts to 63, with gaps).
 struct Int4CudaKernelFacts {
   const char* type;
-  int bits, affine, token_tiles, registers, local_bytes, shared_bytes, threads, blocks_per_sm;
+  int bits, affine, adapter, token_tiles, registers, local_bytes, shared_bytes, threads,
+      blocks_per_sm;
 };
 NB_API bool int4_linear_cuda_facts(int index, Int4CudaKernelFacts* facts);
 

@@ -28,6 +28,12 @@
 // to arrive, in the order of k, whoever that is: no atomics in sums, and the same bits on every run
 // of one device.
 //
+// A block-sparse adapter (blocks of 32, 64 or 128) rides along: a block row covers the warp's 32
+// rows, and a block's 32 columns of one step are the k of that step. Its values, row-major, give a
+// lane 8 consecutive k of its 4 rows, which is the fragment that the codes give after conversion;
+// the x they meet is in shared memory already. So an adapter costs the bytes of its values and
+// neither reads x nor writes y again.
+//
 // Sources: fragment layout of mma.m16n8k16 and cp.async as in NVIDIA's PTX ISA manual; the stream-K
 // decomposition of Osama et al., arXiv 2301.03598; weights as the 16-row operand and deep
 // asynchronous loads as in Frantar et al., arXiv 2408.11743; the magic-number conversion of Kim et
@@ -57,12 +63,14 @@ constexpr int kLaneBytes = 16;    // bytes of one copy
 constexpr int kTokens = 8;        // tokens of one m16n8k16
 constexpr int kMaxRowsOfX = 128;  // beyond, other kernels serve
 
-// What the compiler knows of one kernel: nt token tiles of 8, warps of a block, stages in flight.
-template <int kNt, int kBits, bool kAffine>
+// What the compiler knows of one kernel: nt token tiles of 8, warps of a block, stages in flight,
+// whether a block-sparse adapter is added.
+template <int kNt, int kBits, bool kAffine, bool kAdapter = false>
 struct DecodeShape {
   static constexpr int nt = kNt;
   static constexpr int bits = kBits;
   static constexpr bool affine = kAffine;
+  static constexpr bool adapter = kAdapter;
   static constexpr int halves = kBits / 4;  // 16-byte copies of a lane for each step
   // Many tokens read many x bytes for each weight byte: more rows then share one copy of x.
   static constexpr int warps = kNt <= 2 ? 4 : 8;

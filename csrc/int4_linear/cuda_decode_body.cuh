@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/cuda_common.cuh"
+#include "cuda_codes.cuh"
 #include "cuda_decode.h"
 
 namespace nibblock {
@@ -23,49 +24,20 @@ struct DecodeParams {
   int32_t x_aligned;   // x and its row stride are multiples of 16 bytes
   int32_t y_aligned;   // y and its row stride are multiples of 8 bytes
   Schedule schedule;
+  // The adapter's blocks, sorted by block row, then column block (block_sparse_linear.h). Kernels
+  // without an adapter do not look at these.
+  const void* values;      // [Z, B, B] value_type, multiple of 16
+  const int32_t* row_ptr;  // [ceil(n / B) + 1]
+  const int32_t* col;      // [Z]
+  int32_t block_shift;     // log2 B: 5, 6 or 7
+  int32_t value_type;      // 0 float32, 1 bfloat16, 2 float16
 };
 
-// Codes of a lane's row, 8 k, as four pairs of consecutive k, centred: code - 8 or code - 128. Every
-// value is a small integer, so the conversion is exact: a code is put into the low mantissa bits
-// of a power of two, which is then subtracted, before any scale is applied.
-template <class T, int kBits>
-NB_DEVICE void pairs(uint32_t w0, uint32_t w1, uint32_t (&out)[4]) {
-  constexpr uint32_t kOne = T::kOnes;
-  if constexpr (kBits == 4 && T::kIsBF16) {
-    // 128 + code, then - 136
-    for (int p = 0; p < 4; ++p) {
-      out[p] = fma_pair<T>(((w0 >> (4 * p)) & 0x000f000fu) | 0x43004300u, kOne, 0xc308c308u);
-    }
-  } else if constexpr (kBits == 4) {
-    // 1024 + code, then - 1032; a high nibble stands as 1024 + 16 code: / 16, then - 72
-    for (int p = 0; p < 4; p += 2) {
-      const uint32_t w = w0 >> (4 * p);
-      out[p] = fma_pair<T>((w & 0x000f000fu) | 0x64006400u, kOne, 0xe408e408u);
-      out[p + 1] = fma_pair<T>((w & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
-    }
-  } else {
-    for (int p = 0; p < 4; ++p) {
-      const uint32_t w = ((p & 1) ? w1 : w0) >> (p >= 2 ? 8 : 0);
-      if constexpr (T::kIsBF16) {
-        // Seven mantissa bits hold the low seven bits of a code; the eighth chooses what is
-        // subtracted from 128 + low: 256 below 128, 128 from there on.
-        const uint32_t low = (w & 0x007f007fu) | 0x43004300u;
-        out[p] = fma_pair<T>((w & 0x00800080u) ^ 0x43804380u, 0xbf80bf80u, low);
-      } else {
-        out[p] = fma_pair<T>((w & 0x00ff00ffu) | 0x64006400u, kOne, 0xe480e480u);  // - 1152
-      }
-    }
-  }
-}
-
-// Four scales or offsets as float32.
-NB_DEVICE Floats4 load_scales(const uint8_t* shared, bool wide) {
-  if (wide) return load_shared<Floats4>(shared);
-  const uint64_t v = load_shared<uint64_t>(shared);
-  Floats4 out;
-  for (int i = 0; i < 4; ++i) out.f[i] = widen<Float16>(static_cast<uint16_t>(v >> (16 * i)));
-  return out;
-}
+// The adapter's blocks that a warp has not met yet: the first of them, the end of its block row,
+// and the stage and the step where it begins.
+struct Blocks {
+  int32_t z, end, chunk, step;
+};
 
 // Where a block stands in its share of the units.
 struct Cursor {
@@ -157,10 +129,119 @@ struct Decode {
     store_shared(place, v);
   }
 
+  NB_DEVICE void look(Blocks& b) const {
+    const int k = b.z < b.end ? load_global(p.col + b.z) << p.block_shift : -1;
+    b.chunk = k < 0 ? -1 : k / kStageK;
+    b.step = (k % kStageK) / kStepK;
+  }
+
+  // The first block of the warp's rows that lies in this stage or behind it.
+  NB_DEVICE void seek(Blocks& b, const Cursor& c) const {
+    const int row = (c.tile / p.schedule.token_tiles * Shape::warps + warp) * kWarpRows;
+    b = {0, 0, -1, 0};
+    if (row >= p.n) return;
+    const int32_t* const ends = p.row_ptr + (row >> p.block_shift);
+    b.end = load_global(ends + 1);
+    const int first = (c.chunk * kStageK) >> p.block_shift;
+    int low = load_global(ends), high = b.end;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (load_global(p.col + middle) < first) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    b.z = low;
+    look(b);
+  }
+
+  // 8 k of the lane's four rows of block z, columns 32 part + 8t on; zeros behind the last k of x.
+  NB_DEVICE void load_values(int z, int part, int k0, int row, Words4 (&v)[4]) const {
+    const int edge = 1 << p.block_shift;
+    const int left = p.k - k0 - 8 * at.t;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = (row & (edge - 1)) + lane_row(at.g) + i;
+      const int64_t from = (static_cast<int64_t>(z) * edge + r) * edge + kStepK * part + 8 * at.t;
+      if (p.value_type == 0) {
+        const Floats4* const f =
+            reinterpret_cast<const Floats4*>(static_cast<const float*>(p.values) + from);
+        const Floats4 low = load_global(f), high = load_global(f + 1);
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          v[i].w[w] = round_to<T>(low.f[2 * w]) |
+                      static_cast<uint32_t>(round_to<T>(low.f[2 * w + 1])) << 16;
+          v[i].w[2 + w] = round_to<T>(high.f[2 * w]) |
+                          static_cast<uint32_t>(round_to<T>(high.f[2 * w + 1])) << 16;
+        }
+      } else {
+        v[i] = load_global(
+            reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(p.values) + from));
+        if ((p.value_type == 1) != T::kIsBF16) {
+#pragma unroll
+          for (int w = 0; w < 4; ++w) v[i].w[w] = other_pair(v[i].w[w]);
+        }
+      }
+      if (left < 8) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          if (2 * w + 1 >= left) v[i].w[w] &= 2 * w >= left ? 0u : 0xffffu;
+        }
+      }
+    }
+  }
+
+  // A pair of the other 16-bit type.
+  static NB_DEVICE uint32_t other_pair(uint32_t w) {
+    const uint16_t low = static_cast<uint16_t>(w), high = static_cast<uint16_t>(w >> 16);
+    const float a = T::kIsBF16 ? widen<Float16>(low) : widen<BFloat16>(low);
+    const float b = T::kIsBF16 ? widen<Float16>(high) : widen<BFloat16>(high);
+    return round_to<T>(a) | static_cast<uint32_t>(round_to<T>(b)) << 16;
+  }
+
+  // Products of the adapter's blocks in this stage. v holds the first one's values already: they
+  // were asked for before the codes were multiplied.
+  NB_DEVICE void adapt(const uint8_t* base, const Cursor& c, int row, Blocks& b, Words4 (&v)[4],
+                       float (&sums)[2][kNt][4]) const {
+    bool first = true;
+    while (b.chunk == c.chunk) {
+      for (int part = 0; part << 5 < 1 << p.block_shift; ++part) {
+        const int step = b.step + part;
+        if (!first) load_values(b.z, part, c.chunk * kStageK + step * kStepK, row, v);
+        first = false;
+#pragma unroll
+        for (int j = 0; j < kNt; ++j) {
+          const Words4 x = load_shared<Words4>(base + Shape::x_at +
+                                               x_place(kTokens * j + at.g, 4 * step + at.t));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+              const uint32_t a[4] = {v[2 * u].w[2 * i], v[2 * u + 1].w[2 * i],
+                                     v[2 * u].w[2 * i + 1], v[2 * u + 1].w[2 * i + 1]};
+              multiply_add_tile<T>(sums[u][j], a, x.w[2 * i], x.w[2 * i + 1]);
+            }
+          }
+        }
+      }
+      ++b.z;
+      look(b);
+    }
+  }
+
   // sums[u][j][..] belong to rows 4 (g % 4) + 2u (first two) and + 1 (last two), tokens 8j + 2t and
   // + 1.
-  NB_DEVICE void compute(int stage, float (&sums)[2][kNt][4]) const {
+  NB_DEVICE void compute(int stage, const Cursor& c, Blocks& blocks,
+                         float (&sums)[2][kNt][4]) const {
     const uint8_t* const base = shared + stage * Shape::stage_bytes;
+    const int row = (c.tile / p.schedule.token_tiles * Shape::warps + warp) * kWarpRows;
+    Words4 values[4];
+    if constexpr (Shape::adapter) {
+      if (blocks.chunk == c.chunk) {
+        load_values(blocks.z, 0, c.chunk * kStageK + blocks.step * kStepK, row, values);
+      }
+    }
     float part[2][kNt][4] = {};
     float x_sums[kNt][4] = {};  // only if affine
     const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
@@ -196,6 +277,9 @@ struct Decode {
         }
       }
       if (step_ends_group(p.shift, step)) scale(base, step, part, x_sums, sums);
+    }
+    if constexpr (Shape::adapter) {
+      adapt(base, c, row, blocks, values, sums);
     }
   }
 
@@ -341,6 +425,7 @@ struct Decode {
       commit_copies();
     }
     float sums[2][kNt][4] = {};
+    Blocks blocks = {0, 0, -1, 0};
     int stage = 0, free_stage = Shape::stages - 1;
     for (int i = 0; i < count; ++i) {
       wait_copies<Shape::stages - 2>();
@@ -350,7 +435,10 @@ struct Decode {
         advance(next, chunks);
       }
       commit_copies();
-      compute(stage, sums);
+      if constexpr (Shape::adapter) {
+        if (i == 0 || now.chunk == 0) seek(blocks, now);
+      }
+      compute(stage, now, blocks, sums);
       if (now.chunk == chunks - 1 || i == count - 1) {
         finish(now.tile, sums);
 #pragma unroll

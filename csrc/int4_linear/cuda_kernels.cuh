@@ -15,9 +15,10 @@ struct DecodeKernel {
   int shared_bytes, threads, rows, tokens, slot_floats;
 };
 
-// [affine][index into kTokenTiles]
+// [adapter][affine][index into kTokenTiles]. Adapters ride on 4 bits and up to 32 rows of x at a
+// time: beyond, registers run out. What does not exist has no function.
 struct DecodeKernels {
-  DecodeKernel row[2][4];
+  DecodeKernel row[2][2][4];
 };
 
 DecodeKernels decode_kernels_bf16_4();
@@ -52,16 +53,24 @@ DecodeKernel decode_kernel() {
           Shape::slot_floats};
 }
 
+template <class T, int kBits, bool kAffine, bool kAdapter>
+void fill(DecodeKernel (&row)[4]) {
+  row[0] = decode_kernel<T, DecodeShape<1, kBits, kAffine, kAdapter>>();
+  row[1] = decode_kernel<T, DecodeShape<2, kBits, kAffine, kAdapter>>();
+  row[2] = decode_kernel<T, DecodeShape<4, kBits, kAffine, kAdapter>>();
+  if constexpr (!kAdapter) row[3] = decode_kernel<T, DecodeShape<8, kBits, kAffine>>();
+}
+
 template <class T, int kBits>
 DecodeKernels decode_kernels() {
-  return {{{decode_kernel<T, DecodeShape<1, kBits, false>>(),
-            decode_kernel<T, DecodeShape<2, kBits, false>>(),
-            decode_kernel<T, DecodeShape<4, kBits, false>>(),
-            decode_kernel<T, DecodeShape<8, kBits, false>>()},
-           {decode_kernel<T, DecodeShape<1, kBits, true>>(),
-            decode_kernel<T, DecodeShape<2, kBits, true>>(),
-            decode_kernel<T, DecodeShape<4, kBits, true>>(),
-            decode_kernel<T, DecodeShape<8, kBits, true>>()}}};
+  DecodeKernels k = {};
+  fill<T, kBits, false, false>(k.row[0][0]);
+  fill<T, kBits, true, false>(k.row[0][1]);
+  if constexpr (kBits == 4) {
+    fill<T, kBits, false, true>(k.row[1][0]);
+    fill<T, kBits, true, true>(k.row[1][1]);
+  }
+  return k;
 }
 
 }  // namespace cuda

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../block_sparse_linear/block_sparse_linear.h"
 #include "../glue/cuda.h"
 #include "../glue/int4.h"
 #include "cuda.h"
@@ -37,7 +38,8 @@ void check_status(Status s, const Int4CudaParams& p, const Int4CudaPlan& plan,
 }
 
 Tensor int4_linear_cuda_op(const Tensor& x, Tensor packed, const std::optional<Tensor>& bias,
-                           int64_t format, const std::string& kernel) {
+                           int64_t format, std::optional<Tensor> values,
+                           std::optional<Tensor> layout, int64_t block, const std::string& kernel) {
   Int4CudaParams p = {};
   STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x must have at least 1 dimension, got a scalar");
   p.xtype = check_float(kOp, "x", x.scalar_type());
@@ -63,6 +65,39 @@ Tensor int4_linear_cuda_op(const Tensor& x, Tensor packed, const std::optional<T
     p.bias = keep_bias.const_data_ptr();
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
+  STD_TORCH_CHECK(values.has_value() == layout.has_value(), kOp,
+                  ": values and layout must come together, got one of them");
+  // An adapter without blocks has no values to point at, and adds nothing.
+  if (values && values->numel() > 0) {
+    p.value_type = check_float(kOp, "values", values->scalar_type());
+    check_cuda(kOp, "values", *values);
+    same_device("values", *values);
+    check_cuda(kOp, "layout", *layout);
+    same_device("layout", *layout);
+    STD_TORCH_CHECK(block == 32 || block == 64 || block == 128, kOp,
+                    ": block must be 32, 64 or 128 on a GPU, got ", block);
+    const int64_t z = values->dim() == 3 ? values->size(0) : -1;
+    STD_TORCH_CHECK(z >= 0 && values->size(1) == block && values->size(2) == block, kOp,
+                    ": values must be [Z, ", block, ", ", block, "], got ", shape_text(*values));
+    const int64_t size = block_layout_size(p.w.n, p.w.k, block, z);
+    STD_TORCH_CHECK(layout->scalar_type() == ScalarType::Int && layout->dim() == 1 &&
+                        layout->numel() == size,
+                    kOp, ": layout must be int32 [", size, "], got ", shape_text(*layout),
+                    "; build it with block_layout()");
+    STD_TORCH_CHECK(p.w.bits == 4, kOp, ": bits must be 4 beside an adapter, got ", p.w.bits);
+    if (!layout->is_contiguous()) layout = torch::stable::contiguous(*layout);
+    if (!values->is_contiguous()) values = torch::stable::contiguous(*values);
+    if (reinterpret_cast<uintptr_t>(values->const_data_ptr()) % 16 != 0) {
+      values = torch::stable::clone(*values);
+    }
+    // What the layout holds is on the device: it was checked where it was built.
+    const BlockLayout s =
+        block_layout(static_cast<const int32_t*>(layout->const_data_ptr()), p.w.n, p.w.k, block, z);
+    p.values = values->const_data_ptr();
+    p.row_ptr = s.row_ptr;
+    p.col = s.col;
+    p.block = block;
+  }
   // A blob is 64-byte aligned where this package makes it; a view into another buffer may not be.
   if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 != 0) {
     packed = torch::stable::clone(packed);
@@ -104,8 +139,8 @@ Tensor int4_linear_cuda_op(const Tensor& x, Tensor packed, const std::optional<T
 }  // namespace nibblock
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nibblock, m) {
-  m.def("_int4_linear_cuda(Tensor x, Tensor packed, Tensor? bias, int format, str kernel) -> "
-        "Tensor");
+  m.def("_int4_linear_cuda(Tensor x, Tensor packed, Tensor? bias, int format, Tensor? values, "
+        "Tensor? layout, int block, str kernel) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nibblock, CUDA, m) {

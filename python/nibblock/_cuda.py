@@ -50,7 +50,7 @@ def _register_fake() -> None:
     from nibblock.ops import _checks
 
     @torch.library.register_fake("nibblock::_int4_linear_cuda")
-    def fake(x, packed, bias, format, kernel):
+    def fake(x, packed, bias, format, values, layout, block, kernel):
         arguments = _checks.decode_format(format)
         _checks.check_linear("int4_linear", x, packed, bias, *arguments)
         return x.new_empty((*x.shape[:-1], arguments[0]))
@@ -86,11 +86,16 @@ def int4_linear(
     bits: int,
     affine: bool,
     scale_dtype: torch.dtype,
+    values: Optional[torch.Tensor] = None,
+    layout: Optional[torch.Tensor] = None,
+    block: int = 32,
     kernel: str = "",
 ) -> torch.Tensor:
-    """`nibblock.ops.int4_linear`'s forward on a CUDA C++ kernel, forced.
+    """`nibblock.ops.int4_linear`'s forward on a CUDA C++ kernel, forced; with values also that of
+    `int4_block_sparse_linear`, in the same launch.
 
-    Formula: y[m, n] = sum_k x[m, k] * (scale[n, g(k)] * code[n, k] + offset[n, g(k)]) + bias[n].
+    Formula: y[m, n] = sum_k x[m, k] * (scale[n, g(k)] * code[n, k] + offset[n, g(k)] + S[n, k])
+        + bias[n].
 
     Args:
         x: [..., K] bfloat16 | float16 on a CUDA device, any strides, 1 to 128 rows.
@@ -98,6 +103,9 @@ def int4_linear(
         bias: [N] float32 | bfloat16 | float16, or None.
         out_features: N. group_size: 32, 64, 128, 256 or -1. bits: 4 or 8. affine: offsets are
             stored. scale_dtype: float16 | float32.
+        values: S's blocks [Z, block, block] float32 | bfloat16 | float16, rounded to x's dtype in
+            the product; bits must be 4. layout: int32, from `block_layout`, on the device; its
+            content is not looked at. block: 32, 64 or 128.
         kernel: a row's id, e.g. "int4_linear.cuda.sm80.m8"; "" is the first row that serves.
     Returns:
         [..., N], x's dtype and device.
@@ -118,4 +126,6 @@ def int4_linear(
     from nibblock.ops import _checks
 
     code = _checks.format_code(out_features, group_size, bits, affine, scale_dtype, "bf16")
-    return torch.ops.nibblock._int4_linear_cuda(x, packed, bias, code, kernel)
+    return torch.ops.nibblock._int4_linear_cuda(
+        x, packed, bias, code, values, layout, block, kernel
+    )

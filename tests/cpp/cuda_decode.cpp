@@ -11,14 +11,15 @@ namespace {
 
 struct Call {
   DecodeParams p;
-  const int32_t* order;  // in which blocks run
-  int poison;            // a block whose partial sums are dropped; -1: none
+  const int32_t* order;  // in which `asked` blocks run; those that found no unit are left out
+  int asked;
 };
 
 template <class T, class Shape>
 void run(const Call& call) {
-  for (int i = 0; i < call.p.schedule.blocks; ++i) {
+  for (int i = 0; i < call.asked; ++i) {
     const int block = call.order[i];
+    if (block >= call.p.schedule.blocks) continue;
     emulation::run_block(Shape::threads, Shape::shared_bytes, [&](int thread) {
       decode_body<T, Shape>(call.p, emulation::machine().shared, block, thread, once_policy());
     });
@@ -27,6 +28,13 @@ void run(const Call& call) {
 
 template <class T, int kNt>
 void run_format(const Call& call, int bits, bool affine) {
+  if constexpr (kNt <= 4) {
+    if (call.p.values) {
+      affine ? run<T, DecodeShape<kNt, 4, true, true>>(call)
+             : run<T, DecodeShape<kNt, 4, false, true>>(call);
+      return;
+    }
+  }
   if (bits == 4) {
     affine ? run<T, DecodeShape<kNt, 4, true>>(call) : run<T, DecodeShape<kNt, 4, false>>(call);
   } else {
@@ -58,12 +66,15 @@ EXPORT int64_t cuda_decode_run(int64_t n, int64_t k, int64_t group, int bits, in
                                int scale_type, const uint8_t* packed, int64_t m, const uint16_t* x,
                                int64_t x_stride, uint16_t* y, int64_t y_stride, int type,
                                const void* bias, int bias_type, int nt, int blocks,
-                               const int32_t* order, int64_t* found) {
+                               const int32_t* order, int64_t* found, const void* values,
+                               int value_type, const int32_t* row_ptr, const int32_t* col,
+                               int64_t edge) {
   const Int4Format f = {n, k, group, bits, affine, static_cast<Dtype>(scale_type)};
   const Int4Geometry g = int4_geometry(f);
   const int rows = kWarpRows * (nt <= 2 ? 4 : 8);
   Call call = {};
   call.order = order;
+  call.asked = blocks;
   DecodeParams& p = call.p;
   p.packed = packed;
   p.x = x;
@@ -85,6 +96,11 @@ EXPORT int64_t cuda_decode_run(int64_t n, int64_t k, int64_t group, int bits, in
   p.wide_scale = f.scale_type == Dtype::kF32;
   p.x_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0;
   p.y_aligned = reinterpret_cast<uintptr_t>(y) % 8 == 0 && y_stride % 4 == 0;
+  p.values = values;
+  p.value_type = value_type;
+  p.row_ptr = row_ptr;
+  p.col = col;
+  p.block_shift = edge == 128 ? 7 : edge == 64 ? 6 : 5;
   Schedule& s = p.schedule;
   s.chunks = static_cast<int32_t>(k > 0 ? ceil_div(g.k_pad, kStageK) : 1);
   s.token_tiles = static_cast<int32_t>(ceil_div(m, kTokens * nt));
@@ -101,6 +117,12 @@ EXPORT int64_t cuda_decode_run(int64_t n, int64_t k, int64_t group, int bits, in
   allow(packed, g.bytes);
   allow(x, ((m - 1) * x_stride + k) * 2);
   for (int64_t i = 0; i < m; ++i) allow(y + i * y_stride, 2 * n);
+  if (values) {
+    const int64_t rows_of_blocks = ceil_div(n, edge), count = row_ptr[rows_of_blocks];
+    allow(values, count * edge * edge * dtype_size(static_cast<Dtype>(value_type)));
+    allow(row_ptr, 4 * (rows_of_blocks + 1));
+    allow(col, 4 * count);
+  }
   if (bias) allow(bias, n * (bias_type == 0 ? 4 : 2));
   allow(counters.data(), 4 * s.tiles);
   allow(partials.data(), 16 * static_cast<int64_t>(partials.size()));
