@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +232,37 @@ def test_schedule_gives_every_unit_to_one_block(library):
                 slot for (a, b), pair in zip(who, slots) if a != b for slot in pair
             ]  # fmt: skip
             assert len(set(used)) == len(used)
+
+
+MISUSES = [
+    "global address outside",
+    "misaligned source",
+    "copy into it is unfinished",
+    "another thread wrote",
+    "a thread ended while others wait|a barrier without a thread",
+    "another thread read",
+    "before it was written",
+    "outside shared memory",
+    "packed fma that rounds",
+    "misaligned global load",
+]
+
+
+@pytest.mark.parametrize("which", range(len(MISUSES)), ids=[m.split("|")[0] for m in MISUSES])
+def test_model_stops_at_misuse(library, which):
+    code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).cuda_misuse(int(sys.argv[2]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, library._name, str(which)], capture_output=True, text=True
+    )
+    assert done.returncode < 0
+    assert re.search(MISUSES[which], done.stderr), done.stderr
+
+
+def test_model_counts_bank_conflicts(library):
+    """32 lanes 128 bytes apart: 31 wavefronts too many for each of two warps; the loads before,
+    16 bytes apart, meet every fourth bank: 3 too many."""
+    library.cuda_misuse.restype = ctypes.c_int64
+    assert library.cuda_misuse(len(MISUSES)) == 2 * (31 + 3)
 
 
 # --- the whole kernel ----------------------------------------------------------------------------

@@ -189,3 +189,34 @@ EXPORT int cuda_shared_bytes(int nt, int bits, int affine) {
           DecodeShape<8, 8, true>());
   return bytes;
 }
+
+// Misuses, one each, that the model must answer by aborting (run in a child process). Returns the
+// extra wavefronts of a block that does nothing wrong but meets one bank with every lane.
+EXPORT int64_t cuda_misuse(int which) {
+  alignas(16) static uint8_t global[64 * 16];
+  emulation::machine().ranges.clear();
+  allow(global, sizeof(global));
+  emulation::machine().extra_wavefronts = 0;
+  emulation::run_block(64, 8192, [&](int thread) {
+    uint8_t* const shared = emulation::machine().shared;
+    uint8_t* const own = shared + 16 * thread;
+    const uint8_t* const from = global + 16 * thread + (which == 0 ? 16 : 0);
+    copy_async_16(own, from + (which == 1 ? 8 : 0), which == 1 ? 8 : 16);
+    commit_copies();
+    if (which != 2) wait_copies<0>();
+    if (which == 3 && thread % 2) load_shared<uint32_t>(shared + 16 * (thread ^ 1));
+    if (which == 4 && thread == 5) return;
+    sync_block();
+    load_shared<uint32_t>(shared + 16 * (thread ^ 1));
+    if (which == 5 && thread % 2) store_shared<uint32_t>(own, 1);
+    sync_block();
+    if (which == 6) load_shared<uint32_t>(shared + 4096);
+    if (which == 7) store_shared<uint32_t>(shared + 8192, 1);
+    if (which == 8) fma_pair<BFloat16>(0x3f803f80u, 0x3f803f80u, 0x3b803b80u);  // 1 + 2^-8
+    if (which == 9) load_global(reinterpret_cast<const uint16_t*>(global + 1));
+    store_shared<uint32_t>(shared + 128 * (thread & 31) + 64 * (thread >> 5), 1);
+    sync_block();
+    load_shared<uint32_t>(shared + 128 * (thread & 31) + 64 * (thread >> 5));
+  });
+  return emulation::machine().extra_wavefronts;
+}
