@@ -29,7 +29,7 @@ from reference import (
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
-    *("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 ]
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
