@@ -4,6 +4,8 @@
 #   make test     set up, build, lint, and run every test
 #   make build    (re)build the libraries        make bench    measure int4_linear
 #   make lint     ruff, clang-format             make format   rewrite with both
+#   make gpu-check  on a machine with an NVIDIA GPU and a CUDA torch in PYTHON; no network, no .venv
+#                   PART=tests, or a part of `python -m nibblock bench gpu`; OUT=folder of results
 #
 # PYTHON=python3.12 picks another interpreter (3.11 or newer for the pinned versions);
 # PIP_FLAGS is passed to pip (for a mirror, or an index that has the CPU build of torch).
@@ -17,7 +19,7 @@ STAMPS := $(VENV)/.stamps
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := python tests bench triton_kernels setup.py
 
-.PHONY: demo test build lint format bench clean
+.PHONY: demo test build lint format bench gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/build
@@ -42,6 +44,20 @@ format: $(STAMPS)/dev
 
 bench: $(STAMPS)/dev $(STAMPS)/build
 	$(PY) -m nibblock bench int4_linear
+
+# Builds against the torch that is there: the CPU libraries hold the schemas, Triton does the rest.
+# One part after the other, so that a failure names its part; the figures are kept as they come.
+PART ?= all
+OUT ?= bench/results
+gpu-check:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pip install -qq --no-build-isolation --no-deps -e .
+	mkdir -p $(OUT)
+	$(if $(filter all tests,$(PART)),\
+	  $(PYTHON) -m pytest -q -m gpu tests/test_triton_gpu.py)
+	$(if $(filter-out tests,$(PART)),\
+	  $(PYTHON) -m nibblock bench gpu --json $(OUT)/gpu-$(PART).json \
+	  $(if $(filter-out all,$(PART)),--part $(PART)))
 
 clean:
 	rm -rf build dist *.egg-info python/nibblock/*.so python/nibblock/build_info.json $(STAMPS)/build

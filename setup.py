@@ -48,7 +48,8 @@ PACKAGE_DIR = {
     "nibblock.bench": "bench",
 }
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# Kernels never throw, and a clean-up table would bring a weak symbol with it.
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-fno-exceptions"]
 # g++ 12 warns of its own _mm512_undefined_*() inside avx512fintrin.h.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *QUIET]
@@ -64,8 +65,11 @@ ISA_FLAGS = {
 # Bindings do no arithmetic, and pybind11 takes twice as long to compile at -O3.
 BINDINGS = {
     f"native/{name}.cpp"
-    for name in ("block_select", "block_sparse", "linear", "module", "native", "quantize")
-}
+    for name in (
+        "block_scores", "block_select", "block_sparse", "linear", "masked_update", "module",
+        "native", "quantize",
+    )
+}  # fmt: skip
 # Contraction off everywhere: whether a * b + c rounds once is decided in the source, not by -O3.
 COMMON_FLAGS = [
     "-std=c++17", "-O3", "-march=x86-64-v2", "-ffp-contract=off", "-DNDEBUG", "-fPIC", "-pthread",

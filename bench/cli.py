@@ -8,6 +8,10 @@ import sys
 BENCHMARKS = {
     "int4_linear": ("int4_report", "one layer: ours, dense torch, other int4 libraries, ceilings"),
     "block_sparse_linear": ("block_report", "block-sparse products over density, adapters"),
+    "masked_update": ("masked_report", "optimiser steps: dense, blocks, scattered entries"),
+    "gpu": ("gpu_suite", "every Triton kernel beside cuBLAS; needs an NVIDIA GPU"),
+    "readme": ("readme", "no measurement: writes the results into README.md"),
+    "finetune": ("finetune_suite", "fine-tuning: time to quality, memory, files, which blocks"),
     "model": ("model_suite", "SmolLM2-135M: decode, prefill, perplexity, bytes"),
 }
 

@@ -21,5 +21,16 @@ STABLE_TORCH_LIBRARY(nibblock, m) {
   m.def("_add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("_rotate_(Tensor(a!) y, Tensor cos, Tensor sin, int heads) -> ()");
   m.def("_silu_mul(Tensor y, int width, int start) -> Tensor");
+  m.def("block_scores_(Tensor(a!) scores, Tensor(b!)? movement, Tensor grad, Tensor x, Tensor? weight, int block, int sketch, int seed) -> ()");
+  m.def("masked_adamw_block_(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] ages, Tensor(e!)[] weights, Tensor[] blocks, int block, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
+  m.def("masked_adamw_flat_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
+  m.def("masked_adamw_bool_(Tensor(a!)[] params, Tensor[] grads, Tensor[] masks, Tensor[] offsets, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
+  m.def("masked_sgd_block_(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] ages, Tensor(d!)[] weights, Tensor[] blocks, int block, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
+  m.def("masked_sgd_flat_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] momenta, Tensor(c!)[] steps, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
+  m.def("masked_sgd_bool_(Tensor(a!)[] params, Tensor[] grads, Tensor[] masks, Tensor[] offsets, Tensor(b!)[] momenta, Tensor(c!)[] steps, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
+  m.def("masked_grad_bool_(Tensor(a!)[] grads, Tensor[] masks, Tensor? multiplier, float max_norm) -> Tensor");
+  m.def("masked_grad_block_(Tensor(a!)[] grads, Tensor[] blocks, int block, Tensor? multiplier, float max_norm) -> Tensor");
+  m.def("grad_norm(Tensor[] grads, Tensor? multiplier) -> Tensor");
+  m.def("prox_blocks_(Tensor(a!)[] values, Tensor[] origins, Tensor[] thresholds) -> Tensor");
   // clang-format on
 }

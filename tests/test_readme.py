@@ -38,3 +38,11 @@ def test_readme_blocks_run(tmp_path):
 def test_readme_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#\s]+)\)", (ROOT / "README.md").read_text()):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_figures_are_those_of_the_results():
+    """No figure without its file: python -m nibblock bench readme writes them."""
+    from nibblock.bench import readme
+
+    for path, text in readme.documents().items():
+        assert path.read_text() == text, path.name

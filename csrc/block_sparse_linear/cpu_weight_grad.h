@@ -25,18 +25,19 @@ constexpr int64_t kShortList = 1 << 16;  // gradient elements up to which tokens
 constexpr int64_t kPartRows = 512;
 constexpr int64_t kMostParts = 16;
 
-template <class O, int B, int R>
+// out[R][C vectors] += g^T x: rows of g are GW apart, rows of x and out XW.
+template <class O, int GW, int XW, int R>
 static __attribute__((noinline)) void grad_tile(const float* g, const float* x, int64_t rows,
                                                 float* out) {
   using F = typename O::F;
-  constexpr int C = Shape<O, B>::kCols;
+  constexpr int C = Shape<O, XW>::kCols;
   F sum[R][C];
   NB_UNROLL
   for (int r = 0; r < R; ++r) {
     NB_UNROLL
-    for (int c = 0; c < C; ++c) sum[r][c] = O::loadf(out + r * B + c * O::kLanes);
+    for (int c = 0; c < C; ++c) sum[r][c] = O::loadf(out + r * XW + c * O::kLanes);
   }
-  for (int64_t m = 0; m < rows; ++m, g += B, x += B) {
+  for (int64_t m = 0; m < rows; ++m, g += GW, x += XW) {
     F xv[C];
     NB_UNROLL
     for (int c = 0; c < C; ++c) xv[c] = O::loadf(x + c * O::kLanes);
@@ -50,32 +51,33 @@ static __attribute__((noinline)) void grad_tile(const float* g, const float* x, 
   NB_UNROLL
   for (int r = 0; r < R; ++r) {
     NB_UNROLL
-    for (int c = 0; c < C; ++c) O::storef(out + r * B + c * O::kLanes, sum[r][c]);
+    for (int c = 0; c < C; ++c) O::storef(out + r * XW + c * O::kLanes, sum[r][c]);
   }
 }
 
-// B rows of a block in tiles of the full height and one of what is left (which the template knows).
-template <class O, int B>
+// out[GW][XW] += g[rows][GW]^T x[rows][XW]: GW rows in tiles of the full height and one of what is
+// left (which the template knows).
+template <class O, int GW, int XW>
 static void grad_block(const float* g, const float* x, int64_t rows, float* out) {
-  using S = Shape<O, B>;
-  constexpr int64_t kPiece = kPieceFloats / B;
-  constexpr int kTiles = (B + S::kRows - 1) / S::kRows;
-  constexpr int kHigh = (B + kTiles - 1) / kTiles, kHighs = B - kTiles * (kHigh - 1);
+  using S = Shape<O, XW>;
+  constexpr int64_t kPiece = kPieceFloats / (GW > XW ? GW : XW);
+  constexpr int kTiles = (GW + S::kRows - 1) / S::kRows;
+  constexpr int kHigh = (GW + kTiles - 1) / kTiles, kHighs = GW - kTiles * (kHigh - 1);
   for (int64_t m = 0; m < rows; m += kPiece) {
     const int64_t count = min64(kPiece, rows - m);
-    for (int k = 0; k < B; k += S::kWidth) {
-      const float* gm = g + m * B;
-      const float* xm = x + m * B + k;
+    for (int k = 0; k < XW; k += S::kWidth) {
+      const float* gm = g + m * GW;
+      const float* xm = x + m * XW + k;
       float* o = out + k;
       for (int i = 0; i < kTiles; ++i) {
         const int height = i < kHighs ? kHigh : kHigh - 1;
         if (i < kHighs) {
-          grad_tile<O, B, kHigh>(gm, xm, count, o);
+          grad_tile<O, GW, XW, kHigh>(gm, xm, count, o);
         } else {
-          grad_tile<O, B, kHigh - 1 ? kHigh - 1 : 1>(gm, xm, count, o);
+          grad_tile<O, GW, XW, kHigh - 1 ? kHigh - 1 : 1>(gm, xm, count, o);
         }
         gm += height;
-        o += height * B;
+        o += height * XW;
       }
     }
   }
@@ -172,8 +174,8 @@ static Status weight_grad_of(const BlockWeightGradParams& p) {
         int64_t m0;
         const int64_t count = span(part, &m0);
         const float* at = memory + part * packed;
-        grad_block<O, B>(at + row * tokens * B, at + (rows + p.s.col[z]) * tokens * B, count,
-                         sums + part * size + z * B * B);
+        grad_block<O, B, B>(at + row * tokens * B, at + (rows + p.s.col[z]) * tokens * B, count,
+                            sums + part * size + z * B * B);
       }
     };
     parallel_for(parallel, parts * Z, multiply);

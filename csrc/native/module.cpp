@@ -73,6 +73,8 @@ PYBIND11_MODULE(_native, m) {
   nibblock::native::bind_int4_linear(m);
   nibblock::native::bind_block_sparse(m);
   nibblock::native::bind_block_select(m);
+  nibblock::native::bind_block_scores(m);
+  nibblock::native::bind_masked_update(m);
   nibblock::native::bind_quantize(m);
   nibblock::native::bind_ceilings(m);
 }

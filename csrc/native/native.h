@@ -74,6 +74,8 @@ void bind_features(py::module_& m);
 void bind_int4_linear(py::module_& m);
 void bind_block_sparse(py::module_& m);
 void bind_block_select(py::module_& m);
+void bind_block_scores(py::module_& m);
+void bind_masked_update(py::module_& m);
 void bind_quantize(py::module_& m);
 void bind_ceilings(py::module_& m);
 

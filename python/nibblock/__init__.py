@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from nibblock import nn, ops
+from nibblock import nn, ops, optim, sparse
 from nibblock._accelerate import accelerate
 from nibblock._adapters import activate_adapter, add_adapters
 from nibblock._config import AdapterConfig, BlockSparseConfig, Int4Config
@@ -20,8 +20,12 @@ from nibblock._errors import BackendUnavailable
 from nibblock._files import load, save
 from nibblock._info import info
 from nibblock._select import explain
+from nibblock._sparse_update import sparse_update, trainable_parameters, unmask
 from nibblock._version import __version__
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear
+from nibblock._warmup import warmup
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear, MaskedLinear
+from nibblock.sparse._impact import select_blocks
+from nibblock.sparse._selection import Selection
 
 __all__ = [
     "AdapterConfig",
@@ -32,6 +36,8 @@ __all__ = [
     "Int4Config",
     "Int4Embedding",
     "Int4Linear",
+    "MaskedLinear",
+    "Selection",
     "__version__",
     "accelerate",
     "activate_adapter",
@@ -42,7 +48,14 @@ __all__ = [
     "load_gguf",
     "nn",
     "ops",
+    "optim",
     "save",
+    "select_blocks",
+    "sparse",
+    "sparse_update",
+    "trainable_parameters",
+    "unmask",
+    "warmup",
 ]
 
 

@@ -12,13 +12,14 @@ COMMANDS = {
     "info": ("nibblock._info", "versions, CPU, kernels and a self-test"),
     "demo": ("nibblock._demo", "a real model, dense beside nibblock"),
     "bench": ("nibblock.bench.cli", "measure an operator or a model beside its baselines"),
+    "finetune": ("nibblock._finetune.cli", "train a model's most important blocks, with baselines"),
     "convert": ("nibblock._convert", "a GGUF file or transformers folder to safetensors"),
 }
 
 
 def usage() -> str:
     lines = ["usage: python -m nibblock COMMAND [options]   (COMMAND --help lists them)", ""]
-    return "\n".join(lines + [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()])
+    return "\n".join(lines + [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()])
 
 
 def main(argv: list[str]) -> int:

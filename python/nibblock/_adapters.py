@@ -30,7 +30,8 @@ def add_adapters(
             `AdapterLinear` for a single one.
         config: `AdapterConfig()` when None.
         blocks: layer name -> int [Z, 2] (or bool mask), for example a selection by impact; layers
-            that it does not name get no adapter. None: `config.density` of every layer's blocks.
+            that it does not name get no adapter; a `Selection` must have config's block edge. None:
+            `config.density` of every layer's blocks.
     Returns:
         A `Report`: a row for every linear, with the reason for each one that got no adapter. Those
         are: linears whose class has a forward, parameters or parametrisations of its own;
@@ -59,6 +60,12 @@ def add_adapters(
         )
     if blocks is not None and not isinstance(blocks, Mapping):
         raise TypeError(f"{op}: blocks must map layer names, got {type(blocks).__name__}")
+    edge = getattr(blocks, "block", config.block)
+    if edge != config.block:
+        raise ValueError(
+            f"{op}: config.block must be the selection's {edge}, got {config.block}; pass "
+            f"AdapterConfig(block={edge})"
+        )
     layers = _find(model)
     _decide(layers, config, blocks)
     report = Report(model_bytes_before=_tree.model_bytes(model))

@@ -17,7 +17,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from nibblock import _adapter_files
+from nibblock import _adapter_files, _sparse_files
 from nibblock.nn import BlockSparseLinear, Int4Embedding, Int4Linear
 from nibblock.ops import _checks
 
@@ -39,19 +39,21 @@ def _safetensors():
 
 
 def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str] = None) -> None:
-    """Writes a model; of a model with adapters, one adapter and what else was trained.
+    """Writes a model; of one with adapters or `MaskedLinear`s, only what was trained.
 
-    Without adapters: the model's Parameters and buffers, int4 layers in their canonical form and
-    block-sparse ones as their blocks. With adapters: a small file that is good for this base only.
+    Without those: the model's Parameters and buffers, int4 layers in their canonical form and
+    block-sparse ones as their blocks. With adapters or after `sparse_update`: a small file that is
+    good for this base only (`unmask` the model to save it whole).
 
     Args:
-        model: any module tree, accelerated or not, with or without `AdapterLinear`s.
+        model: any module tree, accelerated or not.
         path: where the safetensors file shall lie; an existing file is replaced at the very end.
         adapter: the name of the adapter to save; None for the active one. Every Parameter outside
             the adapters that asks for a gradient goes into the file too.
     Raises:
         TypeError: model is not a module. ValueError: a tensor on the meta device (there is nothing
-        to save), no adapter of that name, none active, several active, or one that is merged.
+        to save), no adapter of that name, none active, several active, or one that is merged;
+        adapters and `MaskedLinear`s in one model, or of the latter one without its original blocks.
         ImportError: safetensors is not installed. OSError: as the file system says.
     Determinism: the same model gives the same bytes.
     Example:
@@ -62,11 +64,19 @@ def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str]
         raise TypeError(f"save: model must be an nn.Module, got {type(model).__name__}")
     safetensors = _safetensors()
     if _adapter_files.adapter_layers(model):
+        if _sparse_files.masked_layers(model):
+            raise ValueError(
+                "save: model must hold adapters or MaskedLinears, got both; call unmask(model), "
+                "or take the adapters off"
+            )
         tensors, header = _adapter_files.collect(model, adapter)
         _write(Path(path), _pack(safetensors, tensors, header))
         return
     if adapter is not None:
         raise ValueError(f"save: adapter must be one of none, got {adapter!r}")
+    if _sparse_files.masked_layers(model):
+        _write(Path(path), _pack(safetensors, *_sparse_files.collect(model)))
+        return
     layers: dict[str, dict[str, Any]] = {}
     shared: dict[str, str] = {}  # name of a tied quantised layer -> the layer whose tensors it uses
     owner: dict[int, str] = {}
@@ -169,19 +179,21 @@ def load(
     is copied into the model's tensors (and takes the file's tensors where the model's are on the
     meta device). An adapter's file: its layers become `AdapterLinear`s, or get one more adapter
     (one of the same name is overwritten); it is active afterwards, on these layers and on no other.
-    What was not trained is frozen, as `add_adapters` does.
+    A sparse update's file: its layers become `MaskedLinear`s and hold the trained blocks; other
+    `MaskedLinear`s are reverted. What was not trained is frozen, as `add_adapters` does.
 
     Args:
         path: a safetensors file written by `save`.
         model: the same architecture, dense or accelerated in any way. Its weights do not matter for
-            a model's file; for an adapter's they must be those that it was trained on, bit for bit.
+            a model's file; for the others they must be those that it was trained on, bit for bit
+            (`MaskedLinear`s: the original ones).
         adapter: the name that an adapter gets; None for the one in the file.
     Returns:
         model.
     Raises:
         ValueError: the file is not one of `save`'s, is damaged, or does not fit the model; the text
-        names the first layer or tensor that differs, of an adapter the first layer whose base is
-        another, and the model is unchanged. FileNotFoundError: no such file.
+        names the first layer or tensor that differs, of an adapter or update the first layer whose
+        base is another, and the model is unchanged. FileNotFoundError: no such file.
         ImportError: safetensors is not installed.
     """
     if not isinstance(model, nn.Module):
@@ -201,6 +213,9 @@ def load(
     header = _read_header(path, metadata)
     if header.get("kind") == _adapter_files.KIND:
         _adapter_files.restore(path, header, tensors, model, adapter)
+        return model
+    if adapter is None and header.get("kind") == _sparse_files.KIND:
+        _sparse_files.restore(path, header, tensors, model)
         return model
     if adapter is not None:
         raise ValueError(f"load: adapter must be None for a model's file, got {adapter!r}")
@@ -226,7 +241,7 @@ def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise ValueError(f"load: {path.name} must be written by nibblock.save, got other metadata")
     try:
         header = json.loads(metadata[_KEY])
-        if header.get("kind") == _adapter_files.KIND:
+        if header.get("kind") in (_adapter_files.KIND, _sparse_files.KIND):
             return dict(header)
         version = header["version"]
         if version == _VERSION:

@@ -17,6 +17,7 @@ import torch
 
 from nibblock import _cuda, _library, _native
 from nibblock._errors import BackendUnavailable
+from nibblock.ops import _triton
 
 __all__ = ["info", "self_test"]
 
@@ -31,6 +32,18 @@ _LEVELS = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx512_vnni": ("avx512_vnni",),
     "amx": ("avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+}
+# Ops of the masked updates -> their tables.
+_MASKED = {
+    **{
+        f"masked_{rule}_{kind}_": f"{rule}_{kind}"
+        for rule in ("adamw", "sgd")
+        for kind in ("block", "flat", "bool")
+    },
+    "masked_grad_bool_": "grad_bool",
+    "masked_grad_block_": "grad_block",
+    "grad_norm": "grad_norm",
+    "prox_blocks_": "prox_blocks",
 }
 # Bounds of the self-test on max |y - y64| / max |y64|: bfloat16 keeps 8 bits, int8 activations 7.
 _BOUNDS = {"bf16": 1e-2, "int8": 3e-2}
@@ -75,7 +88,8 @@ def info(self_test: bool = False) -> dict[str, Any]:
     Returns:
         A dict with `versions`, `cpu` (model, features, isa, isa_max, why, threads), `kernels` (per
         table: id, isa, serves, available, reason), `build` (build_info.json and the module's own
-        facts), `optional` (package -> version or None) and, if asked for, `self_test`.
+        facts), `gpu_kernels` (as `kernels`, of Triton's rows, with their `state`), `optional`
+        (package -> version or None) and, if asked for, `self_test`.
     """
     features = dict(_native.cpu_features())
     level, highest = _native.cpu_isa(), _native.cpu_isa_max()
@@ -101,9 +115,12 @@ def info(self_test: bool = False) -> dict[str, Any]:
             "block_sparse_linear": _native.block_sparse_kernels("forward"),
             "block_sparse_linear_dx": _native.block_sparse_kernels("dx"),
             "block_weight_grad": _native.block_sparse_kernels("weight_grad"),
+            "block_scores": _native.block_scores_kernels(),
             "int4_block_sparse_linear": _native.block_sparse_kernels("fused"),
             "int4_block_sparse_linear_dx": _native.block_sparse_kernels("fused_dx"),
+            **{name: _native.masked_update_kernels(which) for name, which in _MASKED.items()},
         },
+        "gpu_kernels": {op: _triton.rows(op) for op in _triton.OPS},
         "build": {**_library.build_info(), "native": _native.build_info()},
         "optional": {name: _version(name) for name in _OPTIONAL},
     }
@@ -204,6 +221,16 @@ def _text(facts: dict[str, Any]) -> str:
     lines += [f"optional  {', '.join(there) or 'none'}"]
     if absent:
         lines += [f"absent    {', '.join(absent)}"]
+    rows = [row for rows in facts["gpu_kernels"].values() for row in rows]
+    if rows[0]["available"]:
+        lines += ["", "kernels on the GPU"]
+        width = max(len(row["id"]) for row in rows)
+        for row in rows:
+            lines += [
+                f"  {row['id']:<{width}}  serves {row['serves']:<20}  {row['state']}".rstrip()
+            ]
+    else:
+        lines += ["", f"GPU       {len(rows)} kernels, none available: {rows[0]['reason']}"]
     for table, rows in facts["kernels"].items():
         width = max(len(row["id"]) for row in rows)
         lines += ["", f"kernels of {table}, in the order they are tried"]

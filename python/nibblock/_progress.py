@@ -19,10 +19,13 @@ class Progress:
             error); False for silence; a callable for `option(done, total)` after every step.
         total: how many steps there are.
         label: what the bar or line begins with.
+        unit: what the steps are, for the closing line.
     """
 
-    def __init__(self, option: ProgressOption, total: int, label: str) -> None:
-        self._total, self._label, self._done = total, label, 0
+    def __init__(
+        self, option: ProgressOption, total: int, label: str, unit: str = "layers"
+    ) -> None:
+        self._total, self._label, self._done, self._unit = total, label, 0, unit
         self._call: Optional[Callable[[int, int], None]] = option if callable(option) else None
         self._shown = option is None or option is True
         self._terminal = self._shown and sys.stderr.isatty() and total > 0
@@ -53,4 +56,4 @@ class Progress:
             sys.stderr.write("\n")
         elif self._shown and finished and self._total > 0:
             seconds = time.perf_counter() - self._start
-            print(f"{self._label}: {self._done} layers in {seconds:.1f} s", file=sys.stderr)
+            print(f"{self._label}: {self._done} {self._unit} in {seconds:.1f} s", file=sys.stderr)

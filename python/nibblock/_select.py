@@ -10,7 +10,7 @@ from torch import nn
 
 from nibblock import _native
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear
-from nibblock.ops import _checks
+from nibblock.ops import _checks, _triton
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Explanation:
         kernel: id of the row that runs; None when no row serves the call.
         refused: (id, reason) of every other row.
         call: what was asked, in words.
-        isa: the instruction level in force.
+        isa: the instruction level in force; on a GPU, its compute capability.
     """
 
     layer: str
@@ -77,11 +77,11 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
                 "its nn.Linear alone"
             )
         meta = isinstance(x, torch.Tensor) and _is_meta(module)
-        _running(module)._diagnose(x.to("meta") if meta else x)
+        running(module)._diagnose(x.to("meta") if meta else x)
         return _explain_layer(type(module).__name__, module, x)
     if not isinstance(module, nn.Module):
         raise TypeError(f"explain: module must be an nn.Module, got {type(module).__name__}")
-    layers = _layers(module)
+    layers = layers_of(module)
     if not layers:
         raise ValueError("explain: module must hold an Int4Linear, got none; accelerate it first")
     seen: dict[tuple, list[tuple[str, Layer, torch.Tensor]]] = {}
@@ -89,7 +89,7 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
     def note(layer, args):
         value = args[0]
         rows = value.numel() // max(1, value.shape[-1])
-        key = (rows, value.dtype, *_shape_key(layer))
+        key = (rows, value.dtype, *shape_key(layer))
         seen.setdefault(key, []).append((layers[layer], layer, value.detach().to("meta")))
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
@@ -117,14 +117,14 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
     return Explanations(out)
 
 
-def _layers(model: nn.Module) -> dict[Layer, str]:
+def layers_of(model: nn.Module) -> dict[Layer, str]:
     """The layers of a model that run kernels of this package; a base belongs to its adapter."""
     found = {m: name for name, m in model.named_modules() if isinstance(m, _LAYERS)}
     bases = {id(m.base) for m in found if isinstance(m, AdapterLinear)}
     return {m: name for m, name in found.items() if id(m) not in bases and not _plain_base(m)}
 
 
-def _running(layer: Layer) -> Layer:
+def running(layer: Layer) -> Layer:
     """The base of an AdapterLinear that runs it alone; otherwise the layer itself."""
     if isinstance(layer, AdapterLinear) and (layer.active is None or layer.merged is not None):
         return layer.base
@@ -132,15 +132,15 @@ def _running(layer: Layer) -> Layer:
 
 
 def _plain_base(layer: Layer) -> bool:
-    return not isinstance(_running(layer), _LAYERS)
+    return not isinstance(running(layer), _LAYERS)
 
 
 def _is_meta(layer: Layer) -> bool:
     return next(layer.parameters()).is_meta
 
 
-def _shape_key(layer: Layer) -> tuple:
-    layer = _running(layer)
+def shape_key(layer: Layer) -> tuple:
+    layer = running(layer)
     if isinstance(layer, Int4Linear):
         return (Int4Linear, layer._args, layer.in_features, layer.bias is None)
     key = (type(layer), layer.out_features, layer.in_features, layer.bias is None)
@@ -152,25 +152,30 @@ def _shape_key(layer: Layer) -> tuple:
 
 
 def _explain_layer(name: str, layer: Layer, x: torch.Tensor) -> Explanation:
-    layer = _running(layer)
+    layer = running(layer)
     rows = x.numel() // max(1, x.shape[-1])
     dtype = _checks.dtype_name(x.dtype)
     call = f"[{rows}, {layer.in_features}] {dtype} -> {layer.out_features}"
+    cuda = next(layer.parameters()).is_cuda
     if isinstance(layer, Int4Linear):
-        choice = _int4_choice(layer, rows, dtype)
+        choice = _cuda_choice(layer, rows, x) if cuda else _int4_choice(layer, rows, dtype)
         call += _int4_text(layer)
     else:
         values = layer.values
         fused = isinstance(layer, AdapterLinear) and isinstance(layer.base, Int4Linear)
-        choice = _native.block_sparse_select(
-            "fused" if fused else "forward",
-            rows,
-            layer.out_features,
-            layer.in_features,
-            layer.block,
-            values.shape[0],
-            dtype,
-            _checks.dtype_name(values.dtype),
+        choice = (
+            _cuda_choice(layer, rows, x)
+            if cuda
+            else _native.block_sparse_select(
+                "fused" if fused else "forward",
+                rows,
+                layer.out_features,
+                layer.in_features,
+                layer.block,
+                values.shape[0],
+                dtype,
+                _checks.dtype_name(values.dtype),
+            )
         )
         call += f", {values.shape[0]} {_checks.dtype_name(values.dtype)} blocks of {layer.block}"
         if fused:
@@ -180,7 +185,17 @@ def _explain_layer(name: str, layer: Layer, x: torch.Tensor) -> Explanation:
         if isinstance(layer, AdapterLinear) and layer.adapter().rank:
             call += f", rank {layer.adapter().rank}"
     refused = tuple((str(i), str(reason)) for i, reason in choice["refused"])
-    return Explanation(name, choice["kernel"], refused, call, _native.cpu_isa())
+    isa = choice.get("level") or _native.cpu_isa()
+    return Explanation(name, choice["kernel"], refused, call, isa)
+
+
+def _cuda_choice(layer: Layer, rows: int, x: torch.Tensor) -> dict:
+    """The Triton rows of a layer on a GPU, as `_native`'s tables answer."""
+    op = "int4_linear" if isinstance(layer, Int4Linear) else "block_sparse_linear"
+    if isinstance(layer, AdapterLinear) and isinstance(layer.base, Int4Linear):
+        op = "int4_block_sparse_linear"
+    device = next(layer.parameters()).device
+    return _triton.choose(op, rows, x.dtype, device)
 
 
 def _int4_choice(layer: Int4Linear, rows: int, dtype: str) -> dict:

@@ -5,6 +5,7 @@ from nibblock.nn.block_sparse_linear import BlockSparseLinear
 from nibblock.nn.fused import fuse_linears, unfuse_linears
 from nibblock.nn.int4_embedding import Int4Embedding
 from nibblock.nn.int4_linear import Int4Linear
+from nibblock.nn.masked_linear import MaskedLinear
 
 __all__ = [
     "Adapter",
@@ -12,6 +13,7 @@ __all__ = [
     "BlockSparseLinear",
     "Int4Embedding",
     "Int4Linear",
+    "MaskedLinear",
     "fuse_linears",
     "unfuse_linears",
 ]

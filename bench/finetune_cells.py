@@ -1,0 +1,247 @@
+"""What the fine-tuning bench runs, a cell at a time: (bed, variant, learning rate, seed).
+
+Every cell is a process of its own. A finished one is appended to a file of JSON lines and never run
+again, so the bench can be stopped and started at will. Learning rates are swept with the first
+seed, equally many for every variant; the other seeds run at the best of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from nibblock._finetune.settings import Settings
+
+from .finetune_beds import BEDS, Bed, build, planted_recall
+
+SEEDS = (0, 1, 2)
+PLANTED_SEEDS = (0, 1, 2, 3, 4)
+CACHE = 4 << 30
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it is compared.
+
+    Attributes:
+        method, select: as of the settings. cut: whether only the top third is trained. cache:
+            whether what is below runs once a row. int4: a 4-bit base. budget: of the selection.
+        moves: how the selection changes. beds: where it runs.
+        experiments: which of X1 to X7 read it.
+    """
+
+    method: str
+    select: str = "impact"
+    cut: bool = False
+    cache: bool = False
+    int4: bool = False
+    budget: float = 0.0
+    moves: str = ""
+    beds: tuple[str, ...] = ("smollm2", "minilm")
+    experiments: str = "X1 X2 X3 X4"
+
+    def settings(self, bed: Bed, lr: float, seed: int) -> Settings:
+        return dataclasses.replace(
+            bed.settings,
+            method=self.method,
+            select=self.select,
+            cut=bed.cut if self.cut else "",
+            cache=CACHE if self.cache else 0,
+            int4=self.int4,
+            budget=self.budget,
+            moves=self.moves,
+            lr=lr,
+            seed=seed,
+        )
+
+
+VARIANTS = {
+    "full": Variant("full"),
+    "ours": Variant("masked", experiments="X1 X2 X3 X4 X6 X7"),
+    "ours, top third, cache": Variant("masked", cut=True, cache=True),
+    "lora": Variant("lora"),
+    "lora, top third, cache": Variant("lora-cut", cut=True, cache=True),
+    "full, top third": Variant("full-cut", cut=True),
+    "full, top third, cache": Variant("full-cut", cut=True, cache=True),
+    "ours, top third": Variant("masked", cut=True),
+    "lora, top third": Variant("lora-cut", cut=True),
+    "shira": Variant("shira"),
+    "random blocks": Variant("masked", select="random", experiments="X6"),
+    "magnitude blocks": Variant("masked", select="magnitude", experiments="X6"),
+    "ours, int4 base": Variant("adapter", int4=True, beds=("smollm2",), experiments="X3 X4"),
+    "ours, adapter": Variant("adapter", experiments="X3 X7"),
+    "ours, budget 0.5": Variant("masked", budget=0.5, cache=True, experiments="X1 X7"),
+    "ours, re-selecting": Variant("masked", moves="reselect", beds=("minilm",), experiments="X7"),
+    "ours, group lasso": Variant("masked", moves="prox", beds=("minilm",), experiments="X7"),
+    "ours, progressive": Variant("masked", moves="progressive", beds=("minilm",), experiments="X7"),
+    "ours, movement": Variant("masked", select="movement", beds=("minilm",), experiments="X7"),
+}
+PLANTED = {
+    "impact, exact": {"method": "impact", "mode": "exact"},
+    "impact, sketch": {"method": "impact", "mode": "sketch"},
+    "magnitude blocks": {"method": "magnitude"},
+    "random blocks": {"method": "random"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    bed: str
+    variant: str
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.bed}/{self.variant}/{self.lr:g}/{self.seed}"
+
+
+class Cells:
+    """The finished cells of a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"bench: line {number} of {path.name} must be JSON, got {line[:40]!r}; "
+                        f"delete that line, its cell runs again"
+                    ) from error
+                self.done[Cell(**row["cell"]).key] = row
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[Cell(**row["cell"]).key] = row
+
+    def of(self, bed: str, variant: str) -> list[dict[str, Any]]:
+        return [
+            row
+            for row in self.done.values()
+            if (row["cell"]["bed"], row["cell"]["variant"]) == (bed, variant)
+        ]
+
+    def best_rate(self, bed: str, variant: str) -> Optional[float]:
+        """The learning rate of the lowest held-out loss with the first seed; None until the whole
+        sweep is done."""
+        swept = {}
+        for lr in rates(bed, variant):
+            row = self.done.get(Cell(bed, variant, lr, SEEDS[0]).key)
+            if row is None:
+                return None
+            swept[lr] = row["result"]["best"]["loss"] if "best" in row["result"] else math.inf
+        return min(swept, key=lambda lr: swept[lr])
+
+
+def rates(bed: str, variant: str) -> tuple[float, ...]:
+    return BEDS[bed].rates[0 if VARIANTS[variant].method.startswith("full") else 1]
+
+
+def due(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cell]:
+    """The cells that are still to be run, in the order of their worth: sweeps before seeds, and of
+    both the variants in the order of the table. Asks again after every cell."""
+    while True:
+        found = next(_missing(cells, beds, variants), None)
+        if found is None:
+            return
+        yield found
+        if found.key not in cells.done:
+            raise RuntimeError(f"bench: {found.key} was not run")
+
+
+def _missing(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cell]:
+    if "planted" in beds:
+        for seed in PLANTED_SEEDS:
+            for name in PLANTED:
+                cell = Cell("planted", name, 0.0, seed)
+                if cell.key not in cells.done:
+                    yield cell
+    pairs = [
+        (bed, variant)
+        for bed in beds
+        if bed in BEDS
+        for variant in variants
+        if bed in VARIANTS[variant].beds
+    ]
+    for bed, variant in pairs:
+        for lr in rates(bed, variant):
+            cell = Cell(bed, variant, lr, SEEDS[0])
+            if cell.key not in cells.done:
+                yield cell
+    for seed in SEEDS[1:]:
+        for bed, variant in pairs:
+            best = cells.best_rate(bed, variant)
+            if best is not None:
+                cell = Cell(bed, variant, best, seed)
+                if cell.key not in cells.done:
+                    yield cell
+
+
+def run(cell: Cell, threads: int = 0) -> dict[str, Any]:
+    """Runs a cell in a child; a cell that fails is kept too, with its reason, and so never retried.
+
+    Returns:
+        {"cell", "result" or {"error": text}, "seconds", "threads"}.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="nibblock-cell-") as folder:
+        task = {"cell": dataclasses.asdict(cell), "threads": threads}
+        (Path(folder) / "cell.json").write_text(json.dumps(task), encoding="utf-8")
+        command = [sys.executable, "-m", f"{__package__}.finetune_cells", folder]
+        done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+        file = Path(folder) / "result.json"
+        if done.returncode == 0 and file.is_file():
+            result = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            result = {"error": lines[-1]}
+    return {
+        "cell": dataclasses.asdict(cell),
+        "result": result,
+        "wall_seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def child(folder: str) -> int:
+    """The child's part: reads FOLDER/cell.json, writes FOLDER/result.json."""
+    import torch
+    from nibblock._finetune import worker
+
+    place = Path(folder)
+    task = json.loads((place / "cell.json").read_text(encoding="utf-8"))
+    cell = Cell(**task["cell"])
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    if cell.bed == "planted":
+        began = time.perf_counter()
+        recall = planted_recall(PLANTED[cell.variant], cell.seed)
+        result: dict[str, Any] = {"recall": recall, "seconds": time.perf_counter() - began}
+    else:
+        variant, bed = VARIANTS[cell.variant], BEDS[cell.bed]
+        settings = variant.settings(bed, cell.lr, cell.seed)
+        result = worker.run(settings, place, False, progress=False, build=build)
+        del result["losses"]
+    result["threads"] = torch.get_num_threads()
+    (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(child(sys.argv[1]))

@@ -1,0 +1,129 @@
+// NumPy in, NumPy out: the kernels of block_scores by name, without torch between them and a test.
+#include "native.h"
+
+#include <memory>
+
+#include "../block_scores/block_scores.h"
+
+namespace nibblock {
+namespace native {
+namespace {
+
+using std::string;
+using std::to_string;
+
+string above_level(Isa isa) {
+  return string("needs ") + isa_name(isa) + ", the level in force is " + isa_name(cpu_isa());
+}
+
+py::list kernels() {
+  py::list out;
+  const BlockScoresTable t = block_scores_table();
+  for (int i = 0; i < t.count; ++i) {
+    py::dict d;
+    d["id"] = t.rows[i].id;
+    d["isa"] = isa_name(t.rows[i].isa);
+    d["serves"] = t.rows[i].serves_text;
+    d["available"] = t.rows[i].isa <= cpu_isa();
+    d["reason"] = t.rows[i].isa <= cpu_isa() ? string() : above_level(t.rows[i].isa);
+    out.append(d);
+  }
+  return out;
+}
+
+void check_status(const string& op, Status status, const char* id) {
+  if (status == kOk) return;
+  const BlockScoresTable t = block_scores_table();
+  string ids;
+  for (int i = 0; i < t.count; ++i) {
+    ids += string(i ? ", " : "") + t.rows[i].id;
+    if (id && string(id) == t.rows[i].id && status == kIsaUnavailable) {
+      fail_unavailable(op,
+                       string("kernel ") + id + " cannot run: it " + above_level(t.rows[i].isa));
+    }
+  }
+  if (status == kUnknownKernel) fail_value(op, "kernel_id must be one of " + ids + ", got " + id);
+  if (status == kOutOfMemory) throw std::bad_alloc();
+  throw std::runtime_error(op + ": internal error " + to_string(status));
+}
+
+// A [M, last] array of one of the float types, or of any number of columns where last is negative.
+Dtype want_rows(const string& op, const string& name, const py::object& value, py::array* keep,
+                int64_t* stride) {
+  *keep = want_array(op, name, value, {"float32", "float16", "uint16"});
+  if (keep->ndim() != 2) fail_value(op, name + " must be 2-D, got " + shape_text(*keep));
+  *stride = row_stride(op, name, *keep);
+  return float_dtype(dtype_name(*keep));
+}
+
+float* want_sums(const string& op, const string& name, const py::object& value, int64_t rows,
+                 int64_t cols, py::array* keep, int64_t* stride) {
+  *keep = want_array(op, name, value, {"float32"});
+  want_shape(op, name, *keep, {rows, cols});
+  if (!keep->writeable()) fail_value(op, name + " must be writeable, got a read-only array");
+  stride[0] = keep->strides(0) / 4;
+  stride[1] = keep->strides(1) / 4;
+  return static_cast<float*>(keep->mutable_data());
+}
+
+void run(const py::object& kernel_id, const py::object& scores, const py::object& movement,
+         const py::object& grad, const py::object& x, const py::object& weight, int64_t block,
+         int64_t sketch, int64_t seed, int64_t threads) {
+  const string op = "block_scores_run";
+  py::array g, in, w, sums, moves;
+  BlockScoresParams p = {};
+  if (block != 16 && block != 32 && block != 64 && block != 128) {
+    fail_value(op, "block must be 16, 32, 64 or 128, got " + to_string(block));
+  }
+  if (sketch < 0 || sketch > kMostSamples) {
+    fail_value(op, "sketch must be in 0 .. 32, got " + to_string(sketch));
+  }
+  p.gtype = want_rows(op, "grad", grad, &g, &p.g_stride);
+  p.xtype = want_rows(op, "x", x, &in, &p.x_stride);
+  if (g.shape(0) != in.shape(0)) fail_value(op, "grad must have x's rows, got " + shape_text(g));
+  p.m = g.shape(0);
+  p.n = g.shape(1);
+  p.k = in.shape(1);
+  p.g = g.data();
+  p.x = in.data();
+  p.block = block;
+  p.sketch = sketch;
+  p.seed = static_cast<uint64_t>(seed);
+  const int64_t rows = ceil_div(p.n, block), cols = ceil_div(p.k, block);
+  p.scores = want_sums(op, "scores", scores, rows, cols, &sums, p.scores_stride);
+  if (movement.is_none() != weight.is_none() || (sketch && !movement.is_none())) {
+    fail_value(op, "weight must be given exactly when movement is, and without a sketch");
+  }
+  if (!movement.is_none()) {
+    p.movement = want_sums(op, "movement", movement, rows, cols, &moves, p.movement_stride);
+    p.wtype = want_rows(op, "weight", weight, &w, &p.w_stride);
+    want_shape(op, "weight", w, {p.n, p.k});
+    p.w = w.data();
+  }
+  const Parallel parallel = std_threads(want_threads(op, threads));
+  p.parallel = &parallel;
+  const string id = kernel_id.is_none() ? string() : py::str(kernel_id).cast<string>();
+  const char* forced = kernel_id.is_none() ? nullptr : id.c_str();
+  Status status;
+  {
+    py::gil_scoped_release nogil;
+    status = block_scores_run(p, forced);
+  }
+  check_status(op, status, forced);
+}
+
+}  // namespace
+
+void bind_block_scores(py::module_& m) {
+  using py::arg;
+  const py::none none;
+  m.def("block_scores_kernels", &kernels, "The rows of the table in the order they are tried.");
+  m.def("block_scores_run", &run, arg("kernel_id"), arg("scores"), arg("movement"), arg("grad"),
+        arg("x"), arg("weight") = none, arg("block") = 32, arg("sketch") = 0, arg("seed") = 0,
+        arg("threads") = 1,
+        "Runs one row (None: the first that serves); adds to scores and movement in place. "
+        "bfloat16 is uint16 bits.");
+}
+
+}  // namespace native
+}  // namespace nibblock

@@ -1,0 +1,1 @@
+"""`python -m nibblock finetune`: data, methods, the loop, checkpoints and the report."""

@@ -1,0 +1,6 @@
+"""Optimisers that move only what a mask selects, and write it where the model reads it."""
+
+from nibblock.optim.adamw import MaskedAdamW
+from nibblock.optim.sgd import MaskedSGD
+
+__all__ = ["MaskedAdamW", "MaskedSGD"]

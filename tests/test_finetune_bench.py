@@ -1,0 +1,221 @@
+"""The fine-tuning bench: cells that resume, its tables, and its beds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+import torch
+from finetune_samples import tiny_bert
+from nibblock._finetune.settings import Settings
+from nibblock.bench import finetune_beds as beds
+from nibblock.bench import finetune_cells as cells_of
+from nibblock.bench import finetune_report as report
+from nibblock.bench import finetune_suite as suite
+from nibblock.bench.finetune_cells import SEEDS, VARIANTS, Cell, Cells, due
+
+pytest.importorskip("transformers", reason="the transformers package is not installed")
+
+
+def result(bed: str, lr: float, losses: list[float], seconds: float, **more) -> dict:
+    """As a run on a bed leaves it: an evaluation every `seconds`."""
+    evaluations = [
+        {"step": 8 * i, "seconds": i * seconds, "loss": loss, "accuracy": 1 / (1 + loss)}
+        for i, loss in enumerate(losses)
+    ]
+    best = min(evaluations, key=lambda e: e["loss"])
+    train = evaluations[-1]["seconds"]
+    return {
+        "settings": {"lr": lr},
+        "weights": 1000,
+        "trained": 20,
+        "before": evaluations[0],
+        "best": best,
+        "steps": evaluations[-1]["step"],
+        "evaluations": evaluations,
+        "seconds": {"select": 1.0, "train": train, "total": train + 1.0},
+        "peak_bytes": 400,
+        "state_bytes": 100,
+        "file_bytes": 80,
+        **more,
+    }
+
+
+def fill(path, bed: str = "smollm2") -> Cells:
+    """Sweeps of three variants, and two more seeds of full and ours."""
+    found = Cells(path)
+    curves = {
+        "full": ([4.0, 3.0, 2.0, 1.9], 100.0),
+        "ours": ([4.0, 2.5, 1.91, 1.8], 30.0),
+        "random blocks": ([4.0, 3.5, 3.0, 2.9], 30.0),
+    }
+    for variant, (losses, seconds) in curves.items():
+        rates = cells_of.rates(bed, variant)
+        for at, lr in enumerate(rates):
+            worse = [value + 0.1 * (at != 1) for value in losses]
+            row = {
+                "cell": {"bed": bed, "variant": variant, "lr": lr, "seed": 0},
+                "result": result(bed, lr, worse, seconds),
+            }
+            found.add(row)
+        for seed in SEEDS[1:] if variant != "random blocks" else ():
+            row = {
+                "cell": {"bed": bed, "variant": variant, "lr": rates[1], "seed": seed},
+                "result": result(bed, rates[1], losses, seconds),
+            }
+            found.add(row)
+    return found
+
+
+def test_cells_are_kept_and_never_run_again(tmp_path, monkeypatch):
+    path = tmp_path / "cells.jsonl"
+    ran = []
+
+    def run(cell, threads):
+        ran.append(cell.key)
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        body = {"error": "broken"} if len(ran) == 2 else result(cell.bed, cell.lr, [2, 1], 1)
+        return {"cell": vars(cell), "result": body}
+
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(
+        suite, "environment", lambda: dict.fromkeys(("cpu", "isa", "torch", "date"))
+    )
+    arguments = ["--beds", "smollm2", "--variants", "full", "ours", "--cells", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(arguments)
+    assert len(path.read_text().splitlines()) == 4
+    assert suite.main(arguments) == 0
+    assert len(set(ran)) == len(ran) - 1  # the interrupted one twice
+    assert len(Cells(path).done) == 2 * 3 + 2 * 2
+    swept = [Cell(**json.loads(line)["cell"]) for line in path.read_text().splitlines()]
+    assert [c.seed for c in swept] == [0] * 6 + [1] * 2 + [2] * 2  # sweeps first, then seeds
+    count = len(ran)
+    assert suite.main(arguments) == 0
+    assert len(ran) == count
+    assert suite.main([*arguments, "--retry"]) == 0
+    assert len(ran) == count + 1
+
+
+def test_minutes_stop_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "run", lambda *a: pytest.fail("a cell was started"))
+    monkeypatch.setattr(suite.time, "monotonic", iter(range(0, 10_000, 120)).__next__)
+    path = str(tmp_path / "cells.jsonl")
+    assert suite.main(["--beds", "smollm2", "--minutes", "1", "--cells", path]) == 0
+    assert "the same command goes on" in capsys.readouterr().out
+
+
+def test_best_rate_waits_for_the_whole_sweep(tmp_path):
+    found = fill(tmp_path / "cells.jsonl")
+    assert found.best_rate("smollm2", "ours") == cells_of.rates("smollm2", "ours")[1]
+    assert found.best_rate("smollm2", "lora") is None
+    again = Cells(tmp_path / "cells.jsonl")
+    assert again.done == found.done
+    missing = next(due(again, ["smollm2"], ["ours", "random blocks"]))
+    assert (missing.variant, missing.seed) == ("random blocks", 1)
+    (tmp_path / "cells.jsonl").open("a").write('{"cell": ')
+    with pytest.raises(ValueError, match="must be JSON"):
+        Cells(tmp_path / "cells.jsonl")
+
+
+def test_every_variant_is_swept_equally():
+    for bed in beds.BEDS.values():
+        assert len(bed.rates[0]) == len(bed.rates[1])
+    for variant in VARIANTS.values():
+        for bed in beds.BEDS.values():
+            variant.settings(bed, 1e-3, 0).checked()
+
+
+def test_rows_and_goals(tmp_path):
+    cells = fill(tmp_path / "cells.jsonl")
+    bed = beds.BEDS["smollm2"]
+    rows = {r["variant"]: r for r in report.bed_rows(cells, bed)}
+    # full reaches 1.01 x 1.9 at its last evaluation, 301 s; ours at 1 + 60 s.
+    assert rows["full"]["time"] == 1.0
+    assert rows["ours"]["time"] == pytest.approx(61 / 301)
+    assert rows["ours"]["seeds"] == 3
+    assert rows["random blocks"]["time"] is None
+    assert rows["random blocks"]["reached"] == 0
+    assert rows["ours"]["step"] == pytest.approx(0.3)
+    text = report.show(cells)
+    assert "reached 0/1" in text
+    assert "0.20x" in text
+    goals = {r["row"]: r for r in report.goal_rows(cells, None)}
+    assert goals["our blocks better than random blocks"]["measured"] == 1.0
+    assert goals["training state vs full"]["measured"] == 1.0
+    assert goals["training state vs full"]["verdict"] == "missed"
+    assert goals["planted blocks found"]["verdict"] == "not measured"
+    assert json.loads(json.dumps(report.figures(cells)))["cells"] == len(cells.done)
+    report.chart(cells, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+def test_accuracy_is_the_figure_of_the_encoder(tmp_path):
+    cells = fill(tmp_path / "cells.jsonl", "minilm")
+    bed = beds.BEDS["minilm"]
+    full = next(iter(report._by_seed(cells, bed, "full").values()))
+    assert report.best_value(bed, full) == max(e["accuracy"] for e in full["evaluations"])
+    assert report.target_of(bed, full) == 0.99 * report.best_value(bed, full)
+    assert report.wins(cells, bed, "random blocks") == [(1.0, "minilm, 1 of 1 seeds")]
+
+
+def test_a_failing_child_is_a_cell_with_a_reason(monkeypatch):
+    def broken(command, **more):
+        return subprocess.CompletedProcess(command, 1, stderr="Traceback\nValueError: no such bed")
+
+    monkeypatch.setattr(cells_of.subprocess, "run", broken)
+    row = cells_of.run(Cell("smollm2", "ours", 1e-3, 0))
+    assert row["result"] == {"error": "ValueError: no such bed"}
+
+
+# --- beds -----------------------------------------------------------------------------------------
+
+
+def test_labels_do_not_leak(monkeypatch):
+    texts = {
+        f"part{i:02d}": [f"text {i} {j} " + "word " * 20 for j in range(20 + i)] for i in range(30)
+    }
+    texts["part29"].append(texts["part28"][0])  # under two names: left out of both
+    monkeypatch.setattr(beds, "docstrings", lambda: texts)
+    train, held, names = beds.labelled(seed=0)
+    assert len(names) == beds.CLASSES
+    assert "part00" not in names
+    assert not {t for t, _ in train} & {t for t, _ in held}
+    assert texts["part28"][0] not in {t for t, _ in train + held}
+    assert {label for _, label in held} == set(range(beds.CLASSES))
+    assert beds.labelled(seed=1)[1] != held
+
+
+def test_classifier_task_learns():
+    class Bert(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_bert(2).bert
+            self.config = self.inner.config
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    from nibblock._finetune.loop import train
+    from nibblock._finetune.methods import prepare
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(32) % 4
+    ids = torch.randint(0, 90, (32, 8), generator=generator)
+    ids[:, 0] = 90 + labels
+    data = {"ids": ids, "mask": torch.ones_like(ids), "labels": labels}
+    task = beds.ClassifierTask(data, data, 8, 0)
+    model = beds.Classifier(Bert(), 4).eval()
+    run = Settings(model="m", method="adapter", select="even", density=0.2, steps=24, lr=1e-2)
+    prepared = prepare(model, task, run, keep=("classifier",))
+    assert "classifier.weight" in prepared.trained()
+    record = train(task, prepared, run)
+    assert max(e["accuracy"] for e in record.evaluations) > 0.8
+
+
+@pytest.mark.parametrize("name", ["impact, exact", "impact, sketch"])
+def test_impact_finds_planted_blocks_and_chance_does_not(name):
+    assert beds.planted_recall(cells_of.PLANTED[name], seed=0) >= 0.95
+    assert beds.planted_recall(cells_of.PLANTED["random blocks"], seed=0) < 0.5

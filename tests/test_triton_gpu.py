@@ -1,0 +1,164 @@
+"""The Triton kernels on an NVIDIA GPU: the interpreter's cases again, and what only a GPU can show.
+
+pytest -m gpu          or: make gpu-check
+"""
+
+from __future__ import annotations
+
+import nibblock as nb
+import pytest
+import torch
+import triton_cases
+import triton_cases_masked
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
+CASES = {**triton_cases.CASES, **triton_cases_masked.CASES}
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel(name, device):
+    CASES[name](device)
+
+
+def int4_layer(device, n=512, k=256):
+    torch.manual_seed(0)
+    return nb.Int4Linear.from_linear(torch.nn.Linear(k, n), group_size=64).to(device)
+
+
+def test_module_moves_as_bytes_and_agrees_with_the_cpu(device):
+    layer = int4_layer("cpu")
+    there = int4_layer(device)
+    assert torch.equal(there.packed.cpu(), layer.packed)
+    assert sum(p.numel() for p in there.parameters()) == sum(p.numel() for p in layer.parameters())
+    for name, value in layer.state_dict().items():
+        assert torch.equal(there.state_dict()[name].cpu(), value)
+    x = torch.randn(5, 256)
+    torch.testing.assert_close(there(x.to(device)).cpu(), layer(x), atol=1e-3, rtol=1e-3)
+    assert torch.equal(there.dequantize().cpu(), layer.dequantize())
+
+
+def test_gradients_agree_with_the_cpu(device):
+    torch.manual_seed(0)
+    made = []
+    for where in ("cpu", device):
+        torch.manual_seed(0)
+        layer = nb.AdapterLinear(int4_layer("cpu"), block=32, blocks=0.2, rank=4).to(where)
+        x = torch.randn(70, 256).to(where).requires_grad_()
+        with torch.no_grad():
+            layer.values.copy_(torch.randn(layer.values.shape))
+        layer(x).square().sum().backward()
+        made.append([x.grad.cpu(), layer.values.grad.cpu()])
+    for cpu, gpu in zip(*made):
+        torch.testing.assert_close(gpu, cpu, atol=2e-2, rtol=2e-3)
+
+
+def test_nothing_waits_for_the_device(device):
+    layer = nb.AdapterLinear(int4_layer("cpu"), block=32, blocks=0.2).to(device)
+    x = torch.randn(70, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()  # compiles, and fills caches
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rows", [1, 128])
+def test_graph_capture_replays(rows, device):
+    layer = int4_layer(device)
+    x = torch.randn(rows, 256, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, layer(x))
+
+
+def test_results_repeat_and_do_not_depend_on_the_stream(device):
+    layer = int4_layer(device)
+    x = torch.randn(3, 256, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        first = layer(x)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            again = [layer(x) for _ in range(20)]
+        torch.cuda.current_stream().wait_stream(side)
+        assert all(torch.equal(first, y) for y in again)
+
+
+def test_a_tile_call_allocates_no_dense_weight(device):
+    layer = int4_layer(device, 4096, 4096)
+    x = torch.randn(128, 4096, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        layer(x)
+        assert torch.cuda.max_memory_allocated() - before < 4096 * 4096
+
+
+def test_compile_and_autocast(device):
+    layer = int4_layer(device)
+    x = torch.randn(3, 256, device=device)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_explain_and_warmup(device):
+    layer = int4_layer(device)
+    explanation = nb.explain(layer, torch.ones(3, 256, device=device))
+    assert explanation.kernel == "int4_linear.cuda.triton.few"
+    assert len(explanation.refused) == 2
+    assert nb.warmup(layer, tokens=(1, 128), backward=True) == 1
+
+
+def test_opcheck(device):
+    layer = int4_layer(device)
+    x = torch.randn(3, 256, device=device, requires_grad=True)
+    arguments = (x, layer.packed, None, *layer._args)
+    torch.library.opcheck(torch.ops.nibblock.int4_linear.default, arguments)
+    layout = nb.ops.block_layout(torch.tensor([[0, 1], [1, 0]], device=device), 64, 64, 32)
+    values = torch.randn(2, 32, 32, device=device, requires_grad=True)
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    arguments = (x, values, layout, None, None, 64, 32)
+    torch.library.opcheck(torch.ops.nibblock.block_sparse_linear.default, arguments)
+
+
+def test_masked_optimizer_step_captures(device):
+    values = torch.nn.Parameter(torch.randn(4, 32, 32, device=device))
+    weight = torch.zeros(128, 128, device=device)
+    blocks = torch.tensor([[0, 1], [1, 0], [2, 2], [3, 3]], dtype=torch.int32, device=device)
+    grad, m, v = (torch.randn(4, 32, 32, device=device) for _ in range(3))
+    v.square_()
+    age = torch.zeros(4, dtype=torch.int32, device=device)
+
+    def step():
+        nb.ops.masked_adamw_block_(
+            [values.detach()], [grad], [m], [v], [age], [weight], [blocks], block=32, lr=1e-3
+        )
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    graph.replay()
+    assert age.tolist() == [3, 3, 3, 3]
+    assert torch.equal(weight[:32, 32:64], values.detach()[0])
