@@ -53,9 +53,11 @@ def run(*command, **options):
 
 
 def key_of(*more: str) -> str:
-    files = [f for pattern in ("common/*", "glue/*", "int4_linear/*") for f in CSRC.glob(pattern)]
+    """Of everything a .cu can include; the glue and the CPU's kernels are not among it."""
+    patterns = ("*/cuda*.cu", "*/cuda*.cuh", "*/cuda*.h", "common/*.h", "int4_linear/int4_linear.h")
+    files = {f for pattern in patterns for f in CSRC.glob(pattern)}
     sha = hashlib.sha256("".join(more).encode())
-    for f in sorted(f for f in files if f.suffix in (".h", ".cuh", ".cu")):
+    for f in sorted(files):
         sha.update(f.name.encode() + f.read_bytes())
     return sha.hexdigest()[:16]
 
@@ -148,15 +150,10 @@ def library(compiled, tmp_path_factory):
     """libnibblock_cuda.so as setup.py links it against a CPU torch, and a stub of the one symbol
     that only a CUDA torch has."""
     folder = tmp_path_factory.mktemp("cuda_library")
-    os.environ.pop("CUDA_HOME", None)
-    before = os.environ.get("NIBBLOCK_CUDA")
-    os.environ["NIBBLOCK_CUDA"] = "1"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NIBBLOCK_CUDA", "1")
+        patch.delenv("CUDA_HOME", raising=False)
         cuda, _ = SETUP.find_cuda(None)
-    finally:
-        os.environ.pop("NIBBLOCK_CUDA")
-        if before is not None:
-            os.environ["NIBBLOCK_CUDA"] = before
     torch_dir = Path(torch.__file__).parent
     lib = SETUP.libraries(torch_dir, sysconfig.get_path("include"), cuda, None)[-1]
     assert lib["name"] == "libnibblock_cuda.so"

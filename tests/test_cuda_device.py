@@ -16,9 +16,10 @@ from harness import TORCH
 from nibblock import _cuda, ops
 from reference import HALF_ULP, int4_linear, pack, random_weight
 
-pytestmark = pytest.mark.skipif(
-    _cuda.refusal() is not None, reason=f"CUDA C++ kernels: {_cuda.refusal()}"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(_cuda.refusal() is not None, reason=f"CUDA C++ kernels: {_cuda.refusal()}"),
+]
 DTYPES = ("bfloat16", "float16")
 
 

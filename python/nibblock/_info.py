@@ -88,8 +88,8 @@ def info(self_test: bool = False) -> dict[str, Any]:
     Returns:
         A dict with `versions`, `cpu` (model, features, isa, isa_max, why, threads), `kernels` (per
         table: id, isa, serves, available, reason), `build` (build_info.json and the module's own
-        facts), `gpu_kernels` (as `kernels`, of Triton's rows, with their `state`), `optional`
-        (package -> version or None) and, if asked for, `self_test`.
+        facts), `gpu_kernels` (as `kernels`, of Triton and CUDA C++ rows, with their `state`),
+        `optional` (package -> version or None) and, if asked for, `self_test`.
     """
     features = dict(_native.cpu_features())
     level, highest = _native.cpu_isa(), _native.cpu_isa_max()
@@ -120,7 +120,10 @@ def info(self_test: bool = False) -> dict[str, Any]:
             "int4_block_sparse_linear_dx": _native.block_sparse_kernels("fused_dx"),
             **{name: _native.masked_update_kernels(which) for name, which in _MASKED.items()},
         },
-        "gpu_kernels": {op: _triton.rows(op) for op in _triton.OPS},
+        "gpu_kernels": {
+            op: _triton.rows(op) + (_cuda.rows() if op == "int4_linear" else [])
+            for op in _triton.OPS
+        },
         "build": {**_library.build_info(), "native": _native.build_info()},
         "optional": {name: _version(name) for name in _OPTIONAL},
     }
