@@ -88,6 +88,9 @@ NB_DEVICE void wait_copies() {
 }
 
 NB_DEVICE void sync_block() { __syncthreads(); }
+// Brings a warp's lanes together again behind a branch that only some of them took: products of a
+// warp need all 32 at one instruction, and the hardware does not promise that by itself.
+NB_DEVICE void sync_warp() { __syncwarp(); }
 
 // c[16 x 8] += a[16 x 16] b[16 x 8], float32 sums. Lane 4g + t holds
 //     a: rows g, g + 8, g, g + 8; columns 2t, 2t + 1 (first two) and 2t + 8, 2t + 9 (last two)

@@ -210,6 +210,7 @@ struct Decode {
         const int step = b.step + part;
         if (!first) load_values(b.z, part, c.chunk * kStageK + step * kStepK, row, v);
         first = false;
+        sync_warp();
 #pragma unroll
         for (int j = 0; j < kNt; ++j) {
           const Words4 x = load_shared<Words4>(base + Shape::x_at +
@@ -244,6 +245,8 @@ struct Decode {
     }
     float part[2][kNt][4] = {};
     float x_sums[kNt][4] = {};  // only if affine
+    // fetch and load_values branch by lane
+    sync_warp();
     const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
