@@ -16,7 +16,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq install $(PIP_FLAGS)
 STAMPS := $(VENV)/.stamps
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := python tests bench triton_kernels setup.py
 
 .PHONY: demo test build lint format bench gpu-check clean
@@ -45,7 +45,8 @@ format: $(STAMPS)/dev
 bench: $(STAMPS)/dev $(STAMPS)/build
 	$(PY) -m nibblock bench int4_linear
 
-# Builds against the torch that is there: the CPU libraries hold the schemas, Triton does the rest.
+# Builds against the torch that is there: the CPU libraries hold the schemas, Triton does most of the
+# rest, and the CUDA library is built where nvcc is.
 # One part after the other, so that a failure names its part; the figures are kept as they come.
 PART ?= all
 OUT ?= bench/results
@@ -54,7 +55,7 @@ gpu-check:
 	$(PYTHON) -m pip install -qq --no-build-isolation --no-deps -e .
 	mkdir -p $(OUT)
 	$(if $(filter all tests,$(PART)),\
-	  $(PYTHON) -m pytest -q -m gpu tests/test_triton_gpu.py)
+	  $(PYTHON) -m pytest -q -m gpu tests/test_triton_gpu.py tests/test_cuda_device.py)
 	$(if $(filter-out tests,$(PART)),\
 	  $(PYTHON) -m nibblock bench gpu --json $(OUT)/gpu-$(PART).json \
 	  $(if $(filter-out all,$(PART)),--part $(PART)))

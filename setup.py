@@ -1,14 +1,18 @@
-"""Build of nibblock: sources -> a ninja file of our own -> three libraries inside the package.
+"""Build of nibblock: sources -> a ninja file of our own -> libraries inside the package.
 
     libnibblock_kernels.so   csrc/common, csrc/<op>/cpu*.cpp       torch-free kernels
     libnibblock_cpu.so       csrc/schema.cpp, csrc/glue, csrc/<op>/torch_cpu*.cpp
                              operators for torch, on its stable ABI (any torch >= 2.11 loads it)
     _native.<abi>.so         csrc/native                           pybind11, NumPy in and out
+    libnibblock_cuda.so      csrc/<op>/cuda*.cu, torch_cuda*.cpp   only with CUDA, see below
 
 Each file's instruction set follows from its name (ISA_FLAGS); everything else is x86-64-v2, so the
 library loads and runs on any such machine and enters wide code only after asking the CPU.
 
-Environment: CXX (g++), MAX_JOBS, NIBBLOCK_CUDA=auto|0|1 (this version has no CUDA source).
+Environment: CXX (g++), MAX_JOBS, CUDA_HOME (else nvcc on the PATH), NIBBLOCK_CUDA:
+    auto    CUDA where both nvcc and a torch built for CUDA are there
+    0       never
+    1       CUDA, without a GPU and against a CPU torch too; no nvcc is an error
 """
 
 from __future__ import annotations
@@ -71,6 +75,15 @@ COMMON_FLAGS = [
     "-std=c++17", "-O3", "-march=x86-64-v2", "-ffp-contract=off", "-DNDEBUG", "-fPIC", "-pthread",
     "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi",
 ]  # fmt: skip
+# Machine code for compute capability 8.0 (runs on 8.x) and 9.0, and portable code that a driver
+# compiles for everything newer. Contraction off and the log kept, as above.
+CUDA_CODE = [("80", "sm_80"), ("90a", "sm_90a"), ("80", "compute_80")]
+NVCC_FLAGS = [
+    "-std=c++17", "-O3", "-fmad=false", "-DNDEBUG", "-Xptxas", "-v", "-Xcompiler",
+    "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall",
+    *(f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in CUDA_CODE),
+]  # fmt: skip
+NVCC_MIN = (12, 4)
 LINK_FLAGS = ["-shared", "-pthread", "-Wl,-rpath,'$$ORIGIN'", "-Wl,-z,defs", "-Wl,--as-needed"]
 
 
@@ -85,13 +98,38 @@ def isa_of(source: Path) -> str | None:
     return None
 
 
-def find_cuda_choice() -> str:
+def find_cuda(torch_cuda: str | None) -> tuple[dict | None, str]:
+    """Where nvcc and its runtime are, or None and why CUDA is left out."""
     choice = os.environ.get("NIBBLOCK_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         stop(f"NIBBLOCK_CUDA must be auto, 0 or 1, got {choice!r}")
-    if choice == "1":
-        stop("NIBBLOCK_CUDA=1 cannot be met: this version has no CUDA source; use NIBBLOCK_CUDA=0")
-    return choice
+    if choice == "0":
+        return None, "NIBBLOCK_CUDA=0"
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if not nvcc:
+        where = f"in CUDA_HOME={home}" if home else "on the PATH"
+        if choice == "1":
+            stop(f"NIBBLOCK_CUDA=1 needs nvcc, and there is none {where}; install the CUDA toolkit "
+                 "or use NIBBLOCK_CUDA=0")  # fmt: skip
+        return None, f"NIBBLOCK_CUDA=auto and no nvcc {where}"
+    if choice == "auto" and not torch_cuda:
+        return None, "NIBBLOCK_CUDA=auto and torch is a CPU build; NIBBLOCK_CUDA=1 builds it anyway"
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    if not found or tuple(map(int, found.groups())) < NVCC_MIN:
+        need, got = ".".join(map(str, NVCC_MIN)), text.splitlines()[-1]
+        stop(f"nvcc must be {need} or newer, got {got!r}; use NIBBLOCK_CUDA=0")
+    # nvcc may be a script that calls the real one: it says itself where its toolkit lies.
+    with tempfile.NamedTemporaryFile(suffix=".cu") as empty:
+        done = subprocess.run([nvcc, "--dryrun", empty.name], capture_output=True, text=True)
+    root = re.search(r"TOP=(\S+)", done.stderr)
+    root = Path(root.group(1) if root else nvcc).resolve()
+    folders = [root / "lib64", root / "targets/x86_64-linux/lib", root / "lib"]
+    runtime = next((f for f in folders if (f / "libcudart_static.a").exists()), None)
+    if runtime is None:
+        stop(f"no libcudart_static.a in nvcc's toolkit {root}; install its runtime library")
+    return dict(nvcc=nvcc, version=".".join(found.groups()), runtime=runtime), ""
 
 
 def find_compiler() -> tuple[str, str]:
@@ -128,18 +166,20 @@ def find_ninja() -> str:
     return found
 
 
-def find_torch() -> tuple[Path, str]:
-    """torch's folder and version, read from its version file: importing it would take seconds."""
+def find_torch() -> tuple[Path, str, str | None]:
+    """torch's folder, version and CUDA version, read from its version file: importing it would take
+    seconds."""
     spec = importlib.util.find_spec("torch")
     if not spec or not spec.origin:
         stop("no torch in this Python; type: pip install 'torch>=2.11', then "
              "pip install --no-build-isolation .")  # fmt: skip
     folder = Path(spec.origin).parent
-    version = str(runpy.run_path(str(folder / "version.py"))["__version__"])
+    facts = runpy.run_path(str(folder / "version.py"))
+    version = str(facts["__version__"])
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if numbers < TORCH_MIN:
         stop(f"torch must be 2.11 or newer, got {version}; type: pip install 'torch>=2.11'")
-    return folder, version
+    return folder, version, facts.get("cuda")
 
 
 def find_pybind11() -> tuple[str, str]:
@@ -158,7 +198,9 @@ def git_id() -> str | None:
     return done.stdout.strip() or None
 
 
-def libraries(torch_dir: Path, pybind_include: str) -> list[dict]:
+def libraries(
+    torch_dir: Path, pybind_include: str, cuda: dict | None, torch_cuda: str | None
+) -> list[dict]:
     """Name, sources, include flags and link flags of each library, in link order."""
     shared = ("common", "glue", "native")
     ops = [d for d in sorted(CSRC.iterdir()) if d.is_dir() and d.name not in shared]
@@ -174,12 +216,24 @@ def libraries(torch_dir: Path, pybind_include: str) -> list[dict]:
     torch_libs = ["-lstdc++", quoted(f"-L{torch_dir}/lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     # A Python module leaves CPython's symbols to the interpreter: -z defs would refuse them.
-    return [
+    libs = [
         dict(name="libnibblock_kernels.so", sources=kernels, flags=[], link=[]),
         dict(name="libnibblock_cpu.so", sources=glue, flags=torch_flags, link=[*ours, *torch_libs]),
         dict(name=f"_native{suffix}", sources=sorted((CSRC / "native").glob("*.cpp")),
              flags=native_flags, link=[*ours, "-Wl,-z,undefs"]),
     ]  # fmt: skip
+    if cuda:
+        # One function, torch's current stream, lives in a CUDA torch alone. Against a CPU torch it
+        # stays open, and libtorch.so is named so that it is found where the library runs.
+        stream = ["-ltorch_cuda"] if torch_cuda else ["-Wl,-z,undefs,--no-as-needed", "-ltorch"]
+        runtime = [quoted(f"-L{cuda['runtime']}"), "-lcudart_static", "-ldl", "-lrt"]
+        sources = [f for d in ops for f in sorted(d.glob("cuda*.cu"))]
+        sources += [f for d in ops for f in sorted(d.glob("torch_cuda*.cpp"))]
+        libs.append(
+            dict(name="libnibblock_cuda.so", sources=sources, flags=[*torch_flags, "-DUSE_CUDA"],
+                 link=[*torch_libs, *stream, *runtime, "-Wl,--exclude-libs,ALL"])
+        )  # fmt: skip
+    return libs
 
 
 def quoted(path: Path | str) -> str:
@@ -191,9 +245,11 @@ def escaped(path: Path | str) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def write_ninja(path: Path, cxx: str, libs: list[dict]) -> None:
+def write_ninja(path: Path, cxx: str, libs: list[dict], cuda: dict | None) -> None:
     lines = [
         f"cxx = {cxx}",
+        f"nvcc = {quoted(cuda['nvcc']) if cuda else 'false'} -ccbin {cxx.split()[0]}",
+        f"nvccflags = {' '.join(NVCC_FLAGS)}",
         # Messages that name a source file say csrc/..., not where this checkout lies.
         f"flags = {' '.join([*COMMON_FLAGS, quoted(f'-ffile-prefix-map={ROOT}/=')])}",
         f"ldflags = {' '.join(LINK_FLAGS)}",
@@ -202,6 +258,13 @@ def write_ninja(path: Path, cxx: str, libs: list[dict]) -> None:
         "  deps = gcc",
         "  depfile = $out.d",
         "  description = compile $out",
+        # What ptxas says of registers and spills is kept beside the object, and shown on failure.
+        "rule nvcc",
+        "  command = $nvcc $nvccflags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
+        "{ cat $out.log; exit 1; }",
+        "  deps = gcc",
+        "  depfile = $out.d",
+        "  description = nvcc $out",
         "rule link",
         "  command = $cxx $ldflags -o $out $in $libs",
         "  description = link $out",
@@ -211,11 +274,16 @@ def write_ninja(path: Path, cxx: str, libs: list[dict]) -> None:
         for source in lib["sources"]:
             isa = isa_of(source)
             target = "obj/" + str(source.relative_to(CSRC)) + ".o"
+            if source.suffix == ".cu":
+                lines += [f"build {target}: nvcc {escaped(source)}"]
+                objects.append(target)
+                continue
             binding = str(source.relative_to(CSRC)) in BINDINGS
             more = [*lib["flags"], *(ISA_FLAGS[isa] if isa else []), *(["-O1"] if binding else [])]
             lines += [f"build {target}: compile {escaped(source)}", f"  more = {' '.join(more)}"]
             objects.append(target)
-        kernels = "" if lib["name"] == "libnibblock_kernels.so" else " | libnibblock_kernels.so"
+        alone = lib["name"] in ("libnibblock_kernels.so", "libnibblock_cuda.so")
+        kernels = "" if alone else " | libnibblock_kernels.so"
         lines += [f"build {lib['name']}: link {' '.join(objects)}{kernels}"]
         lines += [f"  libs = -Wl,-soname,{lib['name']} {' '.join(lib['link'])}"]
     text = "\n".join(lines) + "\n"
@@ -223,20 +291,49 @@ def write_ninja(path: Path, cxx: str, libs: list[dict]) -> None:
         path.write_text(text)
 
 
+def ptxas_facts(log: str) -> list[dict]:
+    """Registers, stack, spills of every kernel that `ptxas -v` reports: [{arch, kernel, ...}]."""
+    found = re.findall(
+        r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        log,
+        re.S,
+    )
+    return [
+        dict(arch=arch, kernel=name, registers=int(registers), stack=int(stack),
+             spills=int(stores) + int(loads))
+        for name, arch, stack, stores, loads, registers in found
+    ]  # fmt: skip
+
+
+def cuda_facts(work: Path, cuda: dict, lib: dict) -> dict:
+    """What build_info.json says of the CUDA library."""
+    logs = [work / "obj" / f"{f.relative_to(CSRC)}.o.log" for f in lib["sources"]]
+    kernels = [k for log in logs if log.exists() for k in ptxas_facts(log.read_text())]
+    times = {}  # of each object's last compilation, from ninja's own log
+    for line in (work / ".ninja_log").read_text().splitlines()[1:]:
+        begin, end, _, name, _ = line.split("\t")
+        if name.endswith(".cu.o"):
+            times[name] = (int(end) - int(begin)) / 1000
+    return dict(nvcc=cuda["version"], code=[real for _, real in CUDA_CODE], kernels=kernels,
+                bytes=(work / lib["name"]).stat().st_size,
+                compile_seconds=round(sum(times.values()), 1))  # fmt: skip
+
+
 def build_native(destination: Path) -> None:
     start = time.monotonic()
-    cuda = find_cuda_choice()
     cxx, cxx_version = find_compiler()
     ninja = find_ninja()
-    torch_dir, torch_version = find_torch()
+    torch_dir, torch_version, torch_cuda = find_torch()
+    cuda, without = find_cuda(torch_cuda)
     pybind_include, pybind_version = find_pybind11()
-    libs = libraries(torch_dir, pybind_include)
+    libs = libraries(torch_dir, pybind_include, cuda, torch_cuda)
     work = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
     work.mkdir(parents=True, exist_ok=True)
     destination.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one checkout take turns
-        write_ninja(work / "build.ninja", cxx, libs)
+        write_ninja(work / "build.ninja", cxx, libs, cuda)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         if subprocess.run([ninja, "-C", str(work), "-j", jobs]).returncode:
             stop("the build failed; the compiler's first error above says where")
@@ -252,7 +349,8 @@ def build_native(destination: Path) -> None:
                 for lib in libs for f in lib["sources"] if isa_of(f)
             },
             "libraries": [lib["name"] for lib in libs],
-            "cuda": None,
+            "cuda": cuda_facts(work, cuda, libs[-1]) if cuda else None,
+            "cuda_left_out": without or None,
             "git": git_id(),
         }  # fmt: skip
         for name, content in [
@@ -264,8 +362,15 @@ def build_native(destination: Path) -> None:
             part.write_bytes(content)
             part.chmod(0o755 if ".so" in name else 0o644)
             part.replace(destination / name)
+        if not cuda:  # one of an earlier build would not fit its neighbours
+            (destination / "libnibblock_cuda.so").unlink(missing_ok=True)
     print(f"nibblock: built {', '.join(lib['name'] for lib in libs)}")
-    print(f"nibblock: skipped CUDA (NIBBLOCK_CUDA={cuda}): this version has no CUDA source")
+    if cuda:
+        facts = info["cuda"]
+        size = f"{facts['bytes'] / 2**20:.1f} MiB, {facts['compile_seconds']} s of nvcc"
+        print(f"nibblock: CUDA {facts['nvcc']}, {len(facts['kernels'])} kernels, {size}")
+    else:
+        print(f"nibblock: left out CUDA: {without}")
     print(f"nibblock: {time.monotonic() - start:.1f} s, {cxx_version}, torch {torch_version}")
     sys.stdout.flush()
 

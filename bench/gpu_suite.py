@@ -1,4 +1,4 @@
-"""`python -m nibblock bench gpu`: every Triton kernel on an NVIDIA GPU beside cuBLAS, in one run.
+"""`python -m nibblock bench gpu`: every kernel for an NVIDIA GPU beside cuBLAS, in one run.
 
 Two clocks for each figure, because they answer different questions. `graph`: the calls captured in
 a CUDA graph that walks over copies of the weights larger than the L2 cache, replayed; what a decode
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
+from nibblock import _cuda
 
 from . import table
 
@@ -31,6 +32,7 @@ LAYERS = {
 ROWS = (1, 16, 64, 128, 512, 1024, 4096)
 ROTATE = 160 << 20  # bytes of weights a graph walks over: three times an H200's L2 cache
 REPLAYS, ROUNDS = 20, 5
+CUDA_ROWS = 128  # of x, that the CUDA C++ kernels serve
 PEERS = ("humming-kernels", "gemlite", "bitsandbytes")
 
 Call = Callable[[int], Any]
@@ -126,6 +128,12 @@ class Int4:
         self.dense = _copies(dense)
 
 
+def cuda_call(layer: Int4, x: torch.Tensor, **adapter: Any) -> Call:
+    """The CUDA C++ kernel of int4_linear, by name: no row of it is chosen before it is measured."""
+    form = (layer.n, 128, 4, False, torch.float16)
+    return lambda i: _cuda.int4_linear(x, layer.packed[i], None, *form, **adapter)
+
+
 def _copies(tensor: torch.Tensor) -> list[torch.Tensor]:
     count = max(1, -(-ROTATE // (tensor.numel() * tensor.element_size())))
     return [tensor, *(tensor.clone() for _ in range(count - 1))]
@@ -169,6 +177,10 @@ def run_int4(dx: bool) -> Iterator[dict[str, Any]]:
                     "nibblock": (ours, len(layer.packed)),
                     "cuBLAS bf16": (dense, len(layer.dense)),
                 }
+                if not dx and m <= CUDA_ROWS and _cuda.refusal() is None:
+                    by_name = cuda_call(layer, x)
+                    checked(f"CUDA C++ int4 {n}x{k} m={m}", by_name(0), want)
+                    calls["CUDA C++"] = (by_name, len(layer.packed))
                 if peer is not None:
                     calls["torch int4"] = (lambda i, x=x, p=peer: p(x, i), len(layer.packed))
                 yield dict(model=model, shape=f"{n}x{k}", m=m, error=error, times=measure(calls))
@@ -256,6 +268,11 @@ def run_adapter() -> Iterator[dict[str, Any]]:
 
         count = len(layer.packed)
         calls = {"base": (base, count), "blocks": (with_blocks, count), "both": (with_both, count)}
+        if m <= CUDA_ROWS and _cuda.refusal() is None:
+            more = dict(values=v, layout=layout, block=block)
+            checked("CUDA C++ adapter", cuda_call(layer, x, **more)(0), with_blocks(0).float())
+            calls["CUDA C++ base"] = (cuda_call(layer, x), count)
+            calls["CUDA C++ blocks"] = (cuda_call(layer, x, **more), count)
         yield dict(block=block, density=0.02, m=m, times=measure(calls))
 
 
@@ -337,6 +354,7 @@ def main(argv: list[str]) -> int:
             "triton": importlib.metadata.version("triton"),
             **{name: _version(name) for name in PEERS},
         },
+        "cuda_kernels": _cuda.refusal() or "measured where at most 128 rows are served",
         "ceilings": ceilings(),
         "parts": {},
     }

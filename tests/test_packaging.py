@@ -138,7 +138,7 @@ def test_one_openmp_runtime_and_nothing_optional_is_loaded():
 
 
 @pytest.mark.parametrize("settings, text", [
-    ({"NIBBLOCK_CUDA": "1"}, "nibblock: NIBBLOCK_CUDA=1 cannot be met: this version has no CUDA"),
+    ({"NIBBLOCK_CUDA": "1", "CUDA_HOME": "/nowhere"}, "nibblock: NIBBLOCK_CUDA=1 needs nvcc"),
     ({"NIBBLOCK_CUDA": "yes"}, "nibblock: NIBBLOCK_CUDA must be auto, 0 or 1, got 'yes'"),
     ({"CXX": "no-such-compiler"}, "nibblock: no C++ compiler 'no-such-compiler'; type: apt-get"),
 ])  # fmt: skip

@@ -12,8 +12,10 @@ enum Status : int {
   kNoKernel = 1,        // no row of the table serves this call at the active ISA level
   kUnknownKernel = 2,   // a forced kernel id is not in the table
   kIsaUnavailable = 3,  // a forced kernel needs an ISA level above the active one
-  kNotServed = 4,    // a forced kernel exists and can run here but does not serve these parameters
-  kOutOfMemory = 5,  // the workspace could not be allocated
+  kNotServed = 4,     // a forced kernel exists and can run here but does not serve these parameters
+  kOutOfMemory = 5,   // the workspace could not be allocated
+  kDeviceTooOld = 6,  // the GPU is older than every kernel that was built
+  kDeviceError = 7,   // the GPU's driver or runtime refused; its own code comes with it
 };
 
 }  // namespace nibblock

@@ -9,9 +9,11 @@
 namespace nibblock {
 namespace glue {
 
-// Checks `packed` against the format and makes it contiguous.
+// Checks `packed` against the format and its device by `device`, and makes it contiguous.
 inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_t k, int64_t group,
-                               int64_t bits, bool affine, ScalarType scale_dtype) {
+                               int64_t bits, bool affine, ScalarType scale_dtype,
+                               void (*device)(const char*, const char*,
+                                              const Tensor&) = check_cpu) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
   STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || group == 256 || group == -1, op,
                   ": group_size must be 32, 64, 128, 256 or -1 (whole row), got ", group);
@@ -26,7 +28,7 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
   f.bits = static_cast<int32_t>(bits);
   f.affine = affine;
   f.scale_type = scale_dtype == ScalarType::Half ? Dtype::kF16 : Dtype::kF32;
-  check_cpu(op, "packed", packed);
+  device(op, "packed", packed);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte, op, ": packed must be uint8, got ",
                   dtype_name(packed.scalar_type()));
   const int64_t bytes = int4_geometry(f).bytes;

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nibblock import _library, _native
+from nibblock import _cuda, _library, _native
 from nibblock._errors import BackendUnavailable
 from nibblock.ops import _triton
 
@@ -88,8 +88,8 @@ def info(self_test: bool = False) -> dict[str, Any]:
     Returns:
         A dict with `versions`, `cpu` (model, features, isa, isa_max, why, threads), `kernels` (per
         table: id, isa, serves, available, reason), `build` (build_info.json and the module's own
-        facts), `gpu_kernels` (as `kernels`, of Triton's rows, with their `state`), `optional`
-        (package -> version or None) and, if asked for, `self_test`.
+        facts), `gpu_kernels` (as `kernels`, of Triton and CUDA C++ rows, with their `state`),
+        `optional` (package -> version or None) and, if asked for, `self_test`.
     """
     features = dict(_native.cpu_features())
     level, highest = _native.cpu_isa(), _native.cpu_isa_max()
@@ -120,7 +120,10 @@ def info(self_test: bool = False) -> dict[str, Any]:
             "int4_block_sparse_linear_dx": _native.block_sparse_kernels("fused_dx"),
             **{name: _native.masked_update_kernels(which) for name, which in _MASKED.items()},
         },
-        "gpu_kernels": {op: _triton.rows(op) for op in _triton.OPS},
+        "gpu_kernels": {
+            op: _triton.rows(op) + (_cuda.rows() if op == "int4_linear" else [])
+            for op in _triton.OPS
+        },
         "build": {**_library.build_info(), "native": _native.build_info()},
         "optional": {name: _version(name) for name in _OPTIONAL},
     }
@@ -193,6 +196,16 @@ def self_test() -> list[dict[str, Any]]:
     return rows
 
 
+def _cuda_text(build: dict[str, Any]) -> str:
+    cuda = build.get("cuda")
+    if not cuda:
+        return f"C++ kernels not built: {build.get('cuda_left_out') or 'no build facts'}"
+    return (
+        f"C++ kernels by nvcc {cuda['nvcc']} for {', '.join(cuda['code'])}; {_cuda.UNPROVEN}, "
+        "taken only by name"
+    )
+
+
 def _text(facts: dict[str, Any]) -> str:
     cpu, build = facts["cpu"], facts["build"]
     lines = ["  ".join(f"{name} {version}" for name, version in facts["versions"].items()), ""]
@@ -204,7 +217,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"level     {cpu['isa']} ({cpu['why']})",
         f"built     against torch {build.get('torch_built_against')}, {build.get('compiler')}",
         f"libraries {' '.join(build.get('libraries', []))}",
-        "CUDA      not built: this version has no CUDA source",
+        f"CUDA      {_cuda_text(build)}",
     ]
     there = [f"{name} {version}" for name, version in facts["optional"].items() if version]
     absent = [name for name, version in facts["optional"].items() if not version]

@@ -1,0 +1,58 @@
+// What every torch_cuda.cpp shares: the device check, torch's current stream, and counters that are
+// zero between launches. LibTorch stable ABI; no CUDA headers.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "check.h"
+
+namespace nibblock {
+namespace glue {
+
+inline void check_cuda(const char* op, const char* arg, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cuda(), op, ": ", arg, " must be on a CUDA device, got another device");
+}
+
+inline void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// Arrival counters: int32 zeros that every launch leaves as zeros, so they are written once and not
+// by a launch of their own each time. Launches that may overlap must not share them, hence one
+// tensor for each stream. A capture into a CUDA graph gets its own: the graph then holds the one
+// node that zeroes them, and may be replayed on any stream. More than kCounters are made for the
+// call alone.
+inline Tensor zero_counters(const Tensor& like, int64_t count, int32_t device, void* stream,
+                            unsigned long long capture) {
+  constexpr int64_t kCounters = 16384;
+  const auto zeros = [&](int64_t size) {
+    return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(&size, 1),
+                                    ScalarType::Int);
+  };
+  if (count > kCounters) return zeros(count);
+  struct Entry {
+    unsigned long long capture;
+    Tensor counters;
+  };
+  // Never destroyed: at exit the device may be gone before static objects are.
+  static std::mutex& lock = *new std::mutex;
+  static auto& known = *new std::map<std::tuple<int32_t, void*, bool>, Entry>;
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto key = std::make_tuple(device, stream, capture != 0);
+  const auto found = known.find(key);
+  if (found != known.end() && found->second.capture == capture) return found->second.counters;
+  // A finished capture's graph owns its memory: only our hold on it ends.
+  if (found != known.end()) known.erase(found);
+  return known.emplace(key, Entry{capture, zeros(kCounters)}).first->second.counters;
+}
+
+}  // namespace glue
+}  // namespace nibblock

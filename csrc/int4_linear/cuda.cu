@@ -1,0 +1,262 @@
+// int4_linear on CUDA devices: which kernel, how many blocks, how much workspace, launch.
+#include "cuda.h"
+
+#include <cuda_runtime_api.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "cuda_decode_body.cuh"
+#include "cuda_kernels.cuh"
+
+namespace nibblock {
+namespace {
+
+using namespace cuda;
+
+constexpr int kDevices = 64;
+constexpr int kVariants = 4;  // type x bits
+constexpr int kTiles = 4;
+
+constexpr Int4CudaKernel kRows[] = {
+    {"int4_linear.cuda.sm80.m8", "m <= 8, bfloat16 or float16", 1, false},
+    {"int4_linear.cuda.sm80.m16", "m <= 16, bfloat16 or float16", 2, false},
+    {"int4_linear.cuda.sm80.m32", "m <= 128 (up to 4 passes of 32), bfloat16 or float16", 4, false},
+    {"int4_linear.cuda.sm80.m64", "m <= 128 (up to 2 passes of 64), bfloat16 or float16", 8, false},
+};
+
+DecodeKernels kernels_of(int variant) {
+  switch (variant) {
+  case 0:
+    return decode_kernels_bf16_4();
+  case 1:
+    return decode_kernels_bf16_8();
+  case 2:
+    return decode_kernels_f16_4();
+  default:
+    return decode_kernels_f16_8();
+  }
+}
+
+// Facts of a device, asked for once. Zero means not asked yet; threads that ask at the same time
+// write the same answers.
+struct Device {
+  std::atomic<int> multiprocessors, capability, shared_limit;
+  std::atomic<int> blocks[kVariants][2][2][kTiles];  // of a kernel on one multiprocessor; -1: none
+};
+Device devices[kDevices];
+
+cudaError_t ask(int device, Device& d) {
+  if (d.shared_limit.load(std::memory_order_acquire)) return cudaSuccess;
+  int count = 0, major = 0, minor = 0, shared = 0;
+  cudaError_t e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (!e) e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!e) e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (!e) e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (e) return e;
+  d.multiprocessors.store(count, std::memory_order_relaxed);
+  d.capability.store(10 * major + minor, std::memory_order_relaxed);
+  d.shared_limit.store(shared, std::memory_order_release);
+  return cudaSuccess;
+}
+
+// Blocks of a kernel that fit one multiprocessor, 0 with an error. Lets the kernel have its shared
+// memory, which is more than the 48 KiB that need no permission.
+cudaError_t resident_blocks(const DecodeKernel& k, std::atomic<int>& known, int* blocks) {
+  int b = known.load(std::memory_order_acquire);
+  if (b == 0) {
+    cudaError_t e = cudaFuncSetAttribute(k.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         k.shared_bytes);
+    if (!e) {
+      e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&b, k.function, k.threads, k.shared_bytes);
+    }
+    if (e) {
+      (void)cudaGetLastError();  // ours to report; the next caller's check must not see it
+      return e;
+    }
+    known.store(b > 0 ? b : -1, std::memory_order_release);
+  }
+  *blocks = b > 0 ? b : 0;
+  return cudaSuccess;
+}
+
+bool fits_int32(int64_t v) { return v >= 0 && v < (int64_t(1) << 31) - kStageK; }
+
+// Rows of x that one pass of a row's kernel takes, and how many passes it may need.
+bool serves(const Int4CudaKernel& row, const Int4CudaParams& p) {
+  const int64_t tokens = kTokens * row.token_tiles;
+  return p.m >= 1 && p.m <= (row.token_tiles >= 4 ? kMaxRowsOfX : tokens) && p.w.n >= 1 &&
+         p.xtype != Dtype::kF32 && fits_int32(p.w.n) && fits_int32(p.w.k) &&
+         reinterpret_cast<uintptr_t>(p.packed) % 16 == 0 &&
+         (!p.values || (p.w.bits == 4 && row.token_tiles <= 4 &&
+                        (p.block == 32 || p.block == 64 || p.block == 128) &&
+                        reinterpret_cast<uintptr_t>(p.values) % 16 == 0));
+}
+
+int variant_of(const Int4CudaParams& p) {
+  return (p.xtype == Dtype::kBF16 ? 0 : 2) + (p.w.bits == 4 ? 0 : 1);
+}
+
+int tile_index(int token_tiles) {
+  for (int i = 0; i < kTiles; ++i) {
+    if (kTokenTiles[i] == token_tiles) return i;
+  }
+  return 0;
+}
+
+}  // namespace
+
+Int4CudaTable int4_linear_cuda_table() {
+  return {kRows, static_cast<int>(sizeof(kRows) / sizeof(kRows[0]))};
+}
+
+Status int4_linear_cuda_plan(const Int4CudaParams& p, const char* forced_id, Int4CudaPlan* plan) {
+  *plan = Int4CudaPlan{};
+  cudaError_t e = cudaGetDevice(&plan->device);
+  if (!e && plan->device >= kDevices) return kNotServed;
+  Device& d = devices[e ? 0 : plan->device];
+  if (!e) e = ask(plan->device, d);
+  if (e) {
+    plan->device_error = e;
+    return kDeviceError;
+  }
+  if (d.capability < 80) return kDeviceTooOld;
+  const int variant = variant_of(p);
+  const DecodeKernels all = kernels_of(variant);
+  bool known = !forced_id;
+  for (const Int4CudaKernel& row : kRows) {
+    if (forced_id && strcmp(forced_id, row.id) != 0) continue;
+    known = true;
+    if (!serves(row, p)) continue;
+    // 32 rows at a time fill the tensor cores' columns better than 64 up to there; beyond, 64 reads
+    // the weights half as often.
+    if (!forced_id && row.token_tiles == 4 && p.m > 32 && !p.values &&
+        d.shared_limit >= all.row[0][p.w.affine != 0][3].shared_bytes) {
+      continue;
+    }
+    const int tile = tile_index(row.token_tiles);
+    const DecodeKernel& k = all.row[p.values != nullptr][p.w.affine != 0][tile];
+    if (k.shared_bytes > d.shared_limit) continue;
+    int blocks = 0;
+    e = resident_blocks(k, d.blocks[variant][p.values != nullptr][p.w.affine != 0][tile], &blocks);
+    if (e) {
+      plan->device_error = e;
+      return kDeviceError;
+    }
+    if (blocks == 0) continue;
+    const Int4Geometry g = int4_geometry(p.w);
+    Schedule& s = plan->schedule;
+    s.chunks = static_cast<int32_t>(g.k_pad > 0 ? ceil_div(g.k_pad, kStageK) : 1);
+    s.token_tiles = static_cast<int32_t>(ceil_div(p.m, k.tokens));
+    s.tiles = static_cast<int32_t>(ceil_div(p.w.n, k.rows)) * s.token_tiles;
+    const int64_t resident = static_cast<int64_t>(blocks) * d.multiprocessors;
+    s.blocks = static_cast<int32_t>(units(s) < resident ? units(s) : resident);
+    plan->kernel = &row;
+    plan->partial_bytes = 2 * static_cast<int64_t>(s.blocks) * k.slot_floats * 4;
+    plan->counters = s.tiles;
+    return kOk;
+  }
+  return known ? kNotServed : kUnknownKernel;
+}
+
+Status int4_linear_cuda_run(const Int4CudaParams& p, Int4CudaPlan* plan, void* partials,
+                            int32_t* counters, void* stream) {
+  const Int4Geometry g = int4_geometry(p.w);
+  const DecodeKernels all = kernels_of(variant_of(p));
+  const DecodeKernel& k =
+      all.row[p.values != nullptr][p.w.affine != 0][tile_index(plan->kernel->token_tiles)];
+  DecodeParams q = {};
+  q.packed = p.packed;
+  q.x = static_cast<const uint16_t*>(p.x);
+  q.y = static_cast<uint16_t*>(p.y);
+  q.bias = p.bias;
+  q.partials = static_cast<Floats4*>(partials);
+  q.counters = counters;
+  q.panel_stride = g.panel_stride;
+  q.scales_at = g.scales_at;
+  q.offsets_at = g.offsets_at;
+  q.x_stride = p.x_stride;
+  q.y_stride = p.y_stride;
+  q.m = static_cast<int32_t>(p.m);
+  q.n = static_cast<int32_t>(p.w.n);
+  q.k = static_cast<int32_t>(p.w.k);
+  q.k_pad = static_cast<int32_t>(g.k_pad);
+  q.panels = static_cast<int32_t>(g.panels);
+  q.groups = static_cast<int32_t>(g.groups);
+  q.shift = group_shift(p.w.group);
+  q.bias_type = static_cast<int32_t>(p.bias_type);
+  q.wide_scale = p.w.scale_type == Dtype::kF32;
+  // One row needs no stride.
+  q.x_aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.x_stride % 8 == 0 || p.m == 1);
+  q.y_aligned = reinterpret_cast<uintptr_t>(p.y) % 8 == 0 && (p.y_stride % 4 == 0 || p.m == 1);
+  q.schedule = plan->schedule;
+  q.values = p.values;
+  q.row_ptr = p.row_ptr;
+  q.col = p.col;
+  q.block_shift = p.block == 128 ? 7 : p.block == 64 ? 6 : 5;
+  q.value_type = static_cast<int32_t>(p.value_type);
+  void* arguments[] = {&q};
+  const cudaError_t e =
+      cudaLaunchKernel(k.function, dim3(q.schedule.blocks), dim3(k.threads), arguments,
+                       k.shared_bytes, static_cast<cudaStream_t>(stream));
+  if (e) {
+    (void)cudaGetLastError();
+    plan->device_error = e;
+    return kDeviceError;
+  }
+  return kOk;
+}
+
+bool int4_linear_cuda_capture(void* stream, unsigned long long* id, int* device_error) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  *id = 0;
+  const cudaError_t e = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, id);
+  if (e) (void)cudaGetLastError();
+  if (status != cudaStreamCaptureStatusActive) *id = 0;
+  *device_error = e;
+  return !e;
+}
+
+const char* int4_linear_cuda_error_text(int device_error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(device_error));
+}
+
+bool int4_linear_cuda_facts(int index, Int4CudaKernelFacts* facts) {
+  if (index < 0 || index >= kVariants * 4 * kTiles) return false;
+  const int variant = index / (4 * kTiles), adapter = index / (2 * kTiles) % 2;
+  const int affine = index / kTiles % 2, tile = index % kTiles;
+  const DecodeKernels all = kernels_of(variant);
+  const DecodeKernel& k = all.row[adapter][affine][tile];
+  if (!k.function) return false;
+  cudaFuncAttributes a = {};
+  int blocks = 0, device = 0;
+  if (cudaGetDevice(&device) || device >= kDevices || cudaFuncGetAttributes(&a, k.function) ||
+      resident_blocks(k, devices[device].blocks[variant][adapter][affine][tile], &blocks)) {
+    (void)cudaGetLastError();
+    return false;
+  }
+  *facts = {variant < 2 ? "bfloat16" : "float16",
+            variant % 2 ? 8 : 4,
+            affine,
+            adapter,
+            kTokenTiles[tile],
+            a.numRegs,
+            static_cast<int>(a.localSizeBytes),
+            k.shared_bytes,
+            k.threads,
+            blocks};
+  return true;
+}
+
+}  // namespace nibblock
+
+// The rows for Python, which reads them without torch: false behind the last one.
+extern "C" NB_API bool nibblock_cuda_int4_row(int index, const char** id, const char** serves,
+                                              int* proven) {
+  const nibblock::Int4CudaTable t = nibblock::int4_linear_cuda_table();
+  if (index < 0 || index >= t.count) return false;
+  *id = t.rows[index].id;
+  *serves = t.rows[index].serves_text;
+  *proven = t.rows[index].proven;
+  return true;
+}
