@@ -425,6 +425,23 @@ def test_short_forwards_at_many_shapes(shape, dtype):
             near(b.input_layernorm(x), a.input_layernorm(x))
 
 
+def test_an_adapter_inside_a_short_layer_trains():
+    """Few rows, and a gradient that begins behind the layer's input."""
+    plain = family("Llama")
+    nb.accelerate(plain, CONFIG, progress=False)
+    fused = copy.deepcopy(plain)
+    fuse_linears(fused)
+    grads = []
+    for model in (plain, fused):
+        nb.add_adapters(model, nb.AdapterConfig(density=0.5, block=16, where="*o_proj"))
+        model(torch.tensor([[1, 2, 3]])).logits.square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(grads[0]) == 2
+    for a, b in zip(*grads):
+        assert a.abs().max() > 0
+        near(b, a)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"])
 def test_transformers_models_give_the_same_tokens(name):
     plain = family(name)

@@ -229,7 +229,8 @@ def _layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: A
         return self._int4_original_forward(hidden_states, *args, **kwargs)
     x = _norm(hidden_states, first.weight, first.variance_epsilon)
     x, _ = self.self_attn(hidden_states=x, **kwargs)
-    if not x.is_contiguous() or x.dtype != hidden_states.dtype:
+    # An adapter inside may ask for gradients where the layer's input did not.
+    if x.shape != hidden_states.shape or not _plain_step(x, second.weight):
         hidden_states = hidden_states + x
         return hidden_states + self.mlp(second(hidden_states))
     hidden_states, x = _add_norm(hidden_states, x, second.weight, second.variance_epsilon)
