@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from nibblock._file_checks import check_bases, check_trained
 from nibblock.nn import Adapter, AdapterLinear, BlockSparseLinear, Int4Linear
 from nibblock.ops import _block_checks, _checks
 
@@ -143,25 +144,10 @@ def restore(
             raise ValueError(
                 f"load: {key} must be unmerged, got {layer.merged!r} merged; call unmerge()"
             )
-    prints = _fingerprints(bases)
-    for key, record in records.items():
-        if prints[key] != record["base"]:
-            raise ValueError(
-                f"load: {key} must be the layer that the adapter of {path.name} was trained on, "
-                f"got another weight ({prints[key][:12]}, the file's {record['base'][:12]})"
-            )
+    check_bases(path, "adapter", records, _fingerprints(bases))
     made = {key: _adapter(path, key, records[key], tensors, bases[key]) for key in records}
     fresh = {key: _wrap(modules[key], name, made[key], key) for key in records}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for key, source in trained.items():
-        if key not in parameters or source not in tensors:
-            where = "model" if key not in parameters else path.name
-            raise ValueError(f"load: {where} must hold {key}, got one without it")
-        if parameters[key].shape != tensors[source].shape:
-            raise ValueError(
-                f"load: {key} must have the file's shape {list(tensors[source].shape)}, got "
-                f"{list(parameters[key].shape)}"
-            )
+    parameters = check_trained(path, model, trained, tensors)
     # Nothing above touched the model; nothing below can refuse.
     own = {id(p) for m in adapter_layers(model).values() for p in m.adapters.parameters()}
     with torch.no_grad():

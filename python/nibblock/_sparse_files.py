@@ -21,6 +21,7 @@ from torch import nn
 
 from nibblock import _accelerate as _tree
 from nibblock import _sparse_update
+from nibblock._file_checks import check_bases, check_trained
 from nibblock.nn import MaskedLinear
 from nibblock.ops import _block_checks, _checks
 from nibblock.sparse import _choose
@@ -112,22 +113,8 @@ def restore(
     for key, record in records.items():
         _check_layer(path, key, record, tensors, layers.get(key), owners)
     prints = _fingerprints({key: layers[key].module for key in records})
-    for key, record in records.items():
-        if prints[key] != record["base"]:
-            raise ValueError(
-                f"load: {key} must be the layer that the update of {path.name} was trained on, "
-                f"got another weight ({prints[key][:12]}, the file's {record['base'][:12]})"
-            )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for key, source in trained.items():
-        if key not in parameters or source not in tensors:
-            where = "model" if key not in parameters else path.name
-            raise ValueError(f"load: {where} must hold {key}, got one without it")
-        if parameters[key].shape != tensors[source].shape:
-            raise ValueError(
-                f"load: {key} must have the file's shape {list(tensors[source].shape)}, got "
-                f"{list(parameters[key].shape)}"
-            )
+    check_bases(path, "update", records, prints)
+    parameters = check_trained(path, model, trained, tensors)
     for key, layer in masked_layers(model).items():
         if key not in records and layer._origin is None:
             raise ValueError(

@@ -28,15 +28,15 @@ class Task:
 
     def batch(self, indices: torch.Tensor) -> Any:
         """The training examples at these positions."""
-        raise NotImplementedError
+        raise NotImplementedError  # every task has its own
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The mean loss of a batch, a scalar with gradient."""
-        raise NotImplementedError
+        raise NotImplementedError  # every task has its own
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """{"loss": ..., ...} on the held-out rows; the model is in eval mode meanwhile."""
-        raise NotImplementedError
+        raise NotImplementedError  # every task has its own
 
     def trunk(self, model: nn.Module) -> nn.Module:
         """The module whose forward runs the layers: what a prefix cache is made for."""

@@ -211,7 +211,7 @@ class _Builder:
             raw = self.file.read(slot.tensor, first, min(step, info.rows - first))
             try:
                 values = dequantize(info.type, raw)
-            except NotImplementedError:
+            except NotImplementedError:  # dequantize names the type, this the tensor and file
                 raise self.file.fail(
                     f"hold tensor {slot.tensor} in a type that can be read", info.type
                 ) from None

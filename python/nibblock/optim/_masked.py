@@ -50,7 +50,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     # --- rules -----------------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # AdamW and SGD have their own
 
     def _update(
         self,
@@ -60,7 +60,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         multiplier: Optional[torch.Tensor],
         found_inf: Optional[torch.Tensor],
     ) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # AdamW and SGD have their own
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._states
