@@ -34,17 +34,19 @@ class Bed:
 
     Attributes:
         name; settings: of every run on it, but for method, learning rate and seed. rates: learning
-            rates tried, full fine-tuning's and the others', equally many. cut: the lowest layer of
-            methods that train the top third. figure: what a target is of; "loss" or "accuracy".
-        title: the table's heading.
+            rates tried, for many weights (full fine-tuning, a tenth of the model) and for few,
+            equally many. cuts: the lowest trained layer of methods with a cut, by the share that
+            is trained. figure: what a target is of; "loss" or "accuracy". title: the table's
+            heading. seeds: the first is the sweeps'.
     """
 
     name: str
     settings: Settings
     rates: tuple[tuple[float, ...], tuple[float, ...]]
-    cut: str
+    cuts: dict[str, str]
     figure: str
     title: str
+    seeds: tuple[int, ...]
 
 
 SMOLLM2 = Bed(
@@ -61,9 +63,10 @@ SMOLLM2 = Bed(
         warmup=4,
     ),
     ((3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)),
-    "model.layers.20",
+    {"top third": "model.layers.20", "top half": "model.layers.15"},
     "loss",
     "SmolLM2-135M, next token, help topics of the standard library",
+    (0, 1, 2),
 )
 SMOLLM2_ROWS = 96  # training rows: 24 steps an epoch, so that a cell is minutes
 
@@ -80,9 +83,10 @@ MINILM = Bed(
         warmup=10,
     ),
     ((5e-5, 1e-4, 2e-4, 5e-4, 1e-3), (3e-4, 1e-3, 2e-3, 5e-3, 1e-2)),
-    "bert.encoder.layer.4",
+    {"top third": "bert.encoder.layer.4", "top half": "bert.encoder.layer.3"},
     "accuracy",
     f"MiniLM-L6, which of {CLASSES} parts of the standard library a docstring is from",
+    (0, 1, 2, 3, 4),
 )
 BEDS = {bed.name: bed for bed in (SMOLLM2, MINILM)}
 

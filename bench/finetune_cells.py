@@ -3,6 +3,9 @@
 Every cell is a process of its own. A finished one is appended to a file of JSON lines and never run
 again, so the bench can be stopped and started at will. Learning rates are swept with the first
 seed, equally many for every variant; the other seeds run at the best of them.
+
+Names: "few" is 2 % of all blocks, "many" 20 % of them: on MiniLM a tenth of the whole model, which
+is what a training state of a tenth allows. Blocks of a cut are all above it, as many as without.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from nibblock._finetune.settings import Settings
 
 from .finetune_beds import BEDS, Bed, build, planted_recall
 
-SEEDS = (0, 1, 2)
+MANY = 0.2
 PLANTED_SEEDS = (0, 1, 2, 3, 4)
 CACHE = 4 << 30
 
@@ -34,29 +37,33 @@ class Variant:
     """A method as it is compared.
 
     Attributes:
-        method, select: as of the settings. cut: whether only the top third is trained. cache:
-            whether what is below runs once a row. int4: a 4-bit base. budget: of the selection.
-        moves: how the selection changes. beds: where it runs.
-        experiments: which of X1 to X7 read it.
+        method, select: as of the settings. cut: how much is trained, one of the bed's `cuts`; ""
+            for everything. cache: whether what is below runs once a row. density: share of all
+            blocks. int4: a 4-bit base. budget: of the selection. moves: how the selection
+            changes. beds: where it runs. experiments: which of X1 to X7 read it.
+        twin: a variant whose losses are the same bit for bit, for its best learning rate.
     """
 
     method: str
     select: str = "impact"
-    cut: bool = False
+    cut: str = ""
     cache: bool = False
+    density: float = 0.02
     int4: bool = False
     budget: float = 0.0
     moves: str = ""
     beds: tuple[str, ...] = ("smollm2", "minilm")
     experiments: str = "X1 X2 X3 X4"
+    twin: str = ""
 
     def settings(self, bed: Bed, lr: float, seed: int) -> Settings:
         return dataclasses.replace(
             bed.settings,
             method=self.method,
             select=self.select,
-            cut=bed.cut if self.cut else "",
+            cut=bed.cuts[self.cut] if self.cut else "",
             cache=CACHE if self.cache else 0,
+            density=self.density,
             int4=self.int4,
             budget=self.budget,
             moves=self.moves,
@@ -65,19 +72,26 @@ class Variant:
         )
 
 
+THIRD, HALF = "top third", "top half"
+OURS_MANY = "ours, many, top half, cache"
+OURS_FEW = "ours, top third, cache"
 VARIANTS = {
     "full": Variant("full"),
-    "ours": Variant("masked", experiments="X1 X2 X3 X4 X6 X7"),
-    "ours, top third, cache": Variant("masked", cut=True, cache=True),
+    OURS_MANY: Variant("masked", cut=HALF, cache=True, density=MANY),
+    "ours, many, top half": Variant("masked", cut=HALF, density=MANY, twin=OURS_MANY),
+    OURS_FEW: Variant("masked", cut=THIRD, cache=True, experiments="X1 X2 X3 X4 X6 X7"),
+    "random blocks": Variant("masked", "random", THIRD, True, experiments="X6"),
+    "magnitude blocks": Variant("masked", "magnitude", THIRD, True, experiments="X6"),
+    "lora, top half, cache": Variant("lora-cut", cut=HALF, cache=True),
+    "full, top half, cache": Variant("full-cut", cut=HALF, cache=True),
+    "ours": Variant("masked", experiments="X1 X2 X3 X4 X7"),
     "lora": Variant("lora"),
-    "lora, top third, cache": Variant("lora-cut", cut=True, cache=True),
-    "full, top third": Variant("full-cut", cut=True),
-    "full, top third, cache": Variant("full-cut", cut=True, cache=True),
-    "ours, top third": Variant("masked", cut=True),
-    "lora, top third": Variant("lora-cut", cut=True),
     "shira": Variant("shira"),
-    "random blocks": Variant("masked", select="random", experiments="X6"),
-    "magnitude blocks": Variant("masked", select="magnitude", experiments="X6"),
+    "lora, top third, cache": Variant("lora-cut", cut=THIRD, cache=True),
+    "full, top third, cache": Variant("full-cut", cut=THIRD, cache=True),
+    "ours, top third": Variant("masked", cut=THIRD, twin=OURS_FEW),
+    "lora, top third": Variant("lora-cut", cut=THIRD, twin="lora, top third, cache"),
+    "full, top third": Variant("full-cut", cut=THIRD, twin="full, top third, cache"),
     "ours, int4 base": Variant("adapter", int4=True, beds=("smollm2",), experiments="X3 X4"),
     "ours, adapter": Variant("adapter", experiments="X3 X7"),
     "ours, budget 0.5": Variant("masked", budget=0.5, cache=True, experiments="X1 X7"),
@@ -141,9 +155,10 @@ class Cells:
     def best_rate(self, bed: str, variant: str) -> Optional[float]:
         """The learning rate of the lowest held-out loss with the first seed; None until the whole
         sweep is done."""
+        variant = VARIANTS[variant].twin or variant
         swept = {}
         for lr in rates(bed, variant):
-            row = self.done.get(Cell(bed, variant, lr, SEEDS[0]).key)
+            row = self.done.get(Cell(bed, variant, lr, BEDS[bed].seeds[0]).key)
             if row is None:
                 return None
             swept[lr] = row["result"]["best"]["loss"] if "best" in row["result"] else math.inf
@@ -151,7 +166,10 @@ class Cells:
 
 
 def rates(bed: str, variant: str) -> tuple[float, ...]:
-    return BEDS[bed].rates[0 if VARIANTS[variant].method.startswith("full") else 1]
+    """The learning rates of a variant's sweep."""
+    of = VARIANTS[variant]
+    many = of.method.startswith("full") or of.density >= MANY
+    return BEDS[bed].rates[0 if many else 1]
 
 
 def due(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cell]:
@@ -181,15 +199,15 @@ def _missing(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cel
         if bed in VARIANTS[variant].beds
     ]
     for bed, variant in pairs:
-        for lr in rates(bed, variant):
-            cell = Cell(bed, variant, lr, SEEDS[0])
+        for lr in () if VARIANTS[variant].twin else rates(bed, variant):
+            cell = Cell(bed, variant, lr, BEDS[bed].seeds[0])
             if cell.key not in cells.done:
                 yield cell
-    for seed in SEEDS[1:]:
+    for at in range(max((len(BEDS[bed].seeds) for bed, _ in pairs), default=0)):
         for bed, variant in pairs:
             best = cells.best_rate(bed, variant)
-            if best is not None:
-                cell = Cell(bed, variant, best, seed)
+            if best is not None and at < len(BEDS[bed].seeds):
+                cell = Cell(bed, variant, best, BEDS[bed].seeds[at])
                 if cell.key not in cells.done:
                     yield cell
 

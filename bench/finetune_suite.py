@@ -12,7 +12,7 @@ import torch
 
 from . import finetune_report as report
 from .finetune_beds import BEDS
-from .finetune_cells import SEEDS, VARIANTS, Cells, due, run
+from .finetune_cells import VARIANTS, Cells, due, run
 from .machine import OtherLoad, environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -106,8 +106,8 @@ def _list(cells: Cells, beds: list[str], variants: list[str]) -> int:
     missing = [cell.key for cell in _missing(cells, beds, variants)]
     print("\n".join(missing))
     print(
-        f"{len(cells.done)} cells done, {len(missing)} due now; {len(SEEDS)} seeds, those after "
-        f"the first once a sweep is whole"
+        f"{len(cells.done)} cells done, {len(missing)} due now; seeds after the first once a "
+        f"sweep is whole"
     )
     return 0
 

@@ -13,7 +13,7 @@ from nibblock.bench import finetune_beds as beds
 from nibblock.bench import finetune_cells as cells_of
 from nibblock.bench import finetune_report as report
 from nibblock.bench import finetune_suite as suite
-from nibblock.bench.finetune_cells import SEEDS, VARIANTS, Cell, Cells, due
+from nibblock.bench.finetune_cells import OURS_FEW, OURS_MANY, VARIANTS, Cell, Cells, due
 
 pytest.importorskip("transformers", reason="the transformers package is not installed")
 
@@ -43,11 +43,12 @@ def result(bed: str, lr: float, losses: list[float], seconds: float, **more) -> 
 
 
 def fill(path, bed: str = "smollm2") -> Cells:
-    """Sweeps of three variants, and two more seeds of full and ours."""
+    """Sweeps of four variants, and the other seeds of all but random blocks."""
     found = Cells(path)
     curves = {
         "full": ([4.0, 3.0, 2.0, 1.9], 100.0),
-        "ours": ([4.0, 2.5, 1.91, 1.8], 30.0),
+        OURS_MANY: ([4.0, 2.5, 1.91, 1.8], 30.0),
+        OURS_FEW: ([4.0, 2.5, 2.3, 2.2], 20.0),
         "random blocks": ([4.0, 3.5, 3.0, 2.9], 30.0),
     }
     for variant, (losses, seconds) in curves.items():
@@ -59,7 +60,7 @@ def fill(path, bed: str = "smollm2") -> Cells:
                 "result": result(bed, lr, worse, seconds),
             }
             found.add(row)
-        for seed in SEEDS[1:] if variant != "random blocks" else ():
+        for seed in beds.BEDS[bed].seeds[1:] if variant != "random blocks" else ():
             row = {
                 "cell": {"bed": bed, "variant": variant, "lr": rates[1], "seed": seed},
                 "result": result(bed, rates[1], losses, seconds),
@@ -99,6 +100,10 @@ def test_cells_are_kept_and_never_run_again(tmp_path, monkeypatch):
     assert len(ran) == count + 1
 
 
+def _all_due(found: Cells, names: list[str], variants: list[str]) -> list[Cell]:
+    return list(cells_of._missing(found, names, variants))
+
+
 def test_minutes_stop_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "run", lambda *a: pytest.fail("a cell was started"))
     monkeypatch.setattr(suite.time, "monotonic", iter(range(0, 10_000, 120)).__next__)
@@ -109,11 +114,14 @@ def test_minutes_stop_the_run(tmp_path, monkeypatch, capsys):
 
 def test_best_rate_waits_for_the_whole_sweep(tmp_path):
     found = fill(tmp_path / "cells.jsonl")
-    assert found.best_rate("smollm2", "ours") == cells_of.rates("smollm2", "ours")[1]
+    assert found.best_rate("smollm2", OURS_MANY) == cells_of.rates("smollm2", OURS_MANY)[1]
+    twin = "ours, many, top half"  # without the cache: nothing to sweep
+    assert found.best_rate("smollm2", twin) == found.best_rate("smollm2", OURS_MANY)
+    assert [c.seed for c in _all_due(found, ["smollm2"], [twin])] == [0, 1, 2]
     assert found.best_rate("smollm2", "lora") is None
     again = Cells(tmp_path / "cells.jsonl")
     assert again.done == found.done
-    missing = next(due(again, ["smollm2"], ["ours", "random blocks"]))
+    missing = next(due(again, ["smollm2"], [OURS_MANY, "random blocks"]))
     assert (missing.variant, missing.seed) == ("random blocks", 1)
     (tmp_path / "cells.jsonl").open("a").write('{"cell": ')
     with pytest.raises(ValueError, match="must be JSON"):
@@ -134,20 +142,28 @@ def test_rows_and_goals(tmp_path):
     rows = {r["variant"]: r for r in report.bed_rows(cells, bed)}
     # full reaches 1.01 x 1.9 at its last evaluation, 301 s; ours at 1 + 60 s.
     assert rows["full"]["time"] == 1.0
-    assert rows["ours"]["time"] == pytest.approx(61 / 301)
-    assert rows["ours"]["seeds"] == 3
-    assert rows["random blocks"]["time"] is None
-    assert rows["random blocks"]["reached"] == 0
-    assert rows["ours"]["step"] == pytest.approx(0.3)
+    assert rows[OURS_MANY]["time"] == pytest.approx(61 / 301)
+    assert rows[OURS_MANY]["seeds"] == 3
+    assert rows[OURS_FEW]["time"] is None
+    assert rows[OURS_FEW]["reached"] == 0
+    assert rows[OURS_MANY]["step"] == pytest.approx(0.3)
     text = report.show(cells)
-    assert "reached 0/1" in text
+    assert "reached 0/3" in text
     assert "0.20x" in text
     goals = {r["row"]: r for r in report.goal_rows(cells, None)}
     assert goals["our blocks better than random blocks"]["measured"] == 1.0
-    assert goals["training state vs full"]["measured"] == 1.0
-    assert goals["training state vs full"]["verdict"] == "missed"
+    assert goals["time to full's quality, cache"]["measured"] == pytest.approx(61 / 301)
+    assert goals["time to full's quality, no cache"]["verdict"] == "not measured"
+    assert goals["training state vs full, 2 %"]["measured"] == 1.0
+    assert goals["training state vs full, 2 %"]["verdict"] == "missed"
     assert goals["planted blocks found"]["verdict"] == "not measured"
     assert json.loads(json.dumps(report.figures(cells)))["cells"] == len(cells.done)
+    for row in cells.of("smollm2", OURS_MANY):  # one seed of three falls short
+        if row["cell"]["seed"] == 2:
+            row["result"]["evaluations"] = row["result"]["evaluations"][:2]
+    goals = {r["row"]: r for r in report.goal_rows(cells, None)}
+    assert goals["time to full's quality, cache"]["verdict"] == "missed"
+    assert "2 of 3 seeds" in goals["time to full's quality, cache"]["detail"]
     report.chart(cells, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
