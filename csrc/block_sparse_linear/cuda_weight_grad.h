@@ -38,23 +38,23 @@ constexpr int kGradColumns = 128;  // of x and, at most, of g
 constexpr int kGradUnits = kGradColumns / 8;
 constexpr int kGradOperand = kGradTokens * kGradColumns * 2;  // bytes of one operand of a stage
 constexpr int kGradStages = 4;
-constexpr int kGradRows = kGradStages * 2 * kGradOperand;   // place of the run's block rows
-constexpr int kGradFlag = kGradRows + 16;                   // place of "this one came last"
+constexpr int kGradRows = kGradStages * 2 * kGradOperand;  // place of the run's block rows
+constexpr int kGradFlag = kGradRows + 16;                  // place of "this one came last"
 constexpr int kGradSharedBytes = kGradFlag + 16;
 
 // What the compiler knows of one kernel. A warp's tile is 32 x 32, of blocks of 128 64 x 32.
 template <int kBlock>
 struct GradShape {
   static constexpr int block = kBlock;
-  static constexpr int run = kGradColumns / kBlock;       // blocks of a thread block
-  static constexpr int n_tiles = kBlock == 128 ? 4 : 2;   // of 16 n, of a warp
-  static constexpr int k_pairs = 2;                       // of 16 k, of a warp
+  static constexpr int run = kGradColumns / kBlock;      // blocks of a thread block
+  static constexpr int n_tiles = kBlock == 128 ? 4 : 2;  // of 16 n, of a warp
+  static constexpr int k_pairs = 2;                      // of 16 k, of a warp
   static constexpr int warps_n = kBlock / (16 * n_tiles);
   static constexpr int warps_k = kBlock / (16 * k_pairs);
   static constexpr int warps = run * warps_n * warps_k;
   static constexpr int threads = 32 * warps;
-  static constexpr int sums = n_tiles * k_pairs * 2;      // of 4 float32, of a thread
-  static constexpr int slot = sums * threads;             // Floats4 of one part of a run
+  static constexpr int sums = n_tiles * k_pairs * 2;  // of 4 float32, of a thread
+  static constexpr int slot = sums * threads;         // Floats4 of one part of a run
 };
 
 // A warp's block of the run, and where its tile begins in it.
@@ -64,8 +64,7 @@ struct GradTile {
 template <class Shape>
 NB_HD GradTile grad_tile(int warp) {
   const int in_block = warp % (Shape::warps_n * Shape::warps_k);
-  return {warp / (Shape::warps_n * Shape::warps_k),
-          in_block / Shape::warps_k * 16 * Shape::n_tiles,
+  return {warp / (Shape::warps_n * Shape::warps_k), in_block / Shape::warps_k * 16 * Shape::n_tiles,
           in_block % Shape::warps_k * 16 * Shape::k_pairs};
 }
 

@@ -158,7 +158,7 @@ struct WeightGrad {
     Floats4* const own = slot_of(part);
 #pragma unroll
     for (int i = 0; i < Shape::sums; ++i) {
-      const float(&s)[4] = sums[i / (2 * Shape::k_pairs)][i % (2 * Shape::k_pairs)];
+      const float (&s)[4] = sums[i / (2 * Shape::k_pairs)][i % (2 * Shape::k_pairs)];
       store_global(own + i * Shape::threads, Floats4{{s[0], s[1], s[2], s[3]}});
     }
     fence();
@@ -173,7 +173,7 @@ struct WeightGrad {
     fence();
 #pragma unroll
     for (int i = 0; i < Shape::sums; ++i) {
-      float(&s)[4] = sums[i / (2 * Shape::k_pairs)][i % (2 * Shape::k_pairs)];
+      float (&s)[4] = sums[i / (2 * Shape::k_pairs)][i % (2 * Shape::k_pairs)];
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[e] = 0.0f;
     }
@@ -182,7 +182,7 @@ struct WeightGrad {
 #pragma unroll
       for (int i = 0; i < Shape::sums; ++i) {
         const Floats4 v = load_others(from + i * Shape::threads);
-        float(&s)[4] = sums[i / (2 * Shape::k_pairs)][i % (2 * Shape::k_pairs)];
+        float (&s)[4] = sums[i / (2 * Shape::k_pairs)][i % (2 * Shape::k_pairs)];
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[e] += v.f[e];
       }
@@ -248,7 +248,7 @@ struct WeightGrad {
     for (int i = 0; i < Shape::n_tiles; ++i) {
 #pragma unroll
       for (int j = 0; j < 2 * Shape::k_pairs; ++j) {
-        const float(&s)[4] = sums[i][j];
+        const float (&s)[4] = sums[i][j];
         store_pair(z, row, column, first_n + 16 * i, first_k + 8 * j, s[0], s[1]);
         store_pair(z, row, column, first_n + 16 * i + 8, first_k + 8 * j, s[2], s[3]);
       }

@@ -32,8 +32,8 @@ void check_status(Status s, const WeightGradCudaParams& p, const WeightGradCudaP
                   ": no kernel for this GPU: compute capability must be 8.0 or higher");
   STD_TORCH_CHECK(s != kDeviceError, kOp, ": CUDA error ", plan.device_error, " (",
                   weight_grad_cuda_error_text(plan.device_error), ")");
-  STD_TORCH_CHECK(s == kOk, kOp, ": internal error ", static_cast<int>(s), " (m=", p.m,
-                  ", n=", p.n, ", k=", p.k, ", block=", p.block, ", blocks=", p.count, ")");
+  STD_TORCH_CHECK(s == kOk, kOp, ": internal error ", static_cast<int>(s), " (m=", p.m, ", n=", p.n,
+                  ", k=", p.k, ", block=", p.block, ", blocks=", p.count, ")");
 }
 
 Tensor block_weight_grad_cuda_op(const Tensor& grad, const Tensor& x, Tensor layout, int64_t block,
@@ -74,8 +74,8 @@ Tensor block_weight_grad_cuda_op(const Tensor& grad, const Tensor& x, Tensor lay
                   "; build it with block_layout()");
   const torch::stable::accelerator::DeviceGuard guard(device);
   if (!layout.is_contiguous()) layout = torch::stable::contiguous(layout);
-  const BlockLayout s = block_layout(static_cast<const int32_t*>(layout.const_data_ptr()), p.n, p.k,
-                                     block, p.count);
+  const BlockLayout s =
+      block_layout(static_cast<const int32_t*>(layout.const_data_ptr()), p.n, p.k, block, p.count);
   p.row_ptr = s.row_ptr;
   p.col = s.col;
   const auto sized = [](const std::vector<int64_t>& shape) {
@@ -106,11 +106,10 @@ Tensor block_weight_grad_cuda_op(const Tensor& grad, const Tensor& x, Tensor lay
     partials = torch::stable::new_empty(layout, sized(partial_shape), ScalarType::Byte);
     counters = zero_counters(layout, plan.counters, device, stream, capture);
   }
-  check_status(weight_grad_cuda_run(p, &plan, plan.counters ? partials.mutable_data_ptr() : nullptr,
-                                    plan.counters
-                                        ? static_cast<int32_t*>(counters.mutable_data_ptr())
-                                        : nullptr,
-                                    stream),
+  check_status(weight_grad_cuda_run(
+                   p, &plan, plan.counters ? partials.mutable_data_ptr() : nullptr,
+                   plan.counters ? static_cast<int32_t*>(counters.mutable_data_ptr()) : nullptr,
+                   stream),
                p, plan, kernel);
   return out;
 }
