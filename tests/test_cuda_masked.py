@@ -220,7 +220,10 @@ def test_first_update_and_decay_against_float64(library):
         assert (np.abs(item.values.numpy() - want) <= bound).all(), rule
         assert (item.age == t).all()
         for (row, column), value in zip(item.blocks.tolist(), item.values):
-            at_rows, at_columns = slice(32 * row, 32 * row + 32), slice(32 * column, 32 * column + 32)
+            at_rows, at_columns = (
+                slice(32 * row, 32 * row + 32),
+                slice(32 * column, 32 * column + 32),
+            )
             assert torch.equal(item.weight[at_rows, at_columns], value)
 
 
@@ -290,7 +293,7 @@ def test_nan_infinity_and_denormals(library):
 
 
 def test_blocks_elsewhere_write_nothing(library):
-    """A list that was not checked cannot lead the kernel outside the weight: the model would stop."""
+    """No list can lead the kernel outside the weight, where the model would stop."""
     generator = torch.Generator().manual_seed(9)
     item = Item(generator, 32, 64, 64, 3, torch.float32, torch.float32)
     item.blocks = torch.tensor([[-1, 0], [0, 5], [1 << 25, 0]], dtype=torch.int32)

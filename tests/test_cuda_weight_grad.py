@@ -148,7 +148,7 @@ def test_places_are_a_permutation(library):
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_transposed_loads_are_the_operands(library, side):
-    """Against the fragments of m16n8k16 as the PTX manual draws them; entry = 256 token + column."""
+    """Against the fragments of m16n8k16 in the PTX manual; an entry is 256 token + column."""
     out = np.zeros((32, 4), np.uint32)
     library.cuda_load_transposed(side, pointer(out))
     for lane in range(32):
@@ -191,7 +191,9 @@ def test_split_follows_the_shapes(library):
 def test_every_tail_against_float64(library, block, dtype):
     rng = np.random.default_rng(block)
     outs = ("float32", dtype)
-    for i, (m, dn, dk) in enumerate([(1, 0, 0), (31, 1, -3), (33, -5, 8), (64, 8, 1), (130, -9, 5)]):
+    for i, (m, dn, dk) in enumerate(
+        [(1, 0, 0), (31, 1, -3), (33, -5, 8), (64, 8, 1), (130, -9, 5)]
+    ):
         n, k = 2 * block + dn, 3 * block + dk
         Problem(rng, m, n, k, block, dtype).check(library, outs[i % 2])
     # Smaller than a block in both directions, and rows that 16-byte copies may take.
@@ -262,7 +264,9 @@ def test_nan_and_infinity_stay_in_their_rows(library):
     got, _ = problem.launch(library)
     touched = np.zeros((64, 96), bool)
     touched[7], touched[:, 11] = True, True
-    tiles = np.stack([touched[32 * i : 32 * i + 32, 32 * j : 32 * j + 32] for i, j in problem.blocks])
+    tiles = np.stack(
+        [touched[32 * i : 32 * i + 32, 32 * j : 32 * j + 32] for i, j in problem.blocks]
+    )
     assert np.array_equal(got[~tiles], clean[~tiles])
     with np.errstate(invalid="ignore"):
         want = problem.want()

@@ -1,5 +1,5 @@
-// What the glue of the masked optimiser steps shares between devices: hyperparameters -> params, and
-// lists that belong together.
+// What the glue of the masked optimiser steps shares between devices: checks of hyperparameters,
+// and of lists that belong together.
 #pragma once
 
 #include <math.h>
@@ -18,7 +18,6 @@ struct Lists {
   bool adamw;
 };
 
-// Hyperparameters and lengths of lists: what the messages of all devices share.
 inline void check_hyper(const char* op, const char* name, double value, double below = INFINITY) {
   if (below == INFINITY) {
     STD_TORCH_CHECK(value >= 0.0 && value < INFINITY, op, ": ", name,
