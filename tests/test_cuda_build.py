@@ -262,7 +262,7 @@ def test_symbols(library):
     assert not [name for name in defined if name.startswith(("cuda", "cu"))]
     for ours in ("int4_linear_cuda_plan", "masked_block_cuda_run", "weight_grad_cuda_run"):
         assert [name for name in defined if ours in name], ours
-    assert out.stat().st_size < 8e6
+    assert out.stat().st_size < 10e6
 
 
 @nvcc
