@@ -5,7 +5,8 @@
 #   make build    (re)build the libraries        make bench    measure int4_linear
 #   make lint     ruff, clang-format             make format   rewrite with both
 #   make gpu-check  on a machine with an NVIDIA GPU and a CUDA torch in PYTHON; no network, no .venv
-#                   PART=tests, or a part of `python -m nibblock bench gpu`; OUT=folder of results
+#                   PART=tests, sanitize (the CUDA C++ kernels under compute-sanitizer), or a part
+#                   of `python -m nibblock bench gpu`; OUT=folder of results
 #
 # PYTHON=python3.12 picks another interpreter (3.11 or newer for the pinned versions);
 # PIP_FLAGS is passed to pip (for a mirror, or an index that has the CPU build of torch).
@@ -56,7 +57,8 @@ gpu-check:
 	mkdir -p $(OUT)
 	$(if $(filter all tests,$(PART)),\
 	  $(PYTHON) -m pytest -q -m gpu tests/test_triton_gpu.py tests/test_cuda_device.py)
-	$(if $(filter-out tests,$(PART)),\
+	$(if $(filter all sanitize,$(PART)),$(PYTHON) -m nibblock.bench.sanitize)
+	$(if $(filter-out tests sanitize,$(PART)),\
 	  $(PYTHON) -m nibblock bench gpu --json $(OUT)/gpu-$(PART).json \
 	  $(if $(filter-out all,$(PART)),--part $(PART)))
 

@@ -148,3 +148,153 @@ def test_refusals():
             _cuda.int4_linear(bad, packed, None, *arguments(weight))
     with pytest.raises(RuntimeError, match="kernel must be the id of a CUDA row"):
         _cuda.int4_linear(x, packed, None, *arguments(weight), kernel="nothing")
+
+
+# --- block_weight_grad ----------------------------------------------------------------------------
+
+
+def gradient(rng, m, n, k, edge, dtype, density=0.3):
+    mask = rng.random((-(-n // edge), -(-k // edge))) < density
+    mask[-1, -1] = True
+    blocks = np.argwhere(mask)
+    layout = ops.block_layout(torch.from_numpy(blocks), n, k, edge).cuda()
+    g, x = (
+        torch.from_numpy(rng.normal(size=(m, size)).astype(np.float32)).to(TORCH[dtype]).cuda()
+        for size in (n, k)
+    )
+    return blocks, layout, g, x
+
+
+def check_gradient(rng, m, n, k, edge, dtype, out=None, density=0.3):
+    blocks, layout, g, x = gradient(rng, m, n, k, edge, dtype, density)
+    out = out or torch.float32
+    got = _cuda.block_weight_grad(g, x, layout, block=edge, dtype=out)
+    assert torch.equal(got, _cuda.block_weight_grad(g, x, layout, block=edge, dtype=out))
+    want = np.zeros((-(-n // edge) * edge, -(-k // edge) * edge))
+    size = want.copy()
+    gs, xs = (t.float().cpu().numpy().astype(np.float64) for t in (g, x))
+    want[:n, :k], size[:n, :k] = gs.T @ xs, np.abs(gs).T @ np.abs(xs)
+    bound = size * 2.0**-22 * (8 + m**0.5) + 2.0**-24
+    bound += np.abs(want) * (2.0**-24 if out == torch.float32 else HALF_ULP[dtype])
+    for value, (i, j) in zip(got.float().cpu().numpy(), blocks):
+        part = np.s_[edge * i : edge * i + edge, edge * j : edge * j + edge]
+        assert (np.abs(value - want[part]) <= bound[part]).all(), (m, n, k, edge, dtype, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("edge", [32, 64, 128])
+def test_weight_grad_against_float64(edge, dtype):
+    rng = np.random.default_rng(edge)
+    for m, n, k in [
+        (1, 32, 40),
+        (33, 70, 129),
+        (257, 200, 300),
+        (1025, 513, 384),
+        (4096, 256, 512),
+    ]:
+        check_gradient(rng, m, n, k, edge, dtype)
+        check_gradient(rng, m, n, k, edge, dtype, TORCH[dtype])
+    check_gradient(rng, 2048, 1024, 1024, edge, dtype, density=0.9)
+
+
+def test_weight_grad_in_graphs_and_on_streams():
+    _, layout, g, x = gradient(np.random.default_rng(1), 2048, 256, 256, 32, "bfloat16")
+    want = _cuda.block_weight_grad(g, x, layout, block=32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = _cuda.block_weight_grad(g, x, layout, block=32)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        graph.replay()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(_cuda.block_weight_grad(g, x, layout, block=32))
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
+    assert all(torch.equal(r, want) for r in results)
+
+
+def test_weight_grad_refusals():
+    _, layout, g, x = gradient(np.random.default_rng(2), 16, 64, 64, 16, "bfloat16")
+    with pytest.raises(RuntimeError, match="blocks of 32, 64 or 128 of bfloat16 or float16"):
+        _cuda.block_weight_grad(g, x, layout, block=16)
+    with pytest.raises(RuntimeError, match="kernel must be the id of a CUDA row"):
+        _cuda.block_weight_grad(g, x, layout, block=16, kernel="nothing")
+
+
+# --- masked steps of blocks -----------------------------------------------------------------------
+
+
+def blocks_of(generator, edge, n, k, count, dtype, weight):
+    """values, grads, m, v, ages, weights, blocks of one tensor, on the CPU."""
+    grid = -(-n // edge), -(-k // edge)
+    chosen = torch.randperm(grid[0] * grid[1], generator=generator)[:count].sort().values
+    shape = (count, edge, edge)
+    made = [torch.randn(shape, generator=generator).to(t) for t in (dtype, dtype)]
+    made += [torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)]
+    made.append(torch.randint(0, 9, (count,), generator=generator).int())
+    made.append(torch.randn(n, k, generator=generator).to(weight))
+    made.append(torch.stack([chosen // grid[1], chosen % grid[1]], 1).int())
+    return made
+
+
+def steps(ours, rule, lists, edge, **more):
+    values, grads, m, v, ages, weights, blocks = lists
+    if rule == "adamw":
+        ours.masked_adamw_block_(values, grads, m, v, ages, weights, blocks, block=edge, lr=0.01,
+                                 weight_decay=0.1, **more)  # fmt: skip
+    else:
+        ours.masked_sgd_block_(values, grads, m, ages, weights, blocks, block=edge, lr=0.1,
+                               momentum=0.9, dampening=0.2, weight_decay=0.01, **more)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize("edge", [16, 32, 64, 128])
+def test_masked_steps_give_the_cpus_bits(rule, edge):
+    """Of states and ages all; of values and weights too, but that AdamW's coefficients may be one
+    unit of float32 off where the device's float64 power rounds otherwise."""
+    generator = torch.Generator().manual_seed(edge)
+    wide, narrow = torch.float32, torch.bfloat16
+    kinds = [(wide, wide), (wide, narrow), (narrow, narrow), (narrow, wide)] * 13
+    columns = zip(*(
+        blocks_of(generator, edge, 2 * edge + i % 5, 3 * edge - i % 3, 1 + i % 5, *kind)
+        for i, kind in enumerate(kinds)
+    ))  # fmt: skip
+    cpu = [list(column) for column in columns]
+    gpu = [[t.cuda() for t in column] for column in cpu]
+    multiplier, found = torch.tensor(0.5), torch.tensor(0.0)
+    for _ in range(3):
+        steps(ops, rule, cpu, edge, multiplier=multiplier)
+        steps(_cuda, rule, gpu, edge, multiplier=multiplier.cuda(), found_inf=found.cuda())
+    for place, (got, want) in enumerate(zip(gpu, cpu)):
+        for a, b in zip(got, want):
+            if rule == "adamw" and place in (0, 5):  # values and weights
+                rtol = 2.0**-7 if b.dtype == narrow else 2.0**-22
+                torch.testing.assert_close(a.cpu(), b, rtol=rtol, atol=1e-7)
+            else:
+                assert torch.equal(a.cpu(), b)
+    before = [[t.clone() for t in column] for column in gpu]
+    steps(_cuda, rule, gpu, edge, found_inf=torch.tensor(1.0).cuda())
+    assert all(torch.equal(a, b) for x, y in zip(gpu, before) for a, b in zip(x, y))
+
+
+def test_masked_steps_in_a_graph_without_synchronisation():
+    generator = torch.Generator().manual_seed(1)
+    cpu = [[t] for t in blocks_of(generator, 32, 100, 100, 7, torch.float32, torch.bfloat16)]
+    gpu, twin = ([[t.cuda() for t in column] for column in cpu] for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            steps(_cuda, "adamw", twin, 32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps(_cuda, "adamw", gpu, 32)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for x, y in zip(gpu, twin) for a, b in zip(x, y))

@@ -120,10 +120,7 @@ def info(self_test: bool = False) -> dict[str, Any]:
             "int4_block_sparse_linear_dx": _native.block_sparse_kernels("fused_dx"),
             **{name: _native.masked_update_kernels(which) for name, which in _MASKED.items()},
         },
-        "gpu_kernels": {
-            op: _triton.rows(op) + (_cuda.rows() if op == "int4_linear" else [])
-            for op in _triton.OPS
-        },
+        "gpu_kernels": {op: _triton.rows(op) + _cuda.rows(op) for op in _triton.OPS},
         "build": {**_library.build_info(), "native": _native.build_info()},
         "optional": {name: _version(name) for name in _OPTIONAL},
     }
