@@ -89,6 +89,8 @@ struct Facts {
 
 inline std::string shape_text(const Facts& t) { return shape_text(*t.tensor); }
 
+// Of a list that lives as long: facts point at its tensors.
+std::vector<Facts> facts_of(Tensors&& list, Access access) = delete;
 inline std::vector<Facts> facts_of(const Tensors& list, Access access) {
   std::vector<Facts> out;
   out.reserve(list.size());

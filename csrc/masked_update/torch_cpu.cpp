@@ -40,6 +40,8 @@ struct Column {
   }
 };
 
+const Tensors kNone;
+
 struct Lists {
   Column params, grads, firsts, seconds, ages;
   bool adamw;
@@ -48,7 +50,7 @@ struct Lists {
         const Tensors& first, const Tensors* second, const char* age_name, const Tensors& age)
       : params(param_name, p, Access::kWrite), grads("grads", g, Access::kRead),
         firsts(first_name, first, Access::kWrite),
-        seconds("exp_avg_sqs", second ? *second : Tensors(), Access::kWrite),
+        seconds("exp_avg_sqs", second ? *second : kNone, Access::kWrite),
         ages(age_name, age, Access::kWrite), adamw(second != nullptr) {}
 };
 

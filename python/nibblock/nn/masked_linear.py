@@ -175,10 +175,8 @@ class MaskedLinear(BlockValues, nn.Linear):
             self._synced = -1
 
     def mark_synced(self, steps: Optional[Counter] = None) -> None:
-        """Says that the weight holds `values`: for optimisers that wrote both.
-
-        `steps` counts theirs, each of which bumps the version once: then counting is enough.
-        """
+        """Says that the weight holds `values`: for optimisers that wrote both. `steps` counts
+        theirs, each of which bumps the version once: then counting is enough."""
         own = self.__dict__  # nn.Module.__setattr__ would take ten times as long
         values = own["_home"]
         own["_synced"] = values._version
