@@ -20,7 +20,7 @@ using OptTensor = std::optional<Tensor>;
 // Dense weights larger than this together are written past the caches, which they would only empty.
 constexpr int64_t kStreamBytes = 32 << 20;
 
-// A list of the op: a tensor for each parameter, or one that holds them all in their order (`whole`;
+// A list of the op: a tensor for each parameter, or one that holds all of them in order (`whole`;
 // blocks only). Few tensors are quicker to find than many.
 struct Column {
   const char* name;
