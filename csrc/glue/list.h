@@ -4,6 +4,8 @@
 
 #include <math.h>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,14 +20,88 @@ namespace glue {
 
 using Tensors = std::vector<Tensor>;
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  const int64_t dim = a.dim();
-  if (dim != b.dim()) return false;
-  const auto x = a.sizes(), y = b.sizes();
-  for (int64_t i = 0; i < dim; ++i) {
-    if (x[i] != y[i]) return false;
+// torch's numbers of the dtypes and devices that lists have, asked for once.
+struct Codes {
+  int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16();
+  int32_t i32 = aoti_torch_dtype_int32(), i64 = aoti_torch_dtype_int64();
+  int32_t boolean = aoti_torch_dtype_bool(), cpu = aoti_torch_device_type_cpu();
+};
+inline const Codes& codes() {
+  static const Codes known;
+  return known;
+}
+
+enum class Access { kNone, kRead, kWrite };
+
+// What the checks ask of a tensor, each asked of torch once. A long list is read in one tight loop
+// of these: after a backward none of its tensors' descriptions is cached, and so the processor
+// waits for those of several tensors at a time.
+struct Facts {
+  const Tensor* tensor;
+  int32_t code, device_type;
+  int64_t dims;
+  const int64_t *shape, *steps;
+  void* data = nullptr;  // unless Access::kNone; not to be written after kRead
+
+  // NOLINTNEXTLINE: a tensor stands for its facts.
+  Facts(const Tensor& t, Access access = Access::kNone) : tensor(&t) {
+    const AtenTensorHandle h = t.get();
+    int64_t *sizes, *strides;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &code));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &dims));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));
+    shape = sizes;
+    steps = strides;
+    if (access == Access::kRead) data = const_cast<void*>(t.const_data_ptr());
+    if (access == Access::kWrite) data = t.mutable_data_ptr();
   }
-  return true;
+
+  int64_t dim() const { return dims; }
+  int64_t size(int64_t i) const { return shape[i]; }
+  int64_t stride(int64_t i) const { return steps[i]; }
+  bool is_cpu() const { return device_type == codes().cpu; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t i = 0; i < dims; ++i) n *= shape[i];
+    return n;
+  }
+  bool is_contiguous() const {
+    int64_t step = 1;
+    bool plain = true;
+    for (int64_t i = dims - 1; i >= 0; --i) {
+      plain &= shape[i] == 1 || steps[i] == step;
+      step *= shape[i];
+    }
+    return plain || step == 0;
+  }
+  ScalarType scalar_type() const {
+    const Codes& c = codes();
+    if (code == c.f32) return ScalarType::Float;
+    if (code == c.bf16) return ScalarType::BFloat16;
+    if (code == c.i32) return ScalarType::Int;
+    if (code == c.i64) return ScalarType::Long;
+    if (code == c.boolean) return ScalarType::Bool;
+    return tensor->scalar_type();
+  }
+};
+
+inline std::string shape_text(const Facts& t) { return shape_text(*t.tensor); }
+
+// Of a list that lives as long: facts point at its tensors.
+std::vector<Facts> facts_of(Tensors&& list, Access access) = delete;
+inline std::vector<Facts> facts_of(const Tensors& list, Access access) {
+  std::vector<Facts> out;
+  out.reserve(list.size());
+  for (const Tensor& t : list) out.emplace_back(t, access);
+  return out;
+}
+
+inline bool same_shape(const Facts& a, const Facts& b) {
+  bool same = a.dims == b.dims;
+  for (int64_t i = 0; same && i < a.dims; ++i) same = a.shape[i] == b.shape[i];
+  return same;
 }
 
 // One tensor of a list, with what it takes to name it. The good path builds no string.
@@ -33,7 +109,7 @@ struct Item {
   const char* op;
   const char* list;
   size_t at;
-  const Tensor& tensor;
+  const Facts& tensor;
 
   std::string text() const { return std::string(list) + "[" + std::to_string(at) + "]"; }
   std::string peer(const char* name) const {
@@ -43,7 +119,7 @@ struct Item {
     STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", text(), " must be ", name, ", got ",
                     dtype_name(tensor.scalar_type()));
   }
-  void want_same_type(const Tensor& other, const char* name) const {
+  void want_same_type(const Facts& other, const char* name) const {
     STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": ", text(), " must be ",
                     dtype_name(other.scalar_type()), " as ", peer(name), ", got ",
                     dtype_name(tensor.scalar_type()));
@@ -66,7 +142,7 @@ struct Item {
     STD_TORCH_CHECK(tensor.numel() == need, op, ": ", text(), " must hold ", need,
                     " elements, got ", shape_text(tensor));
   }
-  void want_shape_of(const Tensor& other, const char* name) const {
+  void want_shape_of(const Facts& other, const char* name) const {
     STD_TORCH_CHECK(same_shape(tensor, other), op, ": ", text(), " must be ", shape_text(other),
                     " as ", peer(name), ", got ", shape_text(tensor));
   }
@@ -86,8 +162,11 @@ struct Item {
                         (count < 0 || tensor.size(0) == count),
                     op, ": ", text(), " must be [", count < 0 ? "Z" : std::to_string(count),
                     ", 2] (row block, column block), got ", shape_text(tensor));
-    if (tensor.is_contiguous()) return static_cast<const int32_t*>(tensor.const_data_ptr());
-    keep->push_back(torch::stable::contiguous(tensor));
+    if (tensor.is_contiguous()) {
+      return static_cast<const int32_t*>(tensor.data ? tensor.data
+                                                     : tensor.tensor->const_data_ptr());
+    }
+    keep->push_back(torch::stable::contiguous(*tensor.tensor));
     return static_cast<const int32_t*>(keep->back().const_data_ptr());
   }
   void want_blocks_inside(const int32_t* blocks, int64_t count, int64_t n, int64_t k,

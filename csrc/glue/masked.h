@@ -1,5 +1,4 @@
-// What the glue of the masked optimiser steps shares between devices: checks of hyperparameters,
-// and of lists that belong together.
+// What the glue of the masked optimiser steps shares between devices: checks of hyperparameters.
 #pragma once
 
 #include <math.h>
@@ -12,11 +11,6 @@ namespace nibblock {
 namespace glue {
 
 using OptTensor = std::optional<Tensor>;
-
-struct Lists {
-  const Tensors &params, &grads, &firsts, &seconds, &ages;
-  bool adamw;
-};
 
 inline void check_hyper(const char* op, const char* name, double value, double below = INFINITY) {
   if (below == INFINITY) {
@@ -63,27 +57,6 @@ inline UpdateParams sgd(const char* op, double lr, double momentum, double dampe
   p.weight_decay = weight_decay;
   p.nesterov = nesterov;
   return p;
-}
-
-inline void check_lists(const char* op, const Lists& l, const char* params_name,
-                        const char* ages_name, double momentum) {
-  const size_t n = l.params.size();
-  const auto want = [&](const char* name, size_t got, size_t need) {
-    STD_TORCH_CHECK(got == need, op, ": ", name, " must hold ", need, " tensors as ", params_name,
-                    ", got ", got);
-  };
-  want("grads", l.grads.size(), n);
-  if (l.adamw) {
-    want("exp_avgs", l.firsts.size(), n);
-    want("exp_avg_sqs", l.seconds.size(), n);
-  } else if (momentum != 0.0) {
-    want("momenta", l.firsts.size(), n);
-  } else {
-    STD_TORCH_CHECK(l.firsts.empty(), op,
-                    ": momenta must be an empty list where momentum is 0, got ", l.firsts.size(),
-                    " tensors");
-  }
-  want(ages_name, l.ages.size(), n);
 }
 
 }  // namespace glue

@@ -93,7 +93,8 @@ Tensor masked_grad_bool(const Tensors& grads, const Tensors& masks, const OptTen
   Gradients g;
   for (size_t i = 0; i < grads.size(); ++i) {
     GradTensor t = {};
-    const Item grad = {op, "grads", i, grads[i]}, mask = {op, "masks", i, masks[i]};
+    const Facts grad_facts(grads[i]), mask_facts(masks[i]);
+    const Item grad = {op, "grads", i, grad_facts}, mask = {op, "masks", i, mask_facts};
     t.type = grad.want_weight_type();
     grad.want_cpu();
     mask.want_type(ScalarType::Bool, "bool");
@@ -121,7 +122,8 @@ Tensor masked_grad_block(const Tensors& grads, const Tensors& blocks, int64_t bl
   for (size_t i = 0; i < grads.size(); ++i) {
     GradTensor t = {};
     const Tensor& tensor = grads[i];
-    const Item grad = {op, "grads", i, tensor}, list = {op, "blocks", i, blocks[i]};
+    const Facts facts(tensor), block_facts(blocks[i]);
+    const Item grad = {op, "grads", i, facts}, list = {op, "blocks", i, block_facts};
     t.type = grad.want_weight_type();
     grad.want_cpu();
     STD_TORCH_CHECK(tensor.dim() == 2, op, ": grads[", i, "] must be [N, K], got ",
@@ -145,7 +147,8 @@ Tensor grad_norm(const Tensors& grads, const OptTensor& multiplier) {
   Gradients g;
   for (size_t i = 0; i < grads.size(); ++i) {
     GradTensor t = {};
-    const Item grad = {op, "grads", i, grads[i]};
+    const Facts facts(grads[i]);
+    const Item grad = {op, "grads", i, facts};
     t.type = grad.want_weight_type();
     grad.want_cpu();
     t.rows = grads[i].numel();
@@ -168,7 +171,8 @@ Tensor prox_blocks(const Tensors& values, const Tensors& origins, const Tensors&
   ProxParams p = {};
   for (size_t i = 0; i < n; ++i) {
     ProxTensor t = {};
-    const Item value = {op, "values", i, values[i]}, limit = {op, "thresholds", i, thresholds[i]};
+    const Facts facts(values[i]), limits(thresholds[i]);
+    const Item value = {op, "values", i, facts}, limit = {op, "thresholds", i, limits};
     t.type = value.want_weight_type();
     value.want_cpu_contiguous();
     STD_TORCH_CHECK(values[i].dim() == 3, op, ": values[", i, "] must be [Z, B, B], got ",
@@ -177,7 +181,8 @@ Tensor prox_blocks(const Tensors& values, const Tensors& origins, const Tensors&
     t.size = values[i].size(1) * values[i].size(2);
     t.values = values[i].mutable_data_ptr();
     if (!origins.empty()) {
-      const Item origin = {op, "origins", i, origins[i]};
+      const Facts first(origins[i]);
+      const Item origin = {op, "origins", i, first};
       origin.want_same_type(values[i], "values");
       origin.want_cpu();
       origin.want_shape_of(values[i], "values");

@@ -18,13 +18,39 @@ namespace {
 
 using namespace glue;
 
+struct Lists {
+  const Tensors &params, &grads, &firsts, &seconds, &ages;
+  bool adamw;
+};
+
+void check_lists(const char* op, const Lists& l, const char* params_name, const char* ages_name,
+                 double momentum) {
+  const size_t n = l.params.size();
+  const auto want = [&](const char* name, size_t got, size_t need) {
+    STD_TORCH_CHECK(got == need, op, ": ", name, " must hold ", need, " tensors as ", params_name,
+                    ", got ", got);
+  };
+  want("grads", l.grads.size(), n);
+  if (l.adamw) {
+    want("exp_avgs", l.firsts.size(), n);
+    want("exp_avg_sqs", l.seconds.size(), n);
+  } else if (momentum != 0.0) {
+    want("momenta", l.firsts.size(), n);
+  } else {
+    STD_TORCH_CHECK(l.firsts.empty(), op,
+                    ": momenta must be an empty list where momentum is 0, got ", l.firsts.size(),
+                    " tensors");
+  }
+  want(ages_name, l.ages.size(), n);
+}
+
 struct Device {
   int32_t index;
 
   void want(const Item& item) const {
-    STD_TORCH_CHECK(item.tensor.is_cuda() && item.tensor.get_device_index() == index, item.op, ": ",
-                    item.text(), " must be on cuda:", index,
-                    ", where values[0] is, got another device");
+    STD_TORCH_CHECK(
+        item.tensor.tensor->is_cuda() && item.tensor.tensor->get_device_index() == index, item.op,
+        ": ", item.text(), " must be on cuda:", index, ", where values[0] is, got another device");
   }
   void want_contiguous(const Item& item) const {
     want(item);

@@ -35,6 +35,19 @@ def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+class Counter:
+    """A number that several hold: how often something has happened."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+# How often any MaskedLinear got other Parameters or blocks: who knows this number need not ask each
+# of a few hundred layers whether it is still what it was.
+changes = Counter()
+
 _followers: weakref.WeakSet = weakref.WeakSet()
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nibblock.nn._blocks import BlockValues
-from nibblock.nn._links import Link, follow, places_in, version
+from nibblock.nn._links import Counter, Link, changes, follow, places_in, version
 from nibblock.nn._masked_product import MaskedProduct, plan_columns
 from nibblock.nn.block_sparse_linear import BlockSparseLinear, check_input
 from nibblock.nn.int4_linear import Int4Linear
@@ -146,6 +146,7 @@ class MaskedLinear(BlockValues, nn.Linear):
 
     def _set_blocks(self, blocks: torch.Tensor, device: torch.device) -> None:
         super()._set_blocks(blocks, device)
+        changes.count += 1
         index = blocks.to("cpu", torch.int32)
         self._runs, compact = plan_columns(index, self._rows, self._columns, self.block)
         self.register_buffer(
@@ -162,19 +163,25 @@ class MaskedLinear(BlockValues, nn.Linear):
         self.__dict__["_home"] = values
         values._masked_linear = Link(self)
         self._synced = version(values)
+        self._steps = None  # an optimiser's steps that wrote both, and the version before them
+        changes.count += 1
         follow(self)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)
+        changes.count += 1
         if name == "values" and "_home" in self.__dict__:  # assigned by hand: to be copied
             self._adopt()
             self._synced = -1
 
-    def mark_synced(self) -> None:
-        """Says that the weight holds `values`: for optimisers that wrote both."""
+    def mark_synced(self, steps: Optional[Counter] = None) -> None:
+        """Says that the weight holds `values`: for optimisers that wrote both. `steps` counts
+        theirs, each of which bumps the version once: then counting is enough."""
         own = self.__dict__  # nn.Module.__setattr__ would take ten times as long
         values = own["_home"]
         own["_synced"] = values._version
+        if steps is not None:
+            own["_steps"] = (steps, values._version - steps.count)
         if own["_cast"] is not None:
             self._recast(values, 1)
 
@@ -185,11 +192,20 @@ class MaskedLinear(BlockValues, nn.Linear):
             self._copy(values)
 
     def _copy(self, values: torch.Tensor) -> None:
+        now = version(values)
+        if self._steps is not None:
+            steps, before = self._steps
+            self._steps = (steps, now - steps.count)
+            if now == before + steps.count:  # nothing else has happened: the weight is written
+                if self._cast is not None:
+                    self._recast(values, now - self._synced)
+                self._synced = now
+                return
         with torch.no_grad():
             weight = self._parameters["weight"]
             before = version(weight)
             self._write(weight, values)
-            self._synced = version(values)
+            self._synced = now
             if self._cast is not None:
                 self._recast(values, version(weight) - before)
 
@@ -433,7 +449,7 @@ class MaskedLinear(BlockValues, nn.Linear):
         # deepcopy and pickle start here. Version counters start anew in a copy, so the two must
         # agree; autocast's copy is not worth carrying.
         self.sync()
-        return {**self.__dict__, "_cast": None}
+        return {**self.__dict__, "_cast": None, "_steps": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)

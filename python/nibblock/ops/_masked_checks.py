@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 
@@ -229,8 +229,34 @@ def _rows_contiguous(tensor: torch.Tensor) -> bool:
     return (k <= 1 or tensor.stride(1) == 1) and (n <= 1 or tensor.stride(0) >= k)
 
 
+def _part(op: str, name: str, tensors: Tensors, values: Tensors, entries: Callable) -> Tensors:
+    """A list with one tensor for all values, as one tensor each; other lists as they are.
+
+    `entries` of values with Z blocks: how many elements.
+    """
+    if len(tensors) != 1 or len(values) < 2 or tensors[0].device.type != "cpu":
+        return tensors
+    sizes = [entries(v.shape[0] if v.dim() else 0) for v in values]
+    _check_contiguous(op, f"{name}[0]", tensors[0])
+    _check_numel(op, f"{name}[0]", tensors[0], sum(sizes))
+    return tensors[0].view(-1).split(sizes)
+
+
 def check_block_step(step: Step, momentum, weights, blocks, block, multiplier, found_inf) -> None:
     op = step.op
+    for name, tensors in {**step.states, "ages": step.ages, "blocks": blocks}.items():
+        check_list(op, name, tensors)
+    check_list(op, "values", step.params)
+    values = step.params
+    states = step.states
+    step.states = {
+        name: _part(op, name, tensors, values, lambda z: z * block * block)
+        for name, tensors in states.items()
+    }
+    step.ages = _part(op, "ages", step.ages, values, lambda z: z)
+    if len(blocks) == 1 and len(values) > 1 and blocks[0].device.type == "cpu":
+        _check_blocks(op, 0, blocks[0], sum(v.shape[0] if v.dim() else 0 for v in values))
+        blocks = blocks[0].split([v.shape[0] if v.dim() else 0 for v in values])
     step.check_lists(momentum, weights=weights, blocks=blocks)
     _block_checks.check_block(op, block)
     for i in range(len(step.params)):

@@ -89,6 +89,8 @@ def masked_adamw_block_(
         values: list of [Z, B, B] float32 | bfloat16, contiguous; changed.
         grads: list, dtypes and shapes of values; any strides.
         exp_avgs, exp_avg_sqs: m and v, lists of float32 as large as values, contiguous; changed.
+            These two, ages and blocks may each be a list of one tensor that holds those of all
+            values in their order, on the CPU: few tensors are found faster than many.
         ages: list of int32 [Z], updates each block has had, contiguous; 1 is added.
         weights: [] or a list of [N, K] float32 | bfloat16 with contiguous rows (any row stride), of
             the values' dtype or not; changed at the blocks. Elements of ragged blocks outside
@@ -257,6 +259,7 @@ def masked_sgd_block_(
     Args:
         values, grads, ages, weights, blocks, block: as in `masked_adamw_block_`.
         momenta: list of float32 as large as values, contiguous; changed. [] where momentum is 0.
+            May be one tensor for all, as there.
         lr, momentum, dampening, weight_decay, nesterov: as in `torch.optim.SGD`; decay is coupled.
         maximize, multiplier, found_inf: as in `masked_adamw_block_`.
     Raises, gradients, determinism, numerics: as `masked_adamw_block_`.

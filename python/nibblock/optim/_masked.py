@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable, Optional
 
@@ -12,6 +14,7 @@ from nibblock import ops
 from nibblock.ops import _block_checks
 from nibblock.optim import _plan
 
+_layout = operator.attrgetter("layout")
 _TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
@@ -35,7 +38,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self.last_norm: Optional[torch.Tensor] = None
         self._masks: dict[torch.Tensor, _plan.Mask] = {}
         self._wanted = dict(_plan.check_masks(self._name, masks))
-        self._batches: dict[int, Any] = {}
+        self._plans: dict[int, _plan.Plan] = {}
         super().__init__(params, defaults)
         if self._wanted:
             shape = list(next(iter(self._wanted)).shape)
@@ -85,7 +88,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise
         self._masks.update({p: m for p, m in made.items() if m is not None})
         self._wanted = masks
-        self._batches.clear()
+        self._plans.clear()
 
     def _prepare(self, parameter: torch.Tensor, mask: Any) -> Optional[_plan.Mask]:
         if parameter.requires_grad:  # what is frozen may come along, as with torch's optimisers
@@ -127,7 +130,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         out = super().state_dict()
         for at, parameter in enumerate(p for g in self.param_groups for p in g["params"]):
             if at in out["state"]:
-                out["state"][at] = {**out["state"][at], "mask": self._print(parameter)}
+                state = _plan.apart(out["state"][at])
+                out["state"][at] = {**state, "mask": self._print(parameter)}
         return out
 
     def _print(self, parameter: torch.Tensor) -> int:
@@ -155,7 +159,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise
         finally:
             catch.remove()
-            self._batches.clear()
+            self._plans.clear()
 
     def _restore(self, saved: dict[str, Any]) -> None:
         """Takes the states as they are in the file, onto the Parameters' devices."""
@@ -192,7 +196,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 and age; new ones (-1) start at age 0.
         """
         state = self.state.get(values)
-        self._batches.clear()
+        self._plans.clear()
         entries = _plan.masked_layer(values) is None and values in self._masks
         if entries:
             self._masks[values] = _plan.make_mask(self._name, values, None)
@@ -208,32 +212,43 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state[name] = new.view(-1) if entries else new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_masks": self._masks, "max_norm": self.max_norm}
+        held = super().__getstate__()
+        apart = defaultdict(dict, {p: _plan.apart(s) for p, s in self.state.items()})
+        return {**held, "state": apart, "_masks": self._masks, "max_norm": self.max_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_masks", {})
         self.__dict__.setdefault("last_norm", None)
-        self._wanted, self._batches = {}, {}
+        self._wanted, self._plans = {}, {}
 
     # --- calls ----------------------------------------------------------------------------------
 
-    def _batches_of(self, at: int, group: dict[str, Any], parameters: list) -> list[_plan.Batch]:
-        """The op calls of a group, kept for as long as the same Parameters have gradients."""
-        key = []
-        for parameter in parameters:
-            layer = _plan.masked_layer(parameter)
-            key += [id(parameter), parameter.dtype]
-            if layer is not None:
-                weight = layer._parameters["weight"]
-                key += [id(weight), weight.dtype, id(layer._buffers["blocks"])]
-        known = self._batches.get(at)
-        if known is None or known[0] != key:
-            found: dict[tuple, _plan.Batch] = {}
-            for parameter in parameters:
+    def _ready(self, at: int, group: dict[str, Any]) -> list[tuple[_plan.Batch, list]]:
+        """The op calls of a group, each with its gradients."""
+        plan = self._plans.get(at)
+        found = None
+        if plan is not None and plan.fits(group["params"]):
+            found = plan.gradients()
+        if found is None:
+            plan = self._plans[at] = self._new_plan(group)
+            found = plan.gradients()
+        for batch, grads in zip(plan.batches, found):
+            self._check_layouts(grads)
+            # Not at once: those that get gradients may be others at every step.
+            if batch.used and batch.steps is None and batch.packs:
+                batch.pack([self.state[p] for p in batch.parameters], self._state_names(group))
+        return list(zip(plan.batches, found))
+
+    def _new_plan(self, group: dict[str, Any]) -> _plan.Plan:
+        found: dict[tuple, _plan.Batch] = {}
+        idle = []
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                idle.append(parameter)
+            else:
                 self._join(found, parameter, group)
-            known = self._batches[at] = (key, list(found.values()))
-        return known[1]
+        return _plan.Plan(list(group["params"]), list(found.values()), idle)
 
     def _join(self, found: dict, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         layer = _plan.masked_layer(parameter)
@@ -288,26 +303,33 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         work = []
         for at, group in enumerate(self.param_groups):
-            having = [p for p in group["params"] if p.grad is not None]
-            for batch in self._batches_of(at, group, having):
-                work.append((group, batch, [self._grad(p) for p in batch.parameters]))
+            work += [(group, batch, grads) for batch, grads in self._ready(at, group)]
         if not work:
             return loss
         multiplier, found_inf = self._scale([(batch, grads) for _, batch, grads in work])
         for group, batch, grads in work:
             self._update(group, batch, grads, multiplier, found_inf)
-            for layer in batch.layers:
-                if batch.weights:
-                    layer.mark_synced()
-                else:
-                    layer.sync()
+            self._tell(batch)
         return loss
 
-    def _grad(self, parameter: torch.Tensor) -> torch.Tensor:
-        grad = parameter.grad
-        if grad.layout != torch.strided:
-            raise TypeError(f"{self._name}: gradients must be dense tensors, got {grad.layout}")
-        return grad
+    def _tell(self, batch: _plan.Batch) -> None:
+        """Lets the layers know that their weights hold the new values."""
+        batch.used = True
+        if batch.steps is not None:
+            batch.steps.count += 1
+            if batch.told:
+                return
+            batch.told = True
+        for layer in batch.layers:
+            if batch.weights:
+                layer.mark_synced(batch.steps)
+            else:
+                layer.sync()
+
+    def _check_layouts(self, grads: list[torch.Tensor]) -> None:
+        for layout in set(map(_layout, grads)):
+            if layout != torch.strided:
+                raise TypeError(f"{self._name}: gradients must be dense tensors, got {layout}")
 
     def _scale(self, work: list) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         """What every gradient is multiplied with, and whether the step is void."""
@@ -325,6 +347,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """The L2 norm over every gradient that moves something."""
         moving: dict[torch.device, list] = {}
         for batch, grads in work:
+            if batch.kind == "block":
+                moving.setdefault(grads[0].device, []).extend(grads)
+                continue
             for grad, entries in zip(grads, batch.entries):
                 if batch.kind == "flat" and grad.shape != entries.shape:
                     grad = grad.reshape(-1)[entries]
