@@ -89,7 +89,7 @@ void scalar_add(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64
 Status fused_scalar(const Int4BlockSparseParams& p, bool dx) {
   const Int4LinearKernel* kernel = int4_base_kernel(p.base, dx, Isa::kScalar);
   if (!kernel) return kNoKernel;
-  const ScalarAdd add = {{scalar_add}, &p, dx};
+  const ScalarAdd add = {{scalar_add, nullptr, nullptr}, &p, dx};
   Int4LinearParams base = p.base;
   base.add = &add.base;
   return kernel->run(base);

@@ -235,10 +235,43 @@ struct SourceRows {
   int64_t stride;
 };
 
-// The same as multiply_rows from x as it lies: each tile's part of x is widened just before it is
-// used, and the next tile's is fetched.
+// wide[r][B] = columns [k0, k0 + live) of rows [m, m + rows) of x, in whole vectors; fetches the
+// rows behind them. Into L2 only: rows a power of two apart share one set of L1.
 template <class O, int B>
-static void multiply_source(const SourceRows& x, int64_t r0, int64_t rows, TileJob t) {
+static void widen_rows(const SourceRows& x, int64_t m, int64_t rows, int64_t k0, int64_t live,
+                       float* wide) {
+  with_type(x.type, [&](auto tag, int size) {
+    const char* row = x.data + (m * x.stride + k0) * size;
+    for (int64_t r = 0; r < rows; ++r, row += x.stride * size) {
+      for (int64_t b = 0; b < live * size; b += 64) {
+        __builtin_prefetch(row + rows * x.stride * size + b, 0, 2);
+      }
+      widen<O>(tag, size, row, live, wide + r * B);
+    }
+  });
+}
+template <class O, int B>
+static void widen_rows(const IntegerRows& x, int64_t m, int64_t rows, int64_t k0, int64_t live,
+                       float* wide) {
+  for (int64_t done = 0; done < live; done += x.block) {
+    const int64_t b = (k0 + done) / x.block, at = (k0 + done) % x.block;
+    const int64_t count = min64(min64(live - done, x.block), B);
+    const uint8_t* row = x.q + b * x.block_stride + (m - x.m0) * x.stride + at * 2;
+    const float* scale = x.scale + b * x.rows + m - x.m0;
+    for (int64_t r = 0; r < rows; ++r, row += x.stride) {
+      const typename O::F s = O::set1f(scale[r]);
+      for (int64_t i = 0; i < count; i += O::kLanes) {
+        __builtin_prefetch(row + rows * x.stride + i * 2, 0, 2);
+        O::storef(wide + r * B + done + i, O::mulf(O::load_i16(row + i * 2), s));
+      }
+    }
+  }
+}
+
+// The same as multiply_rows from x as it lies: each tile's part of x is widened just before it is
+// used.
+template <class O, int B, class Rows>
+static void multiply_source(const Rows& x, int64_t r0, int64_t rows, TileJob t) {
   using S = Shape<O, B>;
   constexpr int H = S::kRows;
   alignas(64) float wide[S::kPass * H * B];
@@ -251,19 +284,10 @@ static void multiply_source(const SourceRows& x, int64_t r0, int64_t rows, TileJ
   t.ahead_step = t.ahead_step * H / max64(rows, H);
   for (int64_t i = 0; i < rows; i += H) {
     const int64_t height = min64(H, rows - i);
-    with_type(x.type, [&](auto tag, int size) {
-      for (int64_t e = 0; e < t.count; ++e) {
-        const int64_t live = min64(B, t.in_size - t.in[e] * B);
-        const char* row = x.data + ((r0 + i) * x.stride + t.in[e] * B) * size;
-        for (int64_t r = 0; r < height; ++r, row += x.stride * size) {
-          for (int64_t b = 0; b < live * size; b += 64) {
-            // Into L2 only: rows a power of two apart share one set of L1.
-            __builtin_prefetch(row + H * x.stride * size + b, 0, 2);
-          }
-          widen<O>(tag, size, row, live, wide + (e * H + r) * B);
-        }
-      }
-    });
+    for (int64_t e = 0; e < t.count; ++e) {
+      const int64_t k0 = t.in[e] * B;
+      widen_rows<O, B>(x, r0 + i, height, k0, min64(B, t.in_size - k0), wide + e * H * B);
+    }
     t.acc = acc + i * t.acc_stride;
     t.ahead_at = i / H * t.ahead_step * B;
     TileOf<O, B, H>::run(height, t);
@@ -274,25 +298,29 @@ template <class O, int B>
 static void multiply_any(const PackedRows& x, int64_t r0, int64_t rows, const TileJob& t) {
   multiply_rows<O, B>(x, r0, rows, t);
 }
-template <class O, int B>
-static void multiply_any(const SourceRows& x, int64_t r0, int64_t rows, const TileJob& t) {
+template <class O, int B, class Rows>
+static void multiply_any(const Rows& x, int64_t r0, int64_t rows, const TileJob& t) {
   multiply_source<O, B>(x, r0, rows, t);
 }
 
-// acc = all stored blocks of output block `out` for columns [c0, c0 + W) of it, in passes that fit
-// L1. `w` holds Shape::kPass panels. Returns false, acc untouched, when `first` and there are no
-// blocks.
+// A run of a walk's entries, all of one output block.
+struct Entries {
+  int64_t begin, end;
+};
+
+// acc[rows][W] += (or = with `first`) rows [r0, r0 + rows) of x times columns [c0, c0 + W) of these
+// entries, in passes that fit L1. `w` holds Shape::kPass panels.
 template <class O, int B, class Rows>
-static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype, int64_t out,
-                               int64_t c0, const Rows& x, int64_t r0, int64_t rows, float* w,
-                               float* acc, int64_t acc_stride, bool first) {
+static void multiply_entries(const Walk& walk, const void* values, Dtype vtype, Entries entries,
+                             int64_t c0, const Rows& x, int64_t r0, int64_t rows, float* w,
+                             float* acc, int64_t acc_stride, bool first) {
   using S = Shape<O, B>;
-  const int64_t begin = walk.ptr[out], end = walk.ptr[out + 1], all = walk.ptr[walk.outs];
+  const int64_t all = walk.ptr[walk.outs];
   const char* ahead[S::kPass];
   const auto place = [&](int64_t e) { return walk.block ? walk.block[e] : e; };
   const int64_t bytes = B * B * dtype_size(vtype);
-  for (int64_t e = begin; e < end; e += S::kPass) {
-    const int64_t count = min64(S::kPass, end - e);
+  for (int64_t e = entries.begin; e < entries.end; e += S::kPass) {
+    const int64_t count = min64(S::kPass, entries.end - e);
     for (int64_t i = 0; i < count; ++i) {
       lay_out<O, B>(values, vtype, place(e + i), walk.dx, c0, w + i * S::kPanelFloats);
     }
@@ -311,10 +339,20 @@ static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype
     t.w = w;
     t.acc = acc;
     t.acc_stride = acc_stride;
-    t.first = first && e == begin;
+    t.first = first && e == entries.begin;
     multiply_any<O, B>(x, r0, rows, t);
   }
-  return begin < end;
+}
+
+// The same for all stored blocks of output block `out`. Returns false, acc untouched, when there
+// are none.
+template <class O, int B>
+static bool multiply_block_row(const Walk& walk, const void* values, Dtype vtype, int64_t out,
+                               int64_t c0, const PackedRows& x, int64_t r0, int64_t rows, float* w,
+                               float* acc, int64_t acc_stride) {
+  const Entries entries = {walk.ptr[out], walk.ptr[out + 1]};
+  multiply_entries<O, B>(walk, values, vtype, entries, c0, x, r0, rows, w, acc, acc_stride, true);
+  return entries.begin < entries.end;
 }
 
 // y[m0 + r, at .. at + count) = acc[r] (+ bias) (+ y0), rounded to y's type. acc has room for whole

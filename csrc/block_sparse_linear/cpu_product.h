@@ -63,7 +63,7 @@ static void multiply_chunk(const BlockSparseParams& p, const Walk& walk, const P
     for (int64_t c = 0; any && c < count; c += S::kWidth) {
       const int64_t u = (at + c) / B;
       if (multiply_block_row<O, B>(walk, p.values, p.vtype, u, at + c - u * B, x, r0, rows, w,
-                                   acc + c, kStoreColumns, true)) {
+                                   acc + c, kStoreColumns)) {
         continue;
       }
       for (int64_t r = 0; r < rows; ++r)

@@ -33,6 +33,10 @@ struct Floats2 : Avx2 {
   static inline F load_as(FloatBits::F16, const void* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
+  static inline F load_i16(const void* p) {
+    const __m128i h = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(h));
+  }
   static inline void store_as(FloatBits::F32, void* p, F v) { storef(p, v); }
   static inline void store_as(FloatBits::BF16, void* p, F v) {  // f32_to_bf16 of common/types.h
     const __m256i b = _mm256_castps_si256(v);

@@ -34,6 +34,10 @@ struct Floats512 : Avx512Base {
   static inline F load_as(FloatBits::F16, const void* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   }
+  static inline F load_i16(const void* p) {
+    const __m256i h = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(h));
+  }
   static inline void store_as(FloatBits::F32, void* p, F v) { _mm512_storeu_ps(p, v); }
   static inline void store_as(FloatBits::BF16, void* p, F v) {  // f32_to_bf16 of common/types.h
     const __m512i b = _mm512_castps_si512(v);

@@ -222,6 +222,10 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
   const int64_t tiles = ceil_div(a.rows, O::kRows);
   const bool unpacked = tiles > 1;
+  const int64_t n0 = v0 * O::kLanes;
+  const int64_t count = p.w.n - n0 < C * O::kLanes ? p.w.n - n0 : C * O::kLanes;
+  const bool parts = ACT == 16 && unpacked && p.add && p.add->add_part && count > 0;
+  const IntegerRows x = {a.q, a.scale, m0, a.rows, a.block, a.stride, a.block_stride};
   alignas(64) float scale[C * O::kLanes], offset[C * O::kLanes];
   TileArgs t;
   t.x_stride = a.stride;
@@ -274,10 +278,11 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
           unpacked ? tile_for<O, 8, ACT, true, C>(rows) : tile_for<O, BITS, ACT, false, C>(rows);
       fn(t);
     }
+    if (parts) p.add->add_part(p.add, x, n0, count, k0, k1, acc, acc_stride);
   }
-  const int64_t n0 = v0 * O::kLanes;
-  const int64_t count = p.w.n - n0 < C * O::kLanes ? p.w.n - n0 : C * O::kLanes;
-  if (p.add && count > 0) p.add->add(p.add, m0, a.rows, n0, count, acc, acc_stride);
+  if (p.add && count > 0) {
+    (parts ? p.add->add_rest : p.add->add)(p.add, m0, a.rows, n0, count, acc, acc_stride);
+  }
   for (int64_t r = 0; r < a.rows && count > 0; ++r)
     store_row<O>(p, m0 + r, n0, count, acc + r * acc_stride);
 }

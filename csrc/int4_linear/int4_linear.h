@@ -107,13 +107,31 @@ static inline Int4Geometry int4_geometry(const Int4Format& f) {
   return g;
 }
 
-// Adds a further term to finished float32 sums, before bias, rounding and the store: how an adapter
-// rides on the int4 product without y being written twice. acc[i * acc_stride + j] is output (m0 +
-// i, n0 + j). n0 is a multiple of 16 and a row of acc has room for cols rounded up to 16; only the
-// scalar kernels call it with any n0 and one column.
+// Rows m0 .. m0 + rows of x as int16 in blocks along k, each block of a row with its scale. Block b
+// of row m stands at q + b * block_stride + (m - m0) * stride, its scale at scale[b * rows + m -
+// m0]. It can be read up to the next 16th element behind k. Rows with a NaN or an infinity hold
+// anything.
+struct IntegerRows {
+  const uint8_t* q;
+  const float* scale;
+  int64_t m0, rows, block, stride, block_stride;  // block: 32, 64 or 128; strides in bytes
+};
+
+// Adds a further term to float32 sums, before bias, rounding and the store: how an adapter rides on
+// the int4 product without y being written twice. acc[i * acc_stride + j] is output (m0 + i, n0 +
+// j). n0 is a multiple of 16 and a row of acc has room for cols rounded up to 16; only the scalar
+// kernels call it with any n0 and one column.
+//
+// A kernel calls `add` once, with finished sums; or, where it walks along k, holds x as integers and
+// finds an `add_part`, that for each stretch (k0, k1] while these integers are in its cache, and
+// then `add_rest`.
 struct TileAdd {
   void (*add)(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* acc,
               int64_t acc_stride);
+  void (*add_part)(const TileAdd* self, const IntegerRows& x, int64_t n0, int64_t cols, int64_t k0,
+                   int64_t k1, float* acc, int64_t acc_stride);
+  void (*add_rest)(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                   float* acc, int64_t acc_stride);
 };
 
 // One call. For the forward, x is [m, k] and y [m, n]; for the input gradient (dx), x is dy [m, n]
