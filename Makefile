@@ -57,7 +57,7 @@ gpu-check:
 	$(if $(filter all tests,$(PART)),\
 	  $(PYTHON) -m pytest -q -m gpu tests/test_triton_gpu.py tests/test_cuda_device.py)
 	$(if $(filter-out tests,$(PART)),\
-	  $(PYTHON) -m nibblock bench gpu --json $(OUT)/gpu-$(PART).json \
+	  $(PYTHON) -m nibblock bench gpu --out $(OUT) \
 	  $(if $(filter-out all,$(PART)),--part $(PART)))
 
 clean:
