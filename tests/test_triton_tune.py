@@ -393,7 +393,7 @@ def test_every_candidate_was_compiled_and_fits(tmp_path):
 @needs_triton
 def test_a_few_candidates_compile_today(tmp_path):
     rows = child("core", cache=tmp_path)
-    assert len(rows) >= 6
+    assert len(rows) >= 4
     check(rows)
 
 

@@ -213,9 +213,11 @@ def _others(shape: ShapeClass, own: Config) -> list[Config]:
         if shape.rows == 32:
             return [like(TARGET=132), like(TARGET=528)]
         if shape.rows <= FEW_ROWS:
+            # BN=32 takes no wgmma, and spills with 16 rows.
+            narrow = [like(BN=32), like(BN=32, TARGET=528)] if shape.rows > 32 else []
             return [
-                like(TARGET=132), like(TARGET=528), like(num_stages=3), like(BN=32),
-                like(BN=32, TARGET=528), like(BK=64, num_stages=6),
+                like(TARGET=132), like(TARGET=528), like(num_stages=3),
+                like(BK=64, num_stages=6), *narrow,
             ]  # fmt: skip
         if shape.rows < 512:
             return [like(num_stages=3), like(BM=64)]

@@ -42,6 +42,7 @@ def block_sparse_kernel(
     """
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    RUN: tl.constexpr = B if B < STEP else STEP
     row = tl.program_id(0) * BO // B
     local = o - row * B
     rows = m.to(tl.int64)[:, None]
@@ -54,7 +55,7 @@ def block_sparse_kernel(
         inner = q % B
         r = tl.load(other + z, mask=z < last, other=0) * B + inner
         # A step may begin inside a block: what runs on is the shorter of the two.
-        r = tl.max_contiguous(tl.multiple_of(r, min(B, STEP)), min(B, STEP))
+        r = tl.max_contiguous(tl.multiple_of(r, RUN), RUN)
         there = (z < last) & (r < INNER)
         if BY_COLUMN:
             z = tl.load(order + z, mask=z < last, other=0)
