@@ -59,7 +59,7 @@ gpu-check:
 	  $(PYTHON) -m pytest -q -m gpu tests/test_triton_gpu.py tests/test_cuda_device.py)
 	$(if $(filter all sanitize,$(PART)),$(PYTHON) -m nibblock.bench.sanitize)
 	$(if $(filter-out tests sanitize,$(PART)),\
-	  $(PYTHON) -m nibblock bench gpu --json $(OUT)/gpu-$(PART).json \
+	  $(PYTHON) -m nibblock bench gpu --out $(OUT) \
 	  $(if $(filter-out all,$(PART)),--part $(PART)))
 
 clean:

@@ -409,7 +409,7 @@ if __name__ == "__main__":
     setup(
         packages=sorted(packages()),
         package_dir=packages(),
-        package_data={"nibblock": ["py.typed"], "nibblock.triton_kernels": ["_configs/*.json"]},
+        package_data={"nibblock": ["py.typed"], "nibblock.triton_kernels": ["configs/*.json"]},
         include_package_data=False,
         # The extension only marks the wheel as one for this platform and Python.
         ext_modules=[Extension("nibblock._native", sources=[])],

@@ -3,17 +3,19 @@
 Two clocks for each figure, because they answer different questions. `graph`: the calls captured in
 a CUDA graph that walks over copies of the weights larger than the L2 cache, replayed; what a decode
 loop sees. `do_bench`: one call after another, each after a cleared cache, launch included; what
-published tables mostly show. Ratios are taken between neighbours of one round. Every result is
-checked against float32 products before it is timed.
+published tables mostly show. Ours and cuBLAS alternate within a round; other libraries follow at
+once, each with a time of its own after which it leaves the run. Every result is checked against
+float32 products before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
-import statistics
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,111 +23,21 @@ from typing import Any, Callable
 
 import torch
 from nibblock import _cuda
+from nibblock.triton_kernels._tuned import slug, user_folder
 
-from . import table
+from . import goals, gpu_cuda, gpu_goals, gpu_plot, table
+from .gpu_peers import INT4, Int4Peers, Peers, torch_bsr
+from .gpu_timing import Call, Int4, ceilings, checked, copies, measure
 
 PARTS = ("int4", "dx", "blocks", "wgrad", "adapter", "adamw")
 LAYERS = {
     "8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     "70b": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
 }
-ROWS = (1, 16, 64, 128, 512, 1024, 4096)
-ROTATE = 160 << 20  # bytes of weights a graph walks over: three times an H200's L2 cache
-REPLAYS, ROUNDS = 20, 5
+ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+DX_ROWS = (1, 512, 1024, 2048, 4096)
 CUDA_ROWS = 128  # of x, that the CUDA C++ kernels serve
 PEERS = ("humming-kernels", "gemlite", "bitsandbytes")
-
-Call = Callable[[int], Any]
-
-
-def graph_seconds(calls: dict[str, tuple[Call, int]]) -> dict[str, list[float]]:
-    """Seconds a call of each contender, one value a round, from replayed graphs.
-
-    Args:
-        calls: name -> (call of a copy's number, number of copies).
-    """
-    graphs = {}
-    for name, (call, copies) in calls.items():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(copies):
-                call(i)  # compiles, and fills whatever is cached
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(copies):
-                call(i)
-        graphs[name] = (graph, copies)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for turn in range(ROUNDS):
-        order = list(graphs.items())
-        for name, (graph, copies) in order if turn % 2 == 0 else reversed(order):
-            graph.replay()
-            start.record()
-            for _ in range(REPLAYS):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / REPLAYS / copies)
-    return seconds
-
-
-def measure(calls: dict[str, tuple[Call, int]]) -> dict[str, dict[str, float]]:
-    """Both clocks of every contender: {name: {graph, graph_min, do_bench}} in seconds."""
-    from triton.testing import do_bench
-
-    out = {}
-    for name, rounds in graph_seconds(calls).items():
-        call = calls[name][0]
-        out[name] = {
-            "graph": statistics.median(rounds),
-            "graph_min": min(rounds),
-            "do_bench": do_bench(lambda call=call: call(0), warmup=10, rep=40) / 1e3,
-        }
-    return out
-
-
-def ceilings() -> dict[str, float]:
-    """Bytes a second of a copy (read and written) and FLOP a second of cuBLAS bfloat16."""
-    a = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
-    b = torch.empty_like(a)
-    n = 8192
-    x, w = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    y = torch.empty_like(x)
-    calls = {"copy": (lambda i: b.copy_(a), 1), "matmul": (lambda i: torch.mm(x, w, out=y), 1)}
-    times = {k: min(v) for k, v in graph_seconds(calls).items()}
-    return {
-        "copy_bytes_per_s": 2 * a.numel() * 4 / times["copy"],
-        "matmul_flops": 2 * n**3 / times["matmul"],
-    }
-
-
-def checked(name: str, got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest error over largest value; raises if bfloat16 does not explain it."""
-    error = float((got.float() - want).abs().max() / want.abs().max())
-    if not error < 2e-2:
-        raise AssertionError(f"bench gpu: {name} is off by {error:.3g} of the largest value")
-    return error
-
-
-class Int4:
-    """One layer's packed weight, copied until a rotation is cold, and its dense twin."""
-
-    def __init__(self, n: int, k: int) -> None:
-        from nibblock import ops
-
-        torch.manual_seed(0)
-        self.n, self.k = n, k
-        q = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
-        scales = (torch.rand(n, k // 128) / 64 + 0.01).half()
-        packed = ops.int4_pack(q, scales, in_features=k, group_size=128).cuda()
-        self.form = dict(group_size=128, affine=False, scale_dtype=torch.float16)
-        self.dense32 = ops.int4_dequantize(packed, out_features=n, in_features=k, **self.form)
-        dense = self.dense32.bfloat16()
-        self.packed = _copies(packed)
-        self.dense = _copies(dense)
 
 
 def cuda_call(layer: Int4, x: torch.Tensor, **adapter: Any) -> Call:
@@ -134,33 +46,14 @@ def cuda_call(layer: Int4, x: torch.Tensor, **adapter: Any) -> Call:
     return lambda i: _cuda.int4_linear(x, layer.packed[i], None, *form, **adapter)
 
 
-def _copies(tensor: torch.Tensor) -> list[torch.Tensor]:
-    count = max(1, -(-ROTATE // (tensor.numel() * tensor.element_size())))
-    return [tensor, *(tensor.clone() for _ in range(count - 1))]
-
-
-def _torch_int4(layer: Int4) -> Call | None:
-    """torch's own int4 product on random codes of the same size, where this torch has it."""
-    try:
-        codes = torch.randint(0, 256, (layer.n, layer.k // 2), dtype=torch.uint8, device="cuda")
-        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-        grid = torch.rand(layer.k // 128, layer.n, 2, device="cuda").bfloat16()
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        # A peer that this torch or GPU lacks costs its own rows, not the run.
-        print(f"torch int4 left out of {layer.n}x{layer.k}: {type(error).__name__}: {error}")
-        return None
-    several = _copies(packed)
-    return lambda x, i: torch.ops.aten._weight_int4pack_mm(x, several[i % len(several)], 128, grid)
-
-
-def run_int4(dx: bool) -> Iterator[dict[str, Any]]:
+def run_int4(dx: bool, peers: Peers) -> Iterator[dict[str, Any]]:
     from nibblock import ops
 
     for model, shapes in LAYERS.items():
         for n, k in shapes:
             layer = Int4(n, k)
-            peer = None if dx else _torch_int4(layer)
-            for m in ROWS:
+            others = None if dx else Int4Peers(peers, layer)
+            for m in DX_ROWS if dx else ROWS:
                 x = torch.randn(m, n if dx else k, device="cuda").bfloat16()
 
                 def ours(i, x=x, layer=layer):
@@ -183,13 +76,17 @@ def run_int4(dx: bool) -> Iterator[dict[str, Any]]:
                     by_name = cuda_call(layer, x)
                     checked(f"CUDA C++ int4 {n}x{k} m={m}", by_name(0), want)
                     calls["CUDA C++"] = (by_name, len(layer.packed))
-                if peer is not None:
-                    calls["torch int4"] = (lambda i, x=x, p=peer: p(x, i), len(layer.packed))
-                yield dict(model=model, shape=f"{n}x{k}", m=m, error=error, times=measure(calls))
-            del layer
+                times = measure(calls)
+                if others is not None:
+                    times.update(others.measure(x, want))
+                moved = layer.packed[0].numel() + 2 * m * (n + k)
+                yield dict(
+                    model=model, shape=f"{n}x{k}", m=m, error=error, bytes=moved, times=times
+                )
+            del layer, others
 
 
-def run_blocks() -> Iterator[dict[str, Any]]:
+def run_blocks(peers: Peers) -> Iterator[dict[str, Any]]:
     from nibblock import ops
 
     n = k = 4096
@@ -199,11 +96,11 @@ def run_blocks() -> Iterator[dict[str, Any]]:
             index = (torch.rand(n // block, k // block) < density).nonzero()
             layout = ops.block_layout(index, n, k, block).cuda()
             values = [torch.randn(len(index), block, block, device="cuda").bfloat16() / 64]
-            values = _copies(values[0])
+            values = copies(values[0])
             dense = torch.zeros(n // block, k // block, block, block, device="cuda")
             dense[index[:, 0], index[:, 1]] = values[0].float()
             dense = dense.transpose(1, 2).reshape(n, k)
-            several = _copies(dense.bfloat16())
+            several = copies(dense.bfloat16())
             for m in rows:
                 x = torch.randn(m, k, device="cuda").bfloat16()
 
@@ -216,6 +113,11 @@ def run_blocks() -> Iterator[dict[str, Any]]:
                     "cuBLAS bf16": (lambda i, x=x, w=several: x @ w[i].t(), len(several)),
                 }
                 times = measure(calls)
+                where, want = f"block {block}, {density:.0%}", x.float() @ dense.t()
+                make = functools.partial(torch_bsr, dense, block, x)
+                bsr = peers.attempt("torch BSR", where, make)
+                if bsr is not None:
+                    times.update(peers.times("torch BSR", where, {"torch BSR": bsr}, want))
                 share = len(index) * block * block / (n * k)
                 ratio = times["cuBLAS bf16"]["graph"] / times["nibblock"]["graph"]
                 yield dict(block=block, density=share, m=m, error=error, times=times,
@@ -237,8 +139,10 @@ def run_wgrad() -> Iterator[dict[str, Any]]:
                 return ops.block_weight_grad(g, x, layout, block=block, dtype=torch.bfloat16)
 
             tiles = want.view(n // block, block, k // block, block).transpose(1, 2)
-            error = checked("block_weight_grad", ours(0), tiles[index[:, 0], index[:, 1]])
+            stored = tiles[index[:, 0], index[:, 1]]
+            error = checked("block_weight_grad", ours(0), stored)
             calls = {"nibblock": (ours, 1), "cuBLAS bf16": (lambda i: g.t() @ x, 1)}
+            calls |= gpu_cuda.weight_grad(g, x, layout, block, stored)
             yield dict(block=block, density=density, m=m, error=error, times=measure(calls))
 
 
@@ -304,27 +208,28 @@ def run_adamw() -> Iterator[dict[str, Any]]:
         p.grad = torch.zeros_like(p)
     fused = torch.optim.AdamW(big, lr=1e-3, fused=True, capturable=True)
     calls = {"nibblock": (packed, 1), "torch fused": (lambda i: fused.step(), 1)}
+    calls |= gpu_cuda.adamw(lists, ages, weights, blocks, block, packed)
     times = measure(calls)
     moved = layers * active * block * block
     yield dict(
         parameters=moved, times=times, bytes_per_s=moved * 30 / times["nibblock"]["graph"],
-        dense_parameters=4 * n * k,
+        of_parameters=layers * n * k, dense_parameters=4 * n * k,
     )  # fmt: skip
 
 
-RUN: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-    "int4": lambda: run_int4(False),
-    "dx": lambda: run_int4(True),
+RUN: dict[str, Callable[[Peers], Iterator[dict[str, Any]]]] = {
+    "int4": lambda peers: run_int4(False, peers),
+    "dx": lambda peers: run_int4(True, peers),
     "blocks": run_blocks,
-    "wgrad": run_wgrad,
-    "adapter": run_adapter,
-    "adamw": run_adamw,
+    "wgrad": lambda peers: run_wgrad(),
+    "adapter": lambda peers: run_adapter(),
+    "adamw": lambda peers: run_adamw(),
 }
 
 
 def show(part: str, rows: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-    facts = [key for key in rows[0] if key not in ("times", "error")]
+    facts = [key for key in rows[0] if key not in ("times", "error", "bytes")]
     lines = []
     for row in rows:
         own = next(iter(row["times"].values()))["graph"]
@@ -339,15 +244,44 @@ def show(part: str, rows: list[dict[str, Any]]) -> str:
     return f"{part}\n" + table.render(header, lines)
 
 
+def report(facts: dict[str, Any]) -> str:
+    """What the command prints at its end: the goals, and who was left out."""
+    lines = ["goals", goals.render(facts["goals"])]
+    lines += [f"{name} left out from {reason}" for name, reason in facts["left_out"].items()]
+    return "\n".join(lines)
+
+
+def save(facts: dict[str, Any], folder: Path, parts: list[str] | None) -> Path:
+    """Writes the JSON of a run, gpu-<name of the GPU>[-<part> ...].json, and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ("-".join(["gpu", slug(facts["gpu"]), *(parts or [])]) + ".json")
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    return path
+
+
+def draw(facts: dict[str, Any], path: Path) -> str:
+    """The chart beside a run's JSON, or why there is none."""
+    try:
+        gpu_plot.chart(facts, path)
+    except (ImportError, ValueError) as error:
+        return f"no chart: {error}"
+    return f"wrote {path}"
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m nibblock bench gpu", description=__doc__)
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all of them")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--out", type=Path, help="folder of the JSON and the chart")
+    parser.add_argument("--no-peers", action="store_true", help="only cuBLAS beside our kernels")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench gpu: needs an NVIDIA GPU and a CUDA build of torch, got none", file=sys.stderr)
         return 2
+    peers = Peers()
+    if options.no_peers:
+        peers.left_out = {name: "the start: --no-peers" for name in (*INT4, "torch BSR")}
     facts = {
+        "benchmark": "gpu",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
@@ -357,16 +291,25 @@ def main(argv: list[str]) -> int:
             **{name: _version(name) for name in PEERS},
         },
         "cuda_kernels": _cuda.refusal() or "measured where at most 128 rows are served",
+        "tuned": user_folder() is not None,
         "ceilings": ceilings(),
+        "left_out": peers.left_out,
+        "seconds": {},
         "parts": {},
     }
     for part in options.part or PARTS:
-        rows = list(RUN[part]())
-        facts["parts"][part] = rows
+        start = time.monotonic()
+        rows = facts["parts"][part] = []
+        for row in RUN[part](peers):
+            rows.append(row)
+        facts["seconds"][part] = round(time.monotonic() - start, 1)
+        facts["goals"] = gpu_goals.goals(facts)
         print(show(part, rows), flush=True)
-        if options.json:  # after every part: a run that is cut short keeps what it measured
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        if options.out:  # after every part: a run that is cut short keeps what it measured
+            path = save(facts, options.out, options.part)
+    print(report(facts))
+    if options.out:
+        print(draw(facts, path.with_suffix(".png")))
     return 0
 
 

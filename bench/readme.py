@@ -94,6 +94,12 @@ def _taken(run: dict[str, Any]) -> dict[str, Any]:
 
 def source(stem: str, run: dict[str, Any]) -> str:
     """One sentence: where the figures are from."""
+    if run.get("benchmark") == "gpu":
+        versions = run["versions"]
+        return (
+            f"[{stem}.json](bench/results/{stem}.json): {run['gpu']}, torch {versions['torch']}, "
+            f"triton {versions['triton']}; CUDA-graph replay with rotating weights."
+        )
     taken = _taken(run)
     env, load = taken["environment"], taken["other_load"]
     busy = f"; other processes took {load * 100:.0f} % of it" if load >= 0.005 else ""
@@ -241,12 +247,41 @@ def finetune_figures(found: dict[str, dict[str, Any]]) -> str:
     return source(stem, run) + "\n\n" + markdown(header, rows)
 
 
+def gpu_figures(found: dict[str, dict[str, Any]]) -> str:
+    """Every kernel for a GPU and, where a run is committed, what it says of it."""
+    from nibblock import _cuda
+    from nibblock.triton_kernels import _table
+
+    runs = sorted((stem, run) for stem, run in found.items() if run.get("benchmark") == "gpu")
+    rows = []
+    for op, table in _table.TABLE.items():
+        for state in dict.fromkeys(row.state for row in table):
+            kinds = [f"{r.kind} ({r.serves_text})" for r in table if r.state == state]
+            rows.append((f"`{op}`", "Triton", ", ".join(kinds), state or "run on hardware"))
+    # Their own table is compiled in; none of its rows is proven while this text stands there.
+    rows.append(("`int4_linear`", "CUDA C++", "m <= 128, by name only", _cuda.UNPROVEN))
+    kernels = markdown(("op", "", "kernels (what they serve)", "state"), rows)
+    if not runs:
+        return "No run on a GPU is committed, so there is no figure.\n\n" + kernels
+    parts = [kernels]
+    for stem, run in runs:
+        lines = [
+            (r["row"], "" if r["measured"] is None else goals.figure(r["measured"], r["unit"]),
+             goals.figure(r["floor"], r["unit"]), r["verdict"], r["detail"])
+            for r in run["goals"]
+        ]  # fmt: skip
+        header = ("over cuBLAS bf16 unless said", "measured", "floor", "verdict", "case")
+        parts += [source(stem, run), markdown(header, lines)]
+    return "\n\n".join(parts)
+
+
 FIGURES: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "int4_linear": int4_figures,
     "model": model_figures,
     "block_sparse_linear": block_figures,
     "masked_update": masked_figures,
     "finetune": finetune_figures,
+    "gpu": gpu_figures,
 }
 
 

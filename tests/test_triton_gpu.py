@@ -10,12 +10,13 @@ import pytest
 import torch
 import triton_cases
 import triton_cases_masked
+import triton_cases_tuned
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
 ]
-CASES = {**triton_cases.CASES, **triton_cases_masked.CASES}
+CASES = {**triton_cases.CASES, **triton_cases_masked.CASES, **triton_cases_tuned.CASES}
 
 
 @pytest.fixture
@@ -162,3 +163,66 @@ def test_masked_optimizer_step_captures(device):
     graph.replay()
     assert age.tolist() == [3, 3, 3, 3]
     assert torch.equal(weight[:32, 32:64], values.detach()[0])
+
+
+def test_a_list_first_met_in_a_capture(device):
+    """Its table of pointers is copied by the graph, from memory that lives as long as it does."""
+    kind = dict(device=device, dtype=torch.float32)
+
+    def step(p, g, m, v, age):
+        index = torch.tensor([[0, 0]], dtype=torch.int32, device=device)
+        return lambda: nb.ops.masked_adamw_block_(
+            [p], [g], [m], [v], [age], [], [index], block=32, lr=1e-3
+        )
+
+    def make():
+        p, g = (torch.randn(1, 32, 32, **kind) for _ in range(2))
+        states = torch.zeros(1, 32, 32, **kind), torch.zeros(1, 32, 32, **kind)
+        return p, g, *states, torch.zeros(1, device=device, dtype=torch.int32)
+
+    step(*make())()  # compiles; another list
+    tensors = make()
+    again = [t.clone() for t in tensors]
+    run = step(*tensors)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    junk = [torch.full((64,), -1, dtype=torch.int64).pin_memory() for _ in range(100)]
+    for _ in range(3):
+        graph.replay()
+        step(*again)()
+    del junk
+    assert tensors[-1].tolist() == [3]
+    assert all(torch.equal(a, b) for a, b in zip(tensors, again))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_tensor_runs_on_its_own_gpu():
+    for device in (torch.device("cuda", 1), torch.device("cuda", 0)):
+        layer = int4_layer(device)
+        y = layer(torch.ones(3, 256, device=device))
+        assert y.device == device
+        assert torch.cuda.current_device() == 0
+
+
+def test_a_tuned_file_is_read_at_the_first_launch(device, monkeypatch, tmp_path):
+    """What the tuner writes is what a launch takes; a candidate gives the same result."""
+    from nibblock import _tune
+    from nibblock.bench.gpu_timing import graph_seconds
+
+    layer = (512, 256)
+    jobs = [job for job in _tune.jobs(["int4"], [layer]) if job.shape.rows == 16]
+    level = torch.cuda.get_device_capability()
+    entries, left = _tune.tune(
+        jobs, 10 * level[0] + level[1], lambda calls: graph_seconds(calls, rounds=2), 60
+    )
+    assert not left
+    assert len(entries) == 1
+    assert not [row for row in entries[0]["candidates"] if "rejected" in row]
+    name = torch.cuda.get_device_name()
+    facts = {"gpu": name, "capability": list(level), "versions": {}, "date": ""}
+    monkeypatch.setenv(_tune._tuned.VARIABLE, str(tmp_path))
+    _tune.write(tmp_path, facts, entries)
+    assert _tune._tuned.lookup(name, jobs[0].shape) == entries[0]["config"]
+    _tune._tuned.forget()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import triton_cases
 import triton_cases_masked
+import triton_cases_tuned
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -22,7 +23,7 @@ if importlib.util.find_spec("triton") is None:
 HERE = Path(__file__).resolve().parent
 NAMES = [
     f"{module.__name__}:{name}"
-    for module in (triton_cases, triton_cases_masked)
+    for module in (triton_cases, triton_cases_masked, triton_cases_tuned)
     for name in module.CASES
 ]
 

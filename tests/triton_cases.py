@@ -117,8 +117,11 @@ def int4_dequantize(device, m, n, k, group, bits, affine, scale_dtype, dtype):
             rows.cpu(), layer.packed.cpu(), n, k, *layer.form, torch.float32
         )
         assert torch.equal(got.cpu(), want)
-    out = bodies()["int4_embedding"](index + n, layer.packed, n, k, *layer.form, torch.float32)
-    assert out.isnan().all()
+    for beyond in (n, 1 << 32):  # the second is 0 in its low half
+        out = bodies()["int4_embedding"](
+            index + beyond, layer.packed, n, k, *layer.form, torch.float32
+        )
+        assert out.isnan().all()
 
 
 for _parameters in INT4:
@@ -171,6 +174,38 @@ for _m in (4, 70):
         for _dtype in DTYPES:
             if _k == 64 or _m == 4:
                 case(int4_not_finite, _m, _k, _dtype)
+
+
+def int4_infinite_scales(device, m, dtype):
+    """An infinite scale makes weights infinite where codes are not zero, an offset of NaN makes
+    NaN; neither reaches another row or group, nor comes in from beyond K."""
+    rng = np.random.default_rng(11)
+    weight = ref.random_weight(rng, 20, 70, 32, 4, True, "float32")
+    weight.qweight |= 0x11  # no code is 0
+    weight.scales[2, 0], weight.scales[5, 2] = np.inf, np.inf  # the last group is 6 of 32 wide
+    weight.offsets[9, 1] = np.nan
+    packed = torch.from_numpy(ref.pack(weight)).to(device)
+    form = (32, 4, True, torch.float32)
+    x = tensor(np.abs(rng.normal(size=(m, 70))) / 64, dtype, device)
+    y = array(bodies()["int4_linear"](x, packed, None, 20, *form, "bf16"))
+    assert np.isposinf(y[:, [2, 5]]).all()
+    assert np.isnan(y[:, 9]).all()
+    plain = [n for n in range(20) if n not in (2, 5, 9)]
+    want = array(x).astype(np.float64) @ weight.dense()[plain].T
+    assert np.abs(y[:, plain] - want).max() <= 1e-2 * np.abs(want).max()
+    grad = tensor(np.ones((m, 20)), dtype, device)
+    dx = array(bodies()["int4_linear_dx"](grad, packed, 70, *form, "bf16"))
+    assert np.isposinf(dx[:, :32]).all()
+    assert np.isposinf(dx[:, 64:]).all()
+    assert np.isnan(dx[:, 32:64]).all()
+    got = bodies()["int4_dequantize"](packed, 20, 70, *form, torch.float32)
+    want = torch.ops.nibblock.int4_dequantize(packed.cpu(), 20, 70, *form, torch.float32)
+    assert np.array_equal(array(got), array(want), equal_nan=True)
+
+
+for _m in (3, 66):
+    for _dtype in DTYPES:
+        case(int4_infinite_scales, _m, _dtype)
 
 
 def int4_wide_scales(device, dtype):

@@ -4,6 +4,7 @@
     python tests/triton_shipped.py all 80 90     every combination of types as well; minutes
     python tests/triton_shipped.py list          their names; nothing is compiled
     python tests/triton_shipped.py write         the same, into bench/results/triton_compiled.json
+    python tests/triton_shipped.py write KERNEL ...   only kernels of these names, the rest is kept
 
 The launches are recorded from the wrappers themselves, so what is compiled here is what runs: each
 shape class, dtype, group length, block edge and kind of adapter. `core` keeps every kernel, tile
@@ -180,13 +181,20 @@ def _compile(at: int, capability: int) -> dict:
     return {"label": label, **{k: done[k] for k in facts}, "seconds": seconds}
 
 
-def compiled(every: bool, capabilities: list[int]):
-    """One dict a kernel, in order, from two processes."""
+def kernel_of(row: dict) -> str:
+    return row["name"].split("(")[0]
+
+
+def compiled(every: bool, capabilities: list[int], only: tuple[str, ...] = ()):
+    """One dict a kernel, in order, from two processes; `only` those of these names, if given."""
     torch.set_num_threads(1)
     jobs = []
     for capability in capabilities:
         found = enumerate(launches(capability))
-        jobs += [(at, capability) for at, (core, _, _) in found if core or every]
+        jobs += [
+            (at, capability) for at, (core, _, launch) in found
+            if (core or every) and (not only or launch[0].fn.__name__ in only)
+        ]  # fmt: skip
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         yield from pool.map(_compile, *zip(*jobs))
 
@@ -202,11 +210,13 @@ def main() -> None:
     if sys.argv[1] == "write":
         import triton
 
-        rows = [
-            {k: v for k, v in row.items() if k != "seconds"}
-            for row in compiled(True, list(CAPABILITIES))
-        ]
+        only = tuple(sys.argv[2:])
         out = Path(__file__).resolve().parent.parent / "bench/results/triton_compiled.json"
+        kept = [r for r in json.loads(out.read_text())["kernels"] if kernel_of(r) not in only]
+        rows = kept if only else []
+        for row in compiled(True, list(CAPABILITIES), only):
+            rows.append({k: v for k, v in row.items() if k != "seconds"})
+        rows.sort(key=lambda row: (row["capability"], row["label"], row["name"]))
         out.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
         return
     for row in compiled(sys.argv[1] == "all", [int(c) for c in sys.argv[2:]]):

@@ -11,12 +11,15 @@ tested where there is no GPU.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, Callable, Optional
 
 import torch
 import triton
 import triton.language as tl
+from nibblock.triton_kernels._configs import TARGET as TARGET_PROGRAMS
+from nibblock.triton_kernels._configs import next_power_of_2 as next_power_of_2  # for wrappers
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Triton's interpreter keeps bfloat16 as integers and would multiply those.
@@ -68,10 +71,6 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def next_power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """x as [M, last] with contiguous rows; a copy only where strides demand one."""
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((0, 0))
@@ -95,11 +94,11 @@ def operands(x: torch.dtype, values: torch.dtype) -> tuple[tl.dtype, str]:
     return tl.float32, "tf32x3"
 
 
-def splits(tiles: int, steps: int, target: int = 264, least: int = 4) -> int:
+def splits(tiles: int, steps: int, target: int = TARGET_PROGRAMS, least: int = 4) -> int:
     """Into how many parts a sum of `steps` is cut when there are `tiles` independent results.
 
-    A function of shapes alone, the same on every GPU: 264 programs are two for each of an H100's
-    132 multiprocessors. A part keeps at least `least` steps.
+    A function of shapes and configuration alone; without a tuned one the same on every GPU. target:
+    programs to end up with. A part keeps at least `least` steps.
     """
     if tiles <= 0 or tiles * 2 > target:
         return 1
@@ -117,6 +116,16 @@ def capability(tensor: torch.Tensor) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def gpu(tensor: torch.Tensor) -> str:
+    """The name of a tensor's GPU, "" on the CPU: whose tuned configurations count."""
+    return _device_name(tensor.device.index) if tensor.is_cuda else ""
 
 
 RECORDS: Optional[list] = None  # where launches go instead of a GPU while `_ahead` collects them

@@ -20,9 +20,10 @@ from nibblock.triton_kernels._common import EMULATE, jit, product, rounded
 
 
 @triton.jit
-def _pair(bits, DOT: tl.constexpr, BITS: tl.constexpr):
-    """Centred codes [.., 2] of 32-bit words that hold one code in each half."""
-    ZERO: tl.constexpr = 8 if BITS == 4 else 128
+def _pair(bits, DOT: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.constexpr):
+    """Codes [.., 2] of 32-bit words that hold one in each half: as stored, or CENTRED about 0."""
+    HALF: tl.constexpr = 8 if BITS == 4 else 128
+    ZERO: tl.constexpr = HALF if CENTRED else 0
     if DOT == tl.float16:
         magic = bits | 0x64006400
         low = (magic & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
@@ -42,9 +43,10 @@ def _pair(bits, DOT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def load_codes(
-    words, n, line, lines, n_pad, stride, DOT: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr
-):
-    """Centred codes [BN, 8 L] of rows n [BN] and lines [L] (8 k each), as DOT.
+    words, n, line, lines, n_pad, stride, DOT: tl.constexpr, BITS: tl.constexpr,
+    CENTRED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Codes [BN, 8 L] of rows n [BN] and lines [L] (8 k each), as DOT.
 
     words is the packed weight as int32, stride a panel's size in words.
     """
@@ -54,17 +56,17 @@ def load_codes(
         here = here & (line < lines)[None, :]
     if BITS == 4:
         w = tl.load(words + at + line[None, :] * 16, mask=here, other=0)
-        p0 = _pair(w & 0x000F000F, DOT, BITS)
-        p1 = _pair((w >> 4) & 0x000F000F, DOT, BITS)
-        p2 = _pair((w >> 8) & 0x000F000F, DOT, BITS)
-        p3 = _pair((w >> 12) & 0x000F000F, DOT, BITS)
+        p0 = _pair(w & 0x000F000F, DOT, BITS, CENTRED)
+        p1 = _pair((w >> 4) & 0x000F000F, DOT, BITS, CENTRED)
+        p2 = _pair((w >> 8) & 0x000F000F, DOT, BITS, CENTRED)
+        p3 = _pair((w >> 12) & 0x000F000F, DOT, BITS, CENTRED)
     else:
         a = tl.load(words + at + line[None, :] * 32, mask=here, other=0)
         b = tl.load(words + at + line[None, :] * 32 + 16, mask=here, other=0)
-        p0 = _pair(a & 0x00FF00FF, DOT, BITS)
-        p1 = _pair(b & 0x00FF00FF, DOT, BITS)
-        p2 = _pair((a >> 8) & 0x00FF00FF, DOT, BITS)
-        p3 = _pair((b >> 8) & 0x00FF00FF, DOT, BITS)
+        p0 = _pair(a & 0x00FF00FF, DOT, BITS, CENTRED)
+        p1 = _pair(b & 0x00FF00FF, DOT, BITS, CENTRED)
+        p2 = _pair((a >> 8) & 0x00FF00FF, DOT, BITS, CENTRED)
+        p3 = _pair((b >> 8) & 0x00FF00FF, DOT, BITS, CENTRED)
     eight = tl.join(tl.join(p0, p1), tl.join(p2, p3))  # [BN, L, odd, p & 1, p >> 1]
     eight = tl.permute(eight, (0, 1, 4, 3, 2))
     return tl.reshape(eight, (n.shape[0], line.shape[0] * 8))
@@ -72,15 +74,17 @@ def load_codes(
 
 @triton.jit
 def load_scales(
-    scales, n, g, here, stride, scales_at, offsets_at, AFFINE: tl.constexpr, BITS: tl.constexpr
-):
-    """Scales and centred offsets of rows n and groups g, broadcast against each other: float32;
-    zero where `here` says that there are none."""
+    scales, n, g, here, stride, scales_at, offsets_at, AFFINE: tl.constexpr, BITS: tl.constexpr,
+    CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Scales and offsets (CENTRED: of centred codes) of rows n and groups g, broadcast against each
+    other: float32; zero where `here` says that there are none."""
     at = (n // 16) * stride + (n % 16) + g * 16
     scale = tl.load(scales + scales_at + at, mask=here, other=0.0).to(tl.float32)
     if AFFINE:
         offset = tl.load(scales + offsets_at + at, mask=here, other=0.0).to(tl.float32)
-        offset = offset + scale * (8 if BITS == 4 else 128)
+        if CENTRED:
+            offset = offset + scale * (8 if BITS == 4 else 128)
     else:
         offset = tl.zeros_like(scale)
     return scale, offset
@@ -92,16 +96,21 @@ def load_weights(
     GROUP: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The dequantised tile [BN, BK] of rows n [BN] from column k0 on, float32."""
+    """The dequantised tile [BN, BK] of rows n [BN] from column k0 on, float32.
+
+    An affine weight is scale * code + offset with the code as stored: centred, an infinite or
+    enormous scale would make NaN of weights that are infinite or finite. Columns from K on, which
+    may stand in a group with such a scale, are zero (EVEN: there are none in any tile).
+    """
     PARTS: tl.constexpr = BK // GROUP if BK > GROUP else 1
     line = k0 // 8 + tl.arange(0, BK // 8)
     lines = (K + 63) // 64 * 8
-    code = load_codes(words, n, line, lines, n_pad, stride, tl.float32, BITS, EVEN)
+    code = load_codes(words, n, line, lines, n_pad, stride, tl.float32, BITS, not AFFINE, EVEN)
     g = k0 // GROUP + tl.arange(0, PARTS)
     groups = (K + GROUP - 1) // GROUP
     scale, offset = load_scales(
         scales, n[:, None], g[None, :], (n < n_pad)[:, None] & (g < groups)[None, :], sstride,
-        scales_at, offsets_at, AFFINE, BITS,
+        scales_at, offsets_at, AFFINE, BITS, False,
     )  # fmt: skip
     if PARTS == 1:
         w = code * scale
@@ -113,6 +122,8 @@ def load_weights(
         if AFFINE:
             w = w + offset[:, :, None]
         w = tl.reshape(w, (n.shape[0], BK))
+    if not EVEN:
+        w = tl.where((k0 + tl.arange(0, BK) < K)[None, :], w, 0.0)
     return w
 
 
@@ -140,10 +151,11 @@ def int4_tile(
         xt = load_tokens(x, m, M, k0 + tl.arange(0, BK), K, sx)
         if SCALE_SUMS:
             line = k0 // 8 + tl.arange(0, BK // 8)
-            code = load_codes(words, n, line, lines, n_pad, stride, DOT, BITS, EVEN)
+            code = load_codes(words, n, line, lines, n_pad, stride, DOT, BITS, True, EVEN)
             scale, offset = load_scales(
-                scales, n, k0 // GROUP, n < n_pad, sstride, scales_at, offsets_at, AFFINE, BITS
-            )
+                scales, n, k0 // GROUP, n < n_pad, sstride, scales_at, offsets_at, AFFINE, BITS,
+                True,
+            )  # fmt: skip
             part = product(code, xt.to(DOT), tl.zeros_like(acc), PRECISION)
             acc += scale[:, None] * part
             if AFFINE:
@@ -176,9 +188,7 @@ def repaired(
                 GROUP, BITS, AFFINE, 16, False,
             )  # fmt: skip
             # Not through tensor cores: their padding of k would be 0 * infinity too.
-            k = k0 + tl.arange(0, 16)
-            xt = load_tokens(x, m, M, k, K, sx).to(tl.float32)
-            w = tl.where((k < K)[None, :], w, 0.0)
+            xt = load_tokens(x, m, M, k0 + tl.arange(0, 16), K, sx).to(tl.float32)
             exact = tl.dot(w, xt, exact, input_precision="ieee")
         acc = exact
     return acc
@@ -406,14 +416,15 @@ def dequantize_kernel(
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     k0 = tl.program_id(1) * BK
     if GATHER:
-        n = tl.load(rows + i, mask=i < COUNT, other=0).to(tl.int32)
+        n = tl.load(rows + i, mask=i < COUNT, other=0)
         # A device cannot raise: an index out of range gives NaN, and reads nothing.
         known = (n >= 0) & (n < N)
-        n = tl.where(known, n, 0)
+        n = tl.where(known, n, 0).to(tl.int32)
     else:
         n = i
     line = k0 // 8 + tl.arange(0, BK // 8)
-    code = load_codes(words, n, line, (K + 63) // 64 * 8, n_pad, stride, tl.float32, BITS, EVEN)
+    lines = (K + 63) // 64 * 8
+    code = load_codes(words, n, line, lines, n_pad, stride, tl.float32, BITS, not AFFINE, EVEN)
     PARTS: tl.constexpr = BK // GROUP if BK > GROUP else 1
     g = k0 // GROUP + tl.arange(0, PARTS)
     at = ((n // 16) * sstride + n % 16)[:, None] + g[None, :] * 16
@@ -422,7 +433,6 @@ def dequantize_kernel(
     code = tl.reshape(code, (BN, PARTS, BK // PARTS))
     if AFFINE:
         offset = tl.load(scales + offsets_at + at, mask=here, other=0.0).to(tl.float32)
-        code += 8 if BITS == 4 else 128
         w = code * scale[:, :, None] + offset[:, :, None]
     else:
         w = code * scale[:, :, None]

@@ -10,11 +10,11 @@ Formulas and shapes: python/nibblock/ops/block_scores.py.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import triton.language as tl
-from nibblock.triton_kernels import _common
+from nibblock.triton_kernels import _common, _configs, _tuned
 from nibblock.triton_kernels._common import (
     OnDevice,
     cdiv,
@@ -103,14 +103,6 @@ def signs(seed: int, k: int, samples: int, padded: int, device: torch.device) ->
     return sign * (q < samples)
 
 
-def config(row: int, col: int, wide: bool) -> dict[str, Any]:
-    """Tile, warps and stages for blocks of row x col; wide: float32 operands."""
-    if wide:
-        bi, bj = max(64, row), max(64, col)
-        return dict(BI=bi, BJ=bj, BM=32, num_warps=8 if bi * bj > 4096 else 4, num_stages=2)
-    return dict(BI=128, BJ=128, BM=64, num_warps=8, num_stages=4)
-
-
 def block_scores(
     scores: torch.Tensor,
     movement: Optional[torch.Tensor],
@@ -145,7 +137,11 @@ def block_scores(
             rows, k, factor = narrow, blocks * column, 1.0 / sketch
         if weight is not None:
             weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-        settings = config(block, column, dot == tl.float32)
+        settings = _configs.scores(block, column, dot == tl.float32)
+        if not sketch:
+            shape = _configs.scores_class(m, n, k, rows.dtype, block)
+            if g.dtype == rows.dtype:
+                settings = _tuned.choose(_common.gpu(x), shape, settings)
         launch(
             block_scores_kernel, (cdiv(n, settings["BI"]), cdiv(k, settings["BJ"])),
             g, rows, weight, scores, movement, m, n, k, g.stride(0), rows.stride(0),

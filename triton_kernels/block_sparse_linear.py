@@ -13,11 +13,11 @@ python/nibblock/ops/block_sparse_linear.py, block_weight_grad.py.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import triton.language as tl
-from nibblock.triton_kernels import _common
+from nibblock.triton_kernels import _common, _configs, _tuned
 from nibblock.triton_kernels._common import (
     OnDevice,
     cdiv,
@@ -42,6 +42,7 @@ def block_sparse_kernel(
     """
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    RUN: tl.constexpr = B if B < STEP else STEP
     row = tl.program_id(0) * BO // B
     local = o - row * B
     rows = m.to(tl.int64)[:, None]
@@ -53,7 +54,8 @@ def block_sparse_kernel(
         z = q // B
         inner = q % B
         r = tl.load(other + z, mask=z < last, other=0) * B + inner
-        r = tl.max_contiguous(tl.multiple_of(r, B), B)
+        # A step may begin inside a block: what runs on is the shorter of the two.
+        r = tl.max_contiguous(tl.multiple_of(r, RUN), RUN)
         there = (z < last) & (r < INNER)
         if BY_COLUMN:
             z = tl.load(order + z, mask=z < last, other=0)
@@ -121,28 +123,6 @@ def sum_parts_kernel(partial, out, SIZE, PARTS, BLOCK: tl.constexpr):
     tl.store(out + i, rounded(acc, out.dtype.element_ty), mask=i < SIZE)
 
 
-def product_config(rows: int, block: int, wide: bool) -> dict[str, Any]:
-    """Tile, warps and stages of the product by shape class; wide: float32 operands."""
-    if rows <= 16:
-        bo = min(block, 32)
-        return dict(BM=16, BO=bo, STEP=64, num_warps=2 if bo < 32 else 4, num_stages=4)
-    if wide:
-        return dict(BM=64, BO=min(block, 64), STEP=32, num_warps=4, num_stages=2)
-    if rows <= 64:
-        return dict(BM=64, BO=min(block, 64), STEP=64, num_warps=4, num_stages=4)
-    warps = 8 if block == 128 else 4
-    return dict(BM=128, BO=block, STEP=64, num_warps=warps, num_stages=4 if block < 128 else 3)
-
-
-def weight_grad_config(block: int, wide: bool) -> dict[str, Any]:
-    """Tile, warps and stages of block_weight_grad."""
-    warps = {16: 1, 32: 2, 64: 4, 128: 8}[block]
-    if wide:
-        edge = min(block, 64)
-        return dict(BI=edge, BJ=edge, BM=32, num_warps=min(warps, 4), num_stages=2)
-    return dict(BI=block, BJ=block, BM=64, num_warps=warps, num_stages=4)
-
-
 def parts_of(layout: torch.Tensor, n: int, k: int, block: int, count: int) -> tuple:
     """(row_ptr, col, col_ptr, col_row, col_block) of a layout array, as views."""
     return layout.split((cdiv(n, block) + 1, count, cdiv(k, block) + 1, count, count))
@@ -179,7 +159,10 @@ def linear(
     old = None if y0 is None else rows_of(y0)
     values = values.contiguous()
     dot, precision = _common.operands(x.dtype, values.dtype)
-    config = product_config(m, block, dot == tl.float32)
+    op = "block_sparse_linear_dx" if dx else "block_sparse_linear"
+    kind = _configs.blocks_class(op, m, n, k, x.dtype, values.dtype, block)
+    own = _configs.blocks(m, block, dot == tl.float32)
+    config = _tuned.choose(_common.gpu(x), kind, own)
     with OnDevice(x):
         launch(
             block_sparse_kernel, (cdiv(outputs, config["BO"]), cdiv(m, config["BM"])),
@@ -211,10 +194,13 @@ def block_weight_grad(
         return out.zero_()
     _, col, _, col_row, col_block = parts_of(layout, n, k, block, count)
     dot, precision = _common.operands(x.dtype, x.dtype)
-    config = weight_grad_config(block, dot == tl.float32)
+    own = _configs.weight_grad(block, dot == tl.float32)
+    kind = _configs.weight_grad_class(m, count, x.dtype, block)
+    config = dict(_tuned.choose(_common.gpu(x), kind, own))
+    programs = config.pop("TARGET", _configs.TARGET)
     tiles = count * (block // config["BI"]) * (block // config["BJ"])
     steps = cdiv(m, config["BM"])
-    part = cdiv(steps, _common.splits(tiles, steps)) * config["BM"]
+    part = cdiv(steps, _common.splits(tiles, steps, programs)) * config["BM"]
     parts = cdiv(m, part)
     with OnDevice(x):
         target = out

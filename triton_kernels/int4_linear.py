@@ -4,8 +4,8 @@
     int4_linear.cuda.triton.tile             a tile of dequantised weights for many rows
     int4_linear.cuda.triton.dequantize       many bfloat16 rows: dequantised once, then cuBLAS
 
-and the same for dx. Configurations are shipped, chosen by shape class: nothing is tuned in a
-user's first step. Formulas, shapes and errors: python/nibblock/ops/int4_linear.py.
+and the same for dx. Configurations come from `_configs` and `_tuned`, by shape class: nothing is
+tuned in a user's first step. Formulas, shapes and errors: python/nibblock/ops/int4_linear.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import torch
 import triton.language as tl
-from nibblock.triton_kernels import _common, _int4_kernels, _table
+from nibblock.triton_kernels import _common, _configs, _int4_kernels, _table, _tuned
 from nibblock.triton_kernels._common import OnDevice, cdiv, launch, next_power_of_2, rows_of
 from nibblock.triton_kernels._table import FEW_ROWS
 
@@ -75,49 +75,6 @@ def arithmetic(x: torch.dtype, dx: bool) -> tuple[tl.dtype, str, bool]:
         # scaled; for dx scales change along the sum, and tf32 has float32's range.
         return (tl.float32, "tf32", False) if dx else (tl.float16, "tf32", True)
     return tl.float32, "tf32x3", False
-
-
-def forward_config(
-    capability: int, rows: int, x: torch.dtype, group: int, adapter: bool
-) -> dict[str, Any]:
-    """Tile, warps and stages of the forward kernels by compute capability and shape class; none of
-    them spills. mma.sync keeps operands in registers that wgmma reads from shared memory.
-    """
-    wide = x == torch.float32
-    if rows <= FEW_ROWS:
-        bm = max(16, next_power_of_2(rows))
-        warps = 4 if bm < 64 else 8
-        if wide:
-            return dict(BN=64, BM=bm, BK=32, SCALE_SUMS=False, num_warps=warps, num_stages=3)
-        bk = min(group, 128)
-        return dict(BN=64, BM=bm, BK=bk, SCALE_SUMS=True, num_warps=warps, num_stages=4)
-    tight = adapter and capability < 90
-    if wide:
-        bm = 32 if tight else 64
-        return dict(BN=64, BM=bm, BK=32, SCALE_SUMS=False, num_warps=8, num_stages=2)
-    if x == torch.float16:
-        bm = 32 if tight else 64
-        return dict(BN=128, BM=bm, BK=min(group, 64), SCALE_SUMS=True, num_warps=8, num_stages=3)
-    if rows >= 512 and not adapter:  # twice the products for each weight that is scaled
-        return dict(BN=128, BM=256, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=3)
-    bm = 64 if tight else 128
-    return dict(BN=128, BM=bm, BK=64, SCALE_SUMS=False, num_warps=8, num_stages=4)
-
-
-def dx_config(
-    capability: int, rows: int, grad: torch.dtype, group: int, adapter: bool
-) -> dict[str, Any]:
-    """The same for dx: the outputs are k, the sum runs over n."""
-    wide = grad != torch.bfloat16
-    if rows <= FEW_ROWS:
-        bm = max(16, next_power_of_2(rows))
-        return dict(BN=32 if wide else 64, BM=bm, BK=64, num_warps=4, num_stages=3)
-    tight = adapter and capability < 90
-    if wide:
-        warps = 8 if adapter else 4
-        return dict(BN=32, BM=32 if tight else 64, BK=64, num_warps=warps, num_stages=2)
-    bm = 64 if tight else 128
-    return dict(BN=64, BM=bm, BK=128, num_warps=8, num_stages=4)
 
 
 def _parts(packed: torch.Tensor, f: Format) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,27 +211,40 @@ def shape_rows(shape: torch.Size) -> int:
     return rows
 
 
+def _config(
+    x: torch.Tensor, m: int, f: Format, adapter: bool, dx: bool
+) -> tuple[dict[str, Any], int]:
+    """(constants and options of the kernel, programs that a split sum is cut for)."""
+    pick = _configs.int4_dx if dx else _configs.int4_forward
+    own = pick(_common.capability(x), m, x.dtype, f.group, adapter)
+    if adapter:  # whose kernels hold more registers: only compiled as chosen by hand
+        return own, _configs.TARGET
+    op = "int4_linear_dx" if dx else "int4_linear"
+    shape = _configs.int4_class(op, m, f.n, f.k, x.dtype, f.group_size, f.bits)
+    config = dict(_tuned.choose(_common.gpu(x), shape, own))
+    return config, config.pop("TARGET", _configs.TARGET)
+
+
 def _launch(x, packed, bias, f: Format, adapter, dx, out) -> None:
     words, scales = _parts(packed, f)
     m = x.shape[0]
     dot, precision, _ = arithmetic(x.dtype, dx)
-    chosen = dx_config if dx else forward_config
-    config = chosen(_common.capability(x), m, x.dtype, f.group, adapter is not None)
+    config, target = _config(x, m, f, adapter is not None, dx)
     bn, bm, bk = config["BN"], config["BM"], config["BK"]
     outputs, inner = (f.k, f.n) if dx else (f.n, f.k)
     step, tile = (bn, bk) if dx else (bk, bn)
     ride = _Ride(x, adapter, f.n, f.k, dx)
     steps = cdiv(inner, step)
     tiles = cdiv(outputs, tile) * cdiv(m, bm)
-    parts = _common.splits(tiles, steps) if m <= FEW_ROWS else 1
+    parts = _common.splits(tiles, steps, target) if m <= FEW_ROWS else 1
     part = cdiv(steps, parts) * step
     parts = cdiv(inner, part)
     partial = parts > 1
-    target = x.new_empty((parts, m, outputs), dtype=torch.float32) if partial else out
+    sums = x.new_empty((parts, m, outputs), dtype=torch.float32) if partial else out
     in_kernel = _Ride(x, None, f.n, f.k, dx) if partial else ride
     common = dict(
         config, **f.constants(), DOT=dot, PRECISION=precision, PARTIAL=partial,
-        EVEN=f.k % bk == 0 or bk <= 64, **in_kernel.constants,
+        EVEN=f.k % bk == 0, **in_kernel.constants,
     )  # fmt: skip
     grid = (cdiv(outputs, tile), parts, cdiv(m, bm))
     sizes = (m, f.n, f.k, f.n_pad, x.stride(0), *f.places(), part)
@@ -282,13 +252,13 @@ def _launch(x, packed, bias, f: Format, adapter, dx, out) -> None:
     if dx:
         launch(
             _int4_kernels.int4_dx_kernel, grid,
-            x, words, scales, target, r.values, r.ptr, r.other, r.order, r.t, r.factor,
+            x, words, scales, sums, r.values, r.ptr, r.other, r.order, r.t, r.factor,
             *sizes, r.blocks, r.rank, r.parts, **common,
         )  # fmt: skip
     else:
         launch(
             _int4_kernels.int4_forward_kernel, grid,
-            x, words, scales, None if partial else bias, target, r.values, r.ptr, r.other, r.t,
+            x, words, scales, None if partial else bias, sums, r.values, r.ptr, r.other, r.t,
             r.factor, *sizes, r.blocks, r.rank, r.parts,
             HAS_BIAS=bias is not None and not partial, **common,
         )  # fmt: skip
@@ -296,7 +266,7 @@ def _launch(x, packed, bias, f: Format, adapter, dx, out) -> None:
         bo, bm = finish_tile(ride.constants["B"], m)
         launch(
             _int4_kernels.int4_finish_kernel, (cdiv(outputs, bo), cdiv(m, bm)),
-            target, x, words, scales, bias, out, ride.values, ride.ptr, ride.other, ride.order,
+            sums, x, words, scales, bias, out, ride.values, ride.ptr, ride.other, ride.order,
             ride.t, ride.factor, m, outputs, inner, f.n_pad, x.stride(0), *f.places(), parts,
             ride.blocks, *ride.value_strides, ride.rank, *ride.factor_strides, ride.parts,
             **f.constants(), REPAIR=config.get("SCALE_SUMS", False), HAS_BIAS=bias is not None,

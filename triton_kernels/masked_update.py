@@ -21,10 +21,11 @@ from typing import Any, Callable, Optional
 import torch
 import triton
 import triton.language as tl
+from nibblock.triton_kernels import _common, _configs, _tuned
 from nibblock.triton_kernels._common import TRITON_DTYPE, OnDevice, cdiv, jit, launch, rounded
+from nibblock.triton_kernels._tables import launch_list
 
 CHUNK = 1024  # entries a program takes; kMaskChunk of the C header, too
-FIELDS = 10  # columns of the table of pointers
 
 Tensors = Sequence[torch.Tensor]
 
@@ -94,7 +95,7 @@ def masked_step_kernel(
         elif KIND == 1:
             state_at = tl.cast(part, tl.int64) * SIZE + i
             here = state_at < count
-            index = _pointer(table, entry, 5, INDEX, ALIGNED)
+            index = _pointer(table, entry, 5, INDEX, EVEN)
             at = tl.load(index + state_at, mask=here, other=0).to(tl.int64)
             grad_at = state_at if PACKED else at
         else:
@@ -253,36 +254,6 @@ def prox_kernel(table, parts, norms, P: tl.constexpr, HAS_ORIGIN: tl.constexpr, 
     tl.store(norms + first + z, tl.where(gone, 0.0, norm * left).to(tl.float32))
 
 
-# --- tables ---------------------------------------------------------------------------------------
-
-_tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
-_captured: list[
-    tuple[torch.Tensor, torch.Tensor]
-] = []  # graphs read these for as long as they live
-_MOST_TABLES = 256
-
-
-def _launch_list(rows: list[list[int]], counts: list[int], device: torch.device) -> tuple:
-    """(table, parts) of a list on its device; kept, because most lists come again."""
-    key = (device, tuple(map(tuple, rows)), tuple(counts))
-    found = _tables.get(key)
-    if found is None:
-        if len(_tables) >= _MOST_TABLES:
-            _tables.clear()
-        table = torch.tensor([row + [0] * (FIELDS - len(row)) for row in rows], dtype=torch.int64)
-        owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
-        starts = torch.tensor([0, *counts]).cumsum(0)[:-1]
-        part = torch.arange(len(owner)) - starts[owner]
-        parts = torch.stack([owner, part], 1).to(torch.int32)
-        found = _tables[key] = (
-            table.to(device, non_blocking=True),
-            parts.contiguous().to(device, non_blocking=True),
-        )
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(found)
-    return found
-
-
 def _groups(count: int, key: Callable[[int], Any]) -> dict[Any, list[int]]:
     """Positions of a list by the types that a kernel is compiled for, in order."""
     groups: dict[Any, list[int]] = {}
@@ -385,7 +356,10 @@ def step(
                     row += [offsets[i].data_ptr() if masked else 0, params[i].numel()]
                 rows.append(row)
                 counts.append(parts)
-            table, parts_of = _launch_list(rows, counts, params[0].device)
+            table, parts_of = launch_list(rows, counts, params[0].device)
+            rule_name = "adamw" if constants["ADAMW"] else "sgd"
+            shape = _configs.updates_class(rule_name, kind, dtype, block)
+            options = _tuned.choose(_common.gpu(params[0]), shape, _configs.updates())
             if sum(counts):
                 launch(
                     masked_step_kernel, (sum(counts),),
@@ -396,7 +370,7 @@ def step(
                     SIGN=-1.0 if maximize else 1.0, ALIGNED=all(map(_aligned, rows)),
                     EVEN=all(map(_even, rows)),
                     B=block or 1, SIZE=min(CHUNK, block * block) if block else CHUNK,
-                    num_warps=4, num_stages=1, enable_fp_fusion=False, **constants,
+                    num_stages=1, enable_fp_fusion=False, **options, **constants,
                 )  # fmt: skip
             if kind != "block":
                 launch(advance_kernel, (len(members),), table, found_inf, num_warps=1)
@@ -448,7 +422,7 @@ def masked_grad(
             kind = 0 if blocks is not None else 2 if masked else 3
             constants = dict(KIND=kind, G=TRITON_DTYPE[dtype], B=block or 1, SIZE=CHUNK)
             part_sums = torch.empty(total, dtype=torch.float64, device=device)
-            calls.append((total, *_launch_list(rows, counts, device), constants))
+            calls.append((total, *launch_list(rows, counts, device), constants))
             sums.append(part_sums)
             if total:
                 launch(squares_kernel, (total,), *calls[-1][1:3], part_sums, **constants)
@@ -488,7 +462,7 @@ def prox_blocks(values: Tensors, origins: Tensors, thresholds: Tensors) -> torch
                 counts.append(values[i].shape[0])
             if sum(counts):
                 launch(
-                    prox_kernel, (sum(counts),), *_launch_list(rows, counts, device), norms,
+                    prox_kernel, (sum(counts),), *launch_list(rows, counts, device), norms,
                     P=TRITON_DTYPE[dtype], HAS_ORIGIN=bool(origins), B=edge,
                     SIZE=min(CHUNK, edge * edge), num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip

@@ -23,9 +23,11 @@ def warmup(
 
         one forward (and backward) for each layer shape on a GPU and each number of tokens
 
-    Kernels are configured by shape class: up to 64 tokens rounded up to a power of two (16 at
-    least), from 65 on, and for bfloat16 from 1024 on; name one number of each class you will use.
-    Nothing is tuned.
+    Kernels are configured by shape class: tokens are rounded up to a power of two, 16 at least and
+    4096 at most; name one number of each class you will use. Without a tuned file (see `python -m
+    nibblock tune`) the classes from 128 on are three: below 512, from there, and for bfloat16 from
+    1024 on. Nothing is tuned. Warm up before capturing a CUDA graph: a first call compiles and
+    loads code, which a capture may forbid.
 
     Args:
         model: any module.
