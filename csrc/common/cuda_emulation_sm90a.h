@@ -1,8 +1,8 @@
 // The part of the software model (cuda_emulation.h) that stands for cuda_sm90a.cuh: barriers in
 // shared memory, bulk and tensor copies, products of a warpgroup.
 //
-// Written from the PTX manual alone: it decodes matrix descriptors and tensor maps bit by bit and
-// knows no layout of any kernel. Beyond what the rest of the model checks, it aborts on:
+// Written from the PTX manual: it decodes descriptors and tensor maps, and knows no kernel's layout.
+// Beyond what the rest of the model checks, it aborts on:
 //   - threads that wait for one another (the scheduler finds that nobody moves)
 //   - more arrivals or bytes on a barrier than its phase has
 //   - shared memory read without having waited for the barrier its copy completes on, or
@@ -14,10 +14,6 @@
 // Copies land when somebody waits for the last of a barrier's bytes. A product reads shared memory,
 // its fragments and its sums at the wait that finishes it; until then the sums are NaN.
 #pragma once
-
-#ifndef NIBBLOCK_EMULATE_CUDA
-#error "cuda_sm90a.cuh includes this"
-#endif
 
 #include <map>
 
@@ -62,9 +58,9 @@ struct Meeting {  // of the threads that sync together
   Clock arriving, passed;
 };
 
-struct Cell {  // one word of shared memory
-  int barrier = -1, phase = 0;  // its bytes came with this phase of this barrier, or
-  int writer = -1, when = 0;    // were stored by this thread
+struct Cell {                                // one word of shared memory
+  int barrier = -1, phase = 0;               // its bytes came with this phase of this barrier, or
+  int writer = -1, when = 0;                 // were stored by this thread
   std::vector<std::pair<int, int>> readers;  // thread, when
 };
 
@@ -79,7 +75,7 @@ struct Product {
 
 struct Sums {  // of products that are unfinished
   float* d;
-  int n, products;
+  int products;
   std::vector<float> value;
 };
 
@@ -200,7 +196,6 @@ inline Barrier& find_barrier(const uint8_t* barrier) {
   if (found == model().barriers.end()) fail("a barrier that was not made");
   return found->second;
 }
-
 inline void end_phase(int place, Barrier& b) {
   if (b.queued > b.expected) fail("more bytes came than the barrier expects");
   if (b.pending || b.queued < b.expected) return;
@@ -262,11 +257,9 @@ inline int operand_place(uint64_t descriptor, int column, int k) {
 inline uint32_t poison(int i) { return 0x7fa00000u | static_cast<uint32_t>(i); }
 
 inline void check_operand(const Product& p) {
-  for (int warp = machine().current / 128 * 4; warp < machine().current / 128 * 4 + 4; ++warp) {
-    for (int column = 0; column < p.n; ++column) {
-      for (int k = 0; k < 16; k += 2) {
-        check_cell_read(operand_place(p.b, column, k) / 4, 32 * warp);
-      }
+  for (int column = 0; column < p.n; ++column) {
+    for (int k = 0; k < 16; k += 2) {
+      check_cell_read(operand_place(p.b, column, k) / 4, machine().current);
     }
   }
 }
@@ -335,8 +328,8 @@ inline void ask_product(float* d, int n, const uint32_t* a, uint64_t b, int keep
   Actor& me = actor();
   if (!me.fenced) fail("a product without its fence");
   Product p = {d, a, {a[0], a[1], a[2], a[3]}, b, n, keep, T::kIsBF16};
-  // Its operand must be there by now, not only when the product ends.
-  if (machine().current % 128 == 0) check_operand(p);
+  // Its operand must be there by now, not only when the product ends. One lane speaks for its warp.
+  if (machine().current % 32 == 0) check_operand(p);
   for (Sums& s : me.sums) {
     if (s.d == d) {
       ++s.products;
@@ -344,7 +337,7 @@ inline void ask_product(float* d, int n, const uint32_t* a, uint64_t b, int keep
       return;
     }
   }
-  me.sums.push_back({d, n, 1, std::vector<float>(d, d + n / 2)});
+  me.sums.push_back({d, 1, std::vector<float>(d, d + n / 2)});
   for (int i = 0; i < n / 2; ++i) {
     const uint32_t bits = poison(i);
     memcpy(d + i, &bits, 4);
@@ -367,7 +360,7 @@ inline void wait_for_products(size_t pending) {
       }
       for (size_t i = 0; i < count; ++i) multiply(first, i);
       for (int t = 0; t < 128; ++t) {
-        std::vector<std::vector<Product>>& groups = model().actors[first + t].groups;
+        auto& groups = model().actors[first + t].groups;
         groups.erase(groups.begin());
       }
     });
@@ -448,8 +441,7 @@ inline void copy_bulk(uint8_t* shared, const void* global, int bytes, uint8_t* b
   const uint8_t* const from = static_cast<const uint8_t*>(global);
   emulation::land_on(barrier, shared, std::vector<uint8_t>(from, from + bytes));
 }
-inline void copy_box(uint8_t* shared, const TensorMap* map, int column, int row,
-                     uint8_t* barrier) {
+inline void copy_box(uint8_t* shared, const TensorMap* map, int column, int row, uint8_t* barrier) {
   EmulatedMap e;
   memcpy(&e, map->bytes, sizeof(e));
   const int width = static_cast<int>(e.box[0]) * 2;

@@ -91,11 +91,10 @@ NB_DEVICE void sync_threads(int number, int threads) {
 // `bytes`, `global` and `shared` are multiples of 16.
 NB_DEVICE void copy_bulk(uint8_t* shared, const void* global, int bytes, uint8_t* barrier,
                          uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+               : "memory");
 }
 // For bytes that other blocks read too.
 NB_DEVICE uint64_t shared_policy() {
@@ -107,11 +106,10 @@ NB_DEVICE uint64_t shared_policy() {
 // outside the tensor arrives as zeros and counts as bytes.
 NB_DEVICE void copy_box(uint8_t* shared, const TensorMap* map, int column, int row,
                         uint8_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
+               "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // --- products of a warpgroup ---------------------------------------------------------------------
@@ -137,14 +135,14 @@ NB_DEVICE void copy_box(uint8_t* shared, const TensorMap* map, int column, int r
   "setp.ne.b32 p, " REST ", 0;\n"                                                                  \
   "wgmma.mma_async.sync.aligned." SHAPE "k16.f32." TYPE "." TYPE " {" NAMES "}, "
 #define NB_PRODUCT_32(TYPE)                                                                        \
-  asm volatile(NB_BEGIN_PRODUCT("m64n64", TYPE, NB_NAMES_32, "%37")                                \
-               "{%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}"                                            \
+  asm volatile(NB_BEGIN_PRODUCT("m64n64", TYPE, NB_NAMES_32,                                       \
+                                "%37") "{%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}"                    \
                : NB_SUMS_32(0)                                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep)                     \
                : "memory")
 #define NB_PRODUCT_64(TYPE)                                                                        \
-  asm volatile(NB_BEGIN_PRODUCT("m64n128", TYPE, NB_NAMES_64, "%69")                               \
-               "{%64,%65,%66,%67}, %68, p, 1, 1, 0;\n}"                                            \
+  asm volatile(NB_BEGIN_PRODUCT("m64n128", TYPE, NB_NAMES_64,                                      \
+                                "%69") "{%64,%65,%66,%67}, %68, p, 1, 1, 0;\n}"                    \
                : NB_SUMS_32(0), NB_SUMS_32(32)                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep)                     \
                : "memory")

@@ -30,14 +30,15 @@
 // What one tile of T tokens takes for every 128 k, counted, not measured; a multiprocessor makes
 // 4096 operations of the tensor cores and 128 lanes of others a clock:
 //
-//     products                 128 * T * 128 * 2 operations     T = 64: 512 clocks    T = 128: 1024
-//     bytes of x from shared   2 * T * 256, at 128 a clock              256                   512
-//     codes from shared        64 loads of 8 bytes a warp-lane          128                   128
-//     conversion               128 * 128 / 2 pairs * 3.5 / 128          224                   224
-//     scales, group >= 128     128 * T / 128                             64                   128
-//     ... group 32 (64)        4 (2) times that                   256 (128)             512 (256)
-//     offsets                  as many again
-//     bytes from memory        8 KiB of codes, 256 T of x               24 KiB                40 KiB
+//                                                            T = 64      T = 128
+//     products, 128 * T * 128 * 2 operations                  512         1024 clocks
+//     x from shared memory, twice, 128 bytes a clock          256          512
+//     codes from shared memory, 128 loads of a warp           128          128
+//     conversion, 128 * 128 / 2 pairs of 3.5 instructions     224          224
+//     scales, groups of 128 and more: 128 * T                  64          128
+//     ... groups of 64 / 32                               128 / 256    256 / 512
+//     offsets                                             as much again as scales
+//     from memory or L2: 8 KiB of codes, 256 T bytes of x      24           40 KiB
 //
 // The tensor cores are the ceiling at groups of 64 and more: the other work takes 56 % (T = 64) and
 // 34 % (T = 128) of the issue slots beside them, and one warpgroup's scaling lies under the other's
@@ -58,13 +59,13 @@
 namespace nibblock {
 namespace cuda {
 
-constexpr int kTileRows = 128;      // rows of the weight in one tile
-constexpr int kGroupRows = 64;      // of one warpgroup
+constexpr int kTileRows = 128;  // rows of the weight in one tile
+constexpr int kGroupRows = 64;  // of one warpgroup
 constexpr int kTilePanels = kTileRows / kPanel;
-constexpr int kBoxK = 64;           // k of one box of x: 128 bytes
+constexpr int kBoxK = 64;  // k of one box of x: 128 bytes
 constexpr int kBoxes = kStageK / kBoxK;
-constexpr int kProductK = 16;       // k of one product
-constexpr int kConsumers = 256;     // threads of the two warpgroups that multiply
+constexpr int kProductK = 16;    // k of one product
+constexpr int kConsumers = 256;  // threads of the two warpgroups that multiply
 constexpr int kTileThreads = kConsumers + 128;
 constexpr int kTileWarps = kConsumers / 32;
 constexpr int kSwizzleBytes = 1024;  // eight rows: where the pattern begins anew

@@ -140,8 +140,8 @@ struct Tile {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Words2 w = load_shared<Words2>(
-            codes + tile_code_byte(Shape::halves, 4 * step + 2 * i + half, at));
+        const Words2 w =
+            load_shared<Words2>(codes + tile_code_byte(Shape::halves, 4 * step + 2 * i + half, at));
         a[i][2 * half] = pair<T, Shape::bits>(w.w[0] >> shift);
         a[i][2 * half + 1] = pair<T, Shape::bits>(w.w[1] >> shift);
       }
@@ -153,8 +153,8 @@ struct Tile {
     const uint8_t* const from = section + panel * Shape::scale_pitch;
     if (p.wide_scale) return load_shared<Floats2>(from + (slot * kPanel + 2 * g) * 4);
     const uint32_t v = load_shared<uint32_t>(from + (slot * kPanel + 2 * g) * 2);
-    return Floats2{{widen<Float16>(static_cast<uint16_t>(v)),
-                    widen<Float16>(static_cast<uint16_t>(v >> 16))}};
+    return Floats2{
+        {widen<Float16>(static_cast<uint16_t>(v)), widen<Float16>(static_cast<uint16_t>(v >> 16))}};
   }
 
   // Adds the k since the last call: scale * sum of codes and x, and offset * sum of x.
@@ -232,8 +232,8 @@ struct Tile {
     Floats4* const own = p.partials + partial_slot(p.schedule, block, tile) * kSlot + place;
 #pragma unroll
     for (int j = 0; j < kSums / 4; ++j) {
-      store_global(own + j * 128, Floats4{{sums[4 * j], sums[4 * j + 1], sums[4 * j + 2],
-                                           sums[4 * j + 3]}});
+      store_global(own + j * 128,
+                   Floats4{{sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]}});
     }
     fence();
     sync_threads(1 + half, 128);
@@ -277,8 +277,8 @@ struct Tile {
       for (int product = 0; product < 2; ++product) {
         const int keep = product || (step && !step_ends_group(kShift, step - 1));
         const int place = tile_product_byte(Shape::tokens, 2 * step + product);
-        begin_product<T>(part, a[step & 1][product],
-                         tile_descriptor(shared_address(base + place)), keep);
+        begin_product<T>(part, a[step & 1][product], tile_descriptor(shared_address(base + place)),
+                         keep);
       }
       commit_products();
       wait_products<1>();  // the step before has read its fragments

@@ -32,8 +32,7 @@ namespace nibblock {
 namespace cuda {
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(kTileThreads, 1)
-    int4_tile(const __grid_constant__ TileParams p) {
+__global__ void __launch_bounds__(kTileThreads, 1) int4_tile(const __grid_constant__ TileParams p) {
   extern __shared__ uint8_t anywhere[];
   const uint32_t behind = shared_address(anywhere) % kSwizzleBytes;
   tile_body<T, Shape>(p, anywhere + (behind ? kSwizzleBytes - behind : 0),

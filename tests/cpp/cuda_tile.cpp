@@ -120,8 +120,14 @@ EXPORT int64_t cuda_tile_run(int64_t n, int64_t k, int64_t group, int bits, int 
   allow(partials.data(), 16 * static_cast<int64_t>(partials.size()));
   allow(x_sums.data(), 16 * static_cast<int64_t>(x_sums.size()));
   if (affine) {
-    const XSumParams q = {x,       x_sums.data()->f,        x_stride,           p.m, p.k,
-                          p.m_pad, static_cast<int>(slots), x_sum_shift(p.shift)};
+    const XSumParams q = {x,
+                          x_sums.data()->f,
+                          x_stride,
+                          p.m,
+                          p.k,
+                          p.m_pad,
+                          static_cast<int>(slots),
+                          x_sum_shift(p.shift)};
     for (int64_t i = 0; i < slots * p.m_pad + 9; ++i) {
       type == 1 ? x_sum_body<BFloat16>(q, i) : x_sum_body<Float16>(q, i);
     }
@@ -173,8 +179,12 @@ EXPORT void cuda_tile_map(uint64_t address, int64_t m, int64_t k, int64_t x_stri
                           int is_bf16, int64_t* out) {
   const BoxMap map =
       tile_map(reinterpret_cast<const void*>(address), m, k, x_stride, tokens, is_bf16 != 0);
-  const int64_t all[] = {static_cast<int64_t>(map.size[0]), static_cast<int64_t>(map.size[1]),
-                         static_cast<int64_t>(map.row_bytes), map.box[0], map.box[1], map.element,
+  const int64_t all[] = {static_cast<int64_t>(map.size[0]),
+                         static_cast<int64_t>(map.size[1]),
+                         static_cast<int64_t>(map.row_bytes),
+                         map.box[0],
+                         map.box[1],
+                         map.element,
                          map.swizzle};
   memcpy(out, all, sizeof(all));
 }
