@@ -46,8 +46,8 @@
 // same weights in L2; with M <= T the weights are read once, and 8 KiB in 512 clocks are 3.9 TB/s
 // over 132 multiprocessors: M = 64 is near the balance of the machine, M = 128 computes.
 //
-// 256 tokens would halve the conversions, but `part` and `sums` then take 256 registers of a
-// thread. Whether 64 more rows in shared memory would pay is for a measurement to say.
+// 256 tokens would halve the conversions, but `part` and `sums` would then take 256 registers of a
+// thread.
 //
 // Sources: fragments, descriptors and swizzle as in NVIDIA's PTX ISA manual, sections wgmma and
 // tensor copies; the tensor map as in the CUDA driver API; stream-K as in cuda_decode.h; weights as
