@@ -15,8 +15,8 @@ enum Status : int {
   kNotServed = 4,     // a forced kernel exists and can run here but does not serve these parameters
   kOutOfMemory = 5,   // the workspace could not be allocated
   kDeviceTooOld = 6,  // the GPU is older than every kernel that was built
-  kOtherDevice = 8,   // a forced kernel was built for another compute capability than the GPU's
   kDeviceError = 7,   // the GPU's driver or runtime refused; its own code comes with it
+  kOtherDevice = 8,   // a forced kernel was built for another compute capability than the GPU's
 };
 
 }  // namespace nibblock
