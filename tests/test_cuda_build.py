@@ -242,7 +242,7 @@ def test_symbols(library):
     # torch's headers leave weak typeinfo of theirs behind; CUDA's static runtime nothing.
     assert not [name for name in defined if name.startswith(("cuda", "cu"))]
     assert [name for name in defined if "int4_linear_cuda_plan" in name]
-    assert out.stat().st_size < 8e6
+    assert out.stat().st_size < 10e6
 
 
 @nvcc
