@@ -76,12 +76,12 @@ COMMON_FLAGS = [
     "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi",
 ]  # fmt: skip
 # Machine code for compute capability 8.0 (runs on 8.x) and 9.0, and portable code that a driver
-# compiles for everything newer. Contraction off and the log kept, as above.
+# compiles for everything newer; 9.0a alone where the file name says sm90a. Contraction off and the
+# log kept, as above.
 CUDA_CODE = [("80", "sm_80"), ("90a", "sm_90a"), ("80", "compute_80")]
 NVCC_FLAGS = [
     "-std=c++17", "-O3", "-fmad=false", "-DNDEBUG", "-Xptxas", "-v", "-Xcompiler",
     "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall",
-    *(f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in CUDA_CODE),
 ]  # fmt: skip
 NVCC_MIN = (12, 4)
 LINK_FLAGS = ["-shared", "-pthread", "-Wl,-rpath,'$$ORIGIN'", "-Wl,-z,defs", "-Wl,--as-needed"]
@@ -96,6 +96,11 @@ def isa_of(source: Path) -> str | None:
         if re.search(rf"_{isa}(_|\.)", source.name):
             return isa
     return None
+
+
+def cuda_code_of(source: Path) -> list[str]:
+    only = CUDA_CODE[1:2] if "sm90a" in source.name else CUDA_CODE
+    return [f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in only]
 
 
 def find_cuda(torch_cuda: str | None) -> tuple[dict | None, str]:
@@ -260,7 +265,7 @@ def write_ninja(path: Path, cxx: str, libs: list[dict], cuda: dict | None) -> No
         "  description = compile $out",
         # What ptxas says of registers and spills is kept beside the object, and shown on failure.
         "rule nvcc",
-        "  command = $nvcc $nvccflags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
+        "  command = $nvcc $nvccflags $code -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
         "{ cat $out.log; exit 1; }",
         "  deps = gcc",
         "  depfile = $out.d",
@@ -276,6 +281,7 @@ def write_ninja(path: Path, cxx: str, libs: list[dict], cuda: dict | None) -> No
             target = "obj/" + str(source.relative_to(CSRC)) + ".o"
             if source.suffix == ".cu":
                 lines += [f"build {target}: nvcc {escaped(source)}"]
+                lines += [f"  code = {' '.join(cuda_code_of(source))}"]
                 objects.append(target)
                 continue
             binding = str(source.relative_to(CSRC)) in BINDINGS

@@ -69,7 +69,7 @@ def key_of(*more: str) -> str:
 def compiled():
     """The folder of one object and one log for each .cu, compiled as setup.py compiles them."""
     version = run("nvcc", "--version").stdout
-    folder = ROOT / "build" / f"cuda-{key_of(version, *SETUP.NVCC_FLAGS)}"
+    folder = ROOT / "build" / f"cuda-{key_of(version, *SETUP.NVCC_FLAGS, str(SETUP.CUDA_CODE))}"
     if not (folder / "done").exists():
         for old in folder.parent.glob("cuda-*"):
             shutil.rmtree(old)
@@ -78,7 +78,8 @@ def compiled():
         def build(source):
             name = f"{source.parent.name}-{source.name}"
             target = folder / f"{name}.o"
-            done = run("nvcc", *SETUP.NVCC_FLAGS, "-c", source, "-o", target, timeout=900)
+            flags = [*SETUP.NVCC_FLAGS, *SETUP.cuda_code_of(source)]
+            done = run("nvcc", *flags, "-c", source, "-o", target, timeout=900)
             return name, done.stdout + done.stderr
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -106,10 +107,11 @@ def test_registers_and_spills(compiled):
     A multiprocessor has 65536 registers. Up to 16 rows of x the kernel lives on bytes in flight:
     at least 4 blocks of 128 threads must fit. Beyond, one block of 256 threads.
     """
-    facts = [k for k in kernels(compiled) if "int4_decode" in k["kernel"]]
+    every = kernels(compiled)
+    (compiled / "resources.json").write_text(json.dumps(every, indent=1))
+    facts = [k for k in every if "DecodeShape" in k["kernel"]]
     for kernel in facts:
         kernel["shape"] = shape_of(kernel["kernel"])
-    (compiled / "resources.json").write_text(json.dumps(facts, indent=1))
     assert {k["arch"] for k in facts} == {"sm_80", "sm_90a"}
     # Two architectures, two types, affine or not: 4 tiles at 4 and 8 bits, 3 with an adapter.
     assert len(facts) == 2 * 2 * 2 * (4 + 4 + 3)
@@ -145,6 +147,26 @@ def test_budgets_of_masked_steps_and_weight_gradients(compiled, name):
         if limit is None:
             limit = 65536 // (3 * 128) if "GradShapeILi32E" in kernel["kernel"] else 65536 // 512
         assert kernel["registers"] <= limit, kernel
+
+
+@nvcc
+@pytest.mark.slow
+def test_tile_kernels_and_their_budgets(compiled):
+    """For 9.0a alone: no spills, no stack, 384 threads in 65536 registers, and products that run
+    asynchronously (ptxas says where it makes them wait for each other)."""
+    facts = [k for k in kernels(compiled) if "int4_tile" in k["kernel"]]
+    # Two types, 4 and 8 bits: two tiles, affine or not, and the sums of x.
+    assert len(facts) == 2 * 2 * (2 * 2 + 1)
+    for kernel in facts:
+        assert kernel["arch"] == "sm_90a", kernel
+        assert kernel["spills"] == 0, kernel
+        assert kernel["stack"] == 0, kernel
+        limit = 65536 // 384 // 8 * 8 if "TileShape" in kernel["kernel"] else 64
+        assert kernel["registers"] <= limit, kernel
+    logs = sorted(compiled.glob("int4_linear-cuda_tile_sm90a_*.log"))
+    assert len(logs) == 4
+    for log in logs:
+        assert "serialized" not in log.read_text(), log.name
 
 
 def cuobjdump() -> str | None:
@@ -205,6 +227,28 @@ def test_machine_code_of_masked_steps_and_weight_gradients(compiled, arch):
         assert len(re.findall(r"\bLDSM\.16\.MT88\.4", code)) == (12 if block == 128 else 8)
         assert len(re.findall(r"\bLDGSTS\.E\.BYPASS\.128", code)) >= 4
         assert not re.findall(r"\b(LDL|STL|ATOMS|RED)\b", code)
+        assert len(re.findall(r"\bATOMG?\.", code)) <= 1
+
+
+@nvcc
+@pytest.mark.slow
+@pytest.mark.skipif(cuobjdump() is None, reason="neither triton nor CUDA's cuobjdump is installed")
+def test_machine_code_of_the_tile_kernels(compiled):
+    """Warpgroup products with fragments in registers, bulk and tensor copies, barriers, registers
+    handed over; sums without atomics."""
+    target = compiled / "int4_linear-cuda_tile_sm90a_bf16_4.cu.o"
+    text = run(cuobjdump(), "-sass", "-arch", "sm_90a", target).stdout
+    functions = [f for f in re.split(r"\n\s*Function : ", text)[1:] if "TileShape" in f]
+    assert len(functions) == 4
+    for code in functions:
+        tokens = re.search(r"TileShapeILi(\d+)E", code).group(1)
+        # Eight for each of the three ways through a stage: groups of 32, 64, 128 and more.
+        assert len(re.findall(rf"\bHGMMA\.64x{tokens}x16\.F32\.BF16 R\d+, R\d+, ", code)) == 24
+        assert re.findall(r"\bUTMALDG\.2D\b", code)
+        assert re.findall(r"\bUBLKCP\b", code)
+        assert len(re.findall(r"\bUSETMAXREG", code)) == 2
+        assert re.findall(r"\bSYNCS\.PHASECHK", code)
+        assert not re.findall(r"\b(LDL|STL|RED)\b", code)
         assert len(re.findall(r"\bATOMG?\.", code)) <= 1
 
 
@@ -294,7 +338,7 @@ def test_loads_and_refuses_without_a_gpu(library):
     lines = done.stdout.strip().splitlines()
     assert lines[0].startswith("nibblock::_int4_linear_cuda(Tensor x, Tensor packed, Tensor? bias")
     assert [line.split(" | ")[0].rsplit(".", 1)[1] for line in lines[1:-1]] == [
-        "m8", "m16", "m32", "m64",
+        "m8", "m16", "m32", "m64", "m64", "m128",
     ]  # fmt: skip
     assert all(line.endswith("| 0") for line in lines[1:-1]), "a row is proven by a result file"
     assert lines[-1] == "NotImplementedError"

@@ -84,6 +84,35 @@ def test_forced_rows(tiles, m):
         check(rng, m, 520, 2048, 128, 4, affine, "float16", dtype, kernel)
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the tile kernels need a GPU of compute capability 9.0",
+)
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tile_kernels(tokens, dtype):
+    rng = np.random.default_rng(tokens)
+    kernel = f"int4_linear.cuda.sm90a.m{tokens}"
+    formats = itertools.cycle(
+        itertools.product([32, 64, 128, 256, -1], [False, True], ["float16", "float32"])
+    )
+    shapes = [(118, 576), (4096, 1024), (1, 64), (257, 4088)]
+    for m in (1, 63, 64, 65, 128, 200, 1000):
+        for bits, (n, k) in itertools.product([4, 8], shapes):
+            group, affine, scale_dtype = next(formats)
+            check(rng, m, n, k, group, bits, affine, scale_dtype, dtype, kernel)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0),
+    reason="this GPU runs the tile kernels",
+)
+def test_tile_kernels_are_refused_elsewhere():
+    weight, packed, x = layer(np.random.default_rng(5), n=64)
+    with pytest.raises(RuntimeError, match=r"compute capability 9\.0, got"):
+        _cuda.int4_linear(x, packed, None, *arguments(weight), kernel="int4_linear.cuda.sm90a.m64")
+
+
 @pytest.mark.parametrize("edge", [32, 64, 128])
 @pytest.mark.parametrize("m", [1, 7, 16, 29, 128])
 def test_adapter(edge, m):

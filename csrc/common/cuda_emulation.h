@@ -9,7 +9,7 @@
 //   - a race: two threads at one word of shared memory without a barrier between them, one of
 //     which writes. An asynchronous copy writes from its start to its wait
 //   - a packed 16-bit operation that is not exact (conversions of codes must be)
-//   - threads that do not reach the same barriers
+//   - threads that do not reach the same barriers, or wait for one another for ever
 // and counts, for each warp-wide load from shared memory, the wavefronts beyond the fewest that its
 // bytes need (bank conflicts).
 //
@@ -107,6 +107,14 @@ struct Range {
   const uint8_t* end;
 };
 
+// Where a further part of the model (cuda_emulation_sm90a.h) puts its own checks in place.
+struct Hooks {
+  void (*read)(int place, int size) = nullptr;
+  void (*write)(int place, int size) = nullptr;
+  void (*sync_warp)() = nullptr;
+  void (*sync_block)() = nullptr;
+};
+
 struct Machine {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -120,6 +128,8 @@ struct Machine {
   int current = 0;
   void* scheduler = nullptr;
   std::function<void(int)> body;
+  bool moved = false;  // a thread began, ended, or came through what it waited for
+  Hooks hooks;
   int64_t loads = 0, extra_wavefronts = 0, products = 0;
 };
 
@@ -132,7 +142,9 @@ inline void give_way() { nb_switch_fiber(&self().stack_pointer, machine().schedu
 
 inline void fiber_main() {
   Machine& m = machine();
+  m.moved = true;
   m.body(m.current);
+  m.moved = true;
   Thread& t = self();
   if (!t.open.empty()) fail("copies were begun and never committed");
   t.done = true;
@@ -179,9 +191,9 @@ inline void run_block(int threads, int shared_bytes, const std::function<void(in
   Machine& m = machine();
   m.threads.resize(threads);
   m.warps.assign(threads / 32, Warp());
-  m.shared_store.assign(shared_bytes + 128, 0xcd);
+  m.shared_store.assign(shared_bytes + 1024, 0xcd);
   m.shared = m.shared_store.data();
-  while (reinterpret_cast<uintptr_t>(m.shared) % 128) ++m.shared;
+  while (reinterpret_cast<uintptr_t>(m.shared) % 1024) ++m.shared;
   m.shared_bytes = shared_bytes;
   m.words.assign(shared_bytes / 4, Word());
   m.epoch = m.arrived = 0;
@@ -202,11 +214,13 @@ inline void run_block(int threads, int shared_bytes, const std::function<void(in
     t.stack_pointer = sp;
   }
   while (m.alive > 0) {
+    m.moved = false;
     for (int i = 0; i < threads; ++i) {
       if (m.threads[i].done) continue;
       m.current = i;
       nb_switch_fiber(&m.scheduler, m.threads[i].stack_pointer);
     }
+    if (!m.moved) fail("the threads wait for one another");
   }
   count_conflicts();
 }
@@ -231,6 +245,10 @@ inline int place_of(const uint8_t* shared, int size, int align) {
 
 inline void note_read(int place, int size) {
   Machine& m = machine();
+  if (m.hooks.read) {
+    m.hooks.read(place, size);
+    return;
+  }
   for (int w = place / 4; w < (place + size) / 4; ++w) {
     Word& word = m.words[w];
     if (word.pending) fail("shared memory read while a copy into it is unfinished");
@@ -311,6 +329,10 @@ inline void wait_copies() {
 
 inline void sync_block() {
   emulation::Machine& m = emulation::machine();
+  if (m.hooks.sync_block) {
+    m.hooks.sync_block();
+    return;
+  }
   if (m.alive != static_cast<int>(m.threads.size())) emulation::fail("a barrier without a thread");
   const int epoch = m.epoch;
   if (++m.arrived == m.alive) {
@@ -318,10 +340,13 @@ inline void sync_block() {
     ++m.epoch;
   }
   while (m.epoch == epoch) emulation::give_way();
+  m.moved = true;
 }
 
 // A product waits for all 32 lanes here anyway, wherever they come from.
-inline void sync_warp() {}
+inline void sync_warp() {
+  if (emulation::machine().hooks.sync_warp) emulation::machine().hooks.sync_warp();
+}
 
 template <class T>
 inline float widen(uint16_t bits) {
@@ -373,6 +398,7 @@ inline void multiply_add_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
     ++m.products;
   }
   while (warp.generation == generation) emulation::give_way();
+  m.moved = true;
 }
 
 template <class T>
@@ -405,6 +431,11 @@ template <class V>
 inline void store_shared(uint8_t* shared, const V& v) {
   emulation::Machine& m = emulation::machine();
   const int place = emulation::place_of(shared, sizeof(V), sizeof(V));
+  if (m.hooks.write) {
+    m.hooks.write(place, sizeof(V));
+    memcpy(shared, &v, sizeof(V));
+    return;
+  }
   for (int w = place / 4; w < (place + static_cast<int>(sizeof(V))) / 4; ++w) {
     emulation::check_write(w);
     m.words[w].written = true;

@@ -16,6 +16,7 @@ enum Status : int {
   kOutOfMemory = 5,   // the workspace could not be allocated
   kDeviceTooOld = 6,  // the GPU is older than every kernel that was built
   kDeviceError = 7,   // the GPU's driver or runtime refused; its own code comes with it
+  kOtherDevice = 8,   // a forced kernel was built for another compute capability than the GPU's
 };
 
 }  // namespace nibblock

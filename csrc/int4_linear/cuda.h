@@ -8,7 +8,8 @@
 namespace nibblock {
 
 // One forward call on the current device. x and y are bfloat16 or float16, rows contiguous along
-// their last dimension; nothing is assumed about their alignment nor bias's.
+// their last dimension; nothing is assumed about the alignment of y and bias, nor, by the rows for
+// few rows of x, about x.
 struct Int4CudaParams {
   Int4Format w;
   const uint8_t* packed;  // int4_geometry(w).bytes, begins at a multiple of 16
@@ -35,6 +36,7 @@ struct Int4CudaKernel {
   const char* serves_text;
   int token_tiles;  // of 8 rows of x
   bool proven;
+  bool sm90a;  // a tile kernel (cuda_tile.h): compute capability 9.0 alone, and only when forced
 };
 struct Int4CudaTable {
   const Int4CudaKernel* rows;
@@ -47,13 +49,16 @@ struct Int4CudaPlan {
   const Int4CudaKernel* kernel;
   cuda::Schedule schedule;
   int64_t partial_bytes;  // of a workspace whose content does not matter
+  int64_t x_sums_at;      // byte of it where the tile kernels keep sums of x
   int64_t counters;       // int32 that are zero before the launch, and after it
   int device;
+  int capability;    // 90 for 9.0
   int device_error;  // CUDA's own code when the status is kDeviceError
 };
 
-// forced_id names a row, or is null for the first that serves. kNotServed: nothing serves the call
-// (x of float32, more than 128 rows). kDeviceTooOld: compute capability below 8.0.
+// forced_id names a row, or is null for the first for decoding that serves. kNotServed: nothing
+// serves the call (x of float32, more than 128 rows). kDeviceTooOld: compute capability below 8.0.
+// kOtherDevice: the row is for 9.0 alone, and the device has another.
 NB_API Status int4_linear_cuda_plan(const Int4CudaParams& p, const char* forced_id,
                                     Int4CudaPlan* plan);
 
@@ -69,7 +74,7 @@ NB_API bool int4_linear_cuda_capture(void* stream, unsigned long long* id, int* 
 NB_API const char* int4_linear_cuda_error_text(int device_error);
 
 // Registers, shared memory and blocks on one multiprocessor of each kernel on the current device:
-// what a report prints. False where index names no kernel (it counts to 63, with gaps).
+// what a report prints. False where index names no kernel (it counts to 79, with gaps).
 struct Int4CudaKernelFacts {
   const char* type;
   int bits, affine, adapter, token_tiles, registers, local_bytes, shared_bytes, threads,

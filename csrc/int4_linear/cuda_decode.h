@@ -162,6 +162,20 @@ NB_HD int owner(const Schedule& s, int64_t unit) {
   return static_cast<int>(((unit + 1) * s.blocks - 1) / units(s));
 }
 
+// Where a block stands in its share of the units.
+struct Cursor {
+  int32_t tile, chunk;
+};
+NB_HD Cursor cursor_at(const Schedule& s, int64_t unit) {
+  return {static_cast<int32_t>(unit / s.chunks), static_cast<int32_t>(unit % s.chunks)};
+}
+NB_HD void advance(Cursor& c, int chunks) {
+  if (++c.chunk == chunks) {
+    c.chunk = 0;
+    ++c.tile;
+  }
+}
+
 // The blocks that share a tile: first .. last. One block alone writes y at once.
 struct Sharers {
   int first, last;

@@ -39,17 +39,6 @@ struct Blocks {
   int32_t z, end, chunk, step;
 };
 
-// Where a block stands in its share of the units.
-struct Cursor {
-  int32_t tile, chunk;
-};
-NB_DEVICE void advance(Cursor& c, int chunks) {
-  if (++c.chunk == chunks) {
-    c.chunk = 0;
-    ++c.tile;
-  }
-}
-
 template <class T, class Shape>
 struct Decode {
   static constexpr int kNt = Shape::nt;
@@ -331,7 +320,7 @@ struct Decode {
     if (p.bias) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (n + i < p.n) bias[i] = load_bias(n + i);
+        if (n + i < p.n) bias[i] = load_bias(p.bias, p.bias_type, n + i);
       }
     }
 #pragma unroll
@@ -358,12 +347,6 @@ struct Decode {
         }
       }
     }
-  }
-
-  NB_DEVICE float load_bias(int n) const {
-    if (p.bias_type == 0) return load_global(static_cast<const float*>(p.bias) + n);
-    const uint16_t bits = load_global(static_cast<const uint16_t*>(p.bias) + n);
-    return p.bias_type == 1 ? widen<BFloat16>(bits) : widen<Float16>(bits);
   }
 
   // The end of this block's part of a tile: alone it stores y; otherwise it leaves its sums behind,
@@ -416,7 +399,7 @@ struct Decode {
     const int chunks = p.schedule.chunks;
     const int64_t begin = first_unit(p.schedule, block);
     const int count = static_cast<int>(first_unit(p.schedule, block + 1) - begin);
-    Cursor next = {static_cast<int32_t>(begin / chunks), static_cast<int32_t>(begin % chunks)};
+    Cursor next = cursor_at(p.schedule, begin);
     Cursor now = next;
     // A group of copies is committed for each unit, empty ones too: so the number of groups in
     // flight is a constant.

@@ -26,6 +26,16 @@ void check_status(Status s, const Int4CudaParams& p, const Int4CudaPlan& plan,
                   const std::string& kernel) {
   STD_TORCH_CHECK(s != kUnknownKernel, kOp, ": kernel must be the id of a CUDA row, got \"", kernel,
                   "\"");
+  const Int4CudaTable table = int4_linear_cuda_table();
+  for (int i = 0; i < table.count; ++i) {
+    const Int4CudaKernel& row = table.rows[i];
+    if (kernel != row.id || !row.sm90a) continue;
+    STD_TORCH_CHECK(s != kNotServed, kOp, ": ", kernel, " serves ", row.serves_text, ", got ", p.m,
+                    " rows of x; use the Triton backend");
+    STD_TORCH_CHECK(s != kOtherDevice && s != kDeviceTooOld, kOp, ": ", kernel,
+                    " must have a GPU of compute capability 9.0, got ", plan.capability / 10, ".",
+                    plan.capability % 10, "; use the Triton backend");
+  }
   STD_TORCH_CHECK(s != kNotServed, kOp, ": no CUDA kernel ", kernel, " for ", p.m,
                   " rows of x on this GPU: 1 to ", cuda::kMaxRowsOfX,
                   " rows of bfloat16 or float16 are served; use the Triton backend");

@@ -99,10 +99,15 @@ def rows(op: str = "int4_linear") -> list[dict]:
     ask.restype = ctypes.c_bool
     name, serves, proven = ctypes.c_char_p(), ctypes.c_char_p(), ctypes.c_int()
     found = []
+    capability = torch.cuda.get_device_capability()
     while ask(len(found), ctypes.byref(name), ctypes.byref(serves), ctypes.byref(proven)):
+        # Code for 9.0a runs on that one capability; everything else from 8.0 on.
+        only = ".sm90a." in name.value.decode() and capability != (9, 0)
+        reason = f"compute capability must be 9.0, got {'.'.join(map(str, capability))}"
         found.append(
             dict(id=name.value.decode(), isa="cuda", serves=serves.value.decode(),
-                 state="" if proven.value else UNPROVEN, available=True, reason="")
+                 state="" if proven.value else UNPROVEN, available=not only,
+                 reason=reason if only else "")
         )  # fmt: skip
     return [row for row in found if row["id"].startswith(f"{op}.")]
 
@@ -134,7 +139,8 @@ def int4_linear(
         + bias[n].
 
     Args:
-        x: [..., K] bfloat16 | float16 on a CUDA device, any strides, 1 to 128 rows.
+        x: [..., K] bfloat16 | float16 on a CUDA device, any strides, 1 to 128 rows; any number for
+            the sm90a kernels, which need x and its rows at multiples of 16 bytes.
         packed: uint8 [bytes], the packed weight on the same device.
         bias: [N] float32 | bfloat16 | float16, or None.
         out_features: N. group_size: 32, 64, 128, 256 or -1. bits: 4 or 8. affine: offsets are
@@ -142,7 +148,8 @@ def int4_linear(
         values: S's blocks [Z, block, block] float32 | bfloat16 | float16, rounded to x's dtype in
             the product; bits must be 4. layout: int32, from `block_layout`, on the device; its
             content is not looked at. block: 32, 64 or 128.
-        kernel: a row's id, e.g. "int4_linear.cuda.sm80.m8"; "" is the first row that serves.
+        kernel: a row's id, e.g. "int4_linear.cuda.sm80.m8"; "" is the first row that serves, the
+            sm90a ones left out.
     Returns:
         [..., N], x's dtype and device.
     Raises:
@@ -154,7 +161,7 @@ def int4_linear(
     Numerics: exact codes and products, float32 sums within a group, one fused multiply-add for each
         scale. In an affine weight, an infinity in x may become NaN where exact arithmetic has an
         infinity, because offset and codes are summed apart.
-    Source: csrc/int4_linear/cuda_decode.h.
+    Source: csrc/int4_linear/cuda_decode.h, cuda_tile.h.
     """
     _want("int4_linear")
     from nibblock.ops import _checks
