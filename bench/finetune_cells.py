@@ -4,8 +4,9 @@ Every cell is a process of its own. A finished one is appended to a file of JSON
 again, so the bench can be stopped and started at will. Learning rates are swept with the first
 seed, equally many for every variant; the other seeds run at the best of them.
 
-Names: "few" is 2 % of all blocks, "many" 20 % of them: on MiniLM a tenth of the whole model, which
-is what a training state of a tenth allows. Blocks of a cut are all above it, as many as without.
+Blocks are 2 % of all, and "many" 20 %: on MiniLM a tenth of the whole model, which is what a
+training state of a tenth allows. Blocks of a cut are all above it, as many as without. They are
+chosen by impact unless a name says otherwise; "even" spreads them without looking at anything.
 """
 
 from __future__ import annotations
@@ -73,10 +74,13 @@ class Variant:
 
 
 THIRD, HALF = "top third", "top half"
+OURS_EVEN = "ours, even blocks, top third, cache"
 OURS_MANY = "ours, many, top half, cache"
 OURS_FEW = "ours, top third, cache"
 VARIANTS = {
     "full": Variant("full"),
+    OURS_EVEN: Variant("masked", "even", THIRD, True),
+    "ours, even blocks, top third": Variant("masked", "even", THIRD, twin=OURS_EVEN),
     OURS_MANY: Variant("masked", cut=HALF, cache=True, density=MANY),
     "ours, many, top half": Variant("masked", cut=HALF, density=MANY, twin=OURS_MANY),
     OURS_FEW: Variant("masked", cut=THIRD, cache=True, experiments="X1 X2 X3 X4 X6 X7"),

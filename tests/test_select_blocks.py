@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nibblock.sparse import select_blocks
+from nibblock.sparse._spread import Spread
 from torch import nn
 
 
@@ -110,6 +111,37 @@ def test_normalised_layers_share_the_blocks_more_evenly():
         for how in ("none", "layer")
     ]
     assert shares[1] <= shares[0]
+
+
+def test_no_column_crowds_out_the_others():
+    """One input feature of large activations: by score alone its column takes every block."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    x = torch.randn(64, 256)
+    x[:, :32] *= 100
+    batches = [(x, torch.randn(64, 256))]
+    plain = select(model, batches, mode="exact", block=32, density=0.125)["0"]
+    assert set(plain[:, 1].tolist()) == {0}
+    found = select(model, batches, mode="exact", block=32, density=0.125, spread=1.0)["0"]
+    assert len(found) == len(plain) == 8
+    assert (found[:, 1] == 0).sum() == 3
+    assert max(torch.bincount(found[:, 0].long())) <= 3
+    # Never fewer blocks than asked for, however tight the caps are.
+    every = select(model, batches, mode="exact", block=32, density=1.0, spread=1.0)["0"]
+    assert len(every) == 64
+    with pytest.raises(ValueError, match="spread must be at least 1, or None, got 0.5"):
+        select(model, batches, spread=0.5)
+
+
+def test_spread_takes_in_order_and_fills_up():
+    picked = Spread([(1, 8)], 1.0).pick(torch.arange(8), 8).tolist()
+    assert picked == list(range(8))
+    order = torch.arange(32)  # two layers of 4 x 4, the first one's blocks all better
+    picked = Spread([(4, 4), (4, 4)], 1.0).pick(order, 16).tolist()
+    assert [sum(p < 16 for p in picked), sum(p >= 16 for p in picked)] == [8, 8]
+    assert picked[:3] == [0, 1, 2]  # three of a row at least, then the next row
+    assert picked[3] == 4
+    assert Spread([(4, 4)], 1.0).pick(torch.arange(0), 4).tolist() == []
 
 
 def test_magnitude_and_random_need_no_batches():

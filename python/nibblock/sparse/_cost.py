@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Optional
 
 import torch
 
@@ -128,6 +130,7 @@ def best_under_budget(
     count: int,
     fixed: dict[int, float],
     budget: float,
+    pick: Optional[Callable[[torch.Tensor, int], torch.Tensor]] = None,
 ) -> torch.Tensor:
     """The blocks of largest total score that a time buys.
 
@@ -139,21 +142,23 @@ def best_under_budget(
         count: at most so many.
         fixed: level -> seconds of a step whose lowest trained layer is there, without blocks.
         budget: seconds.
+        pick: (positions, best first; how many) -> the positions to take; None takes the first.
     Returns:
         Positions, sorted; empty if no level leaves time for a block.
     """
     order = torch.sort(scores, descending=True, stable=True).indices
-    gains, at, price = scores[order].clamp(min=0), levels[order], costs[order]
+    at = levels[order]
     best, chosen = -1.0, order[:0]
     for level in sorted(fixed, reverse=True):
         left = budget - fixed[level]
         if left <= 0:
             continue
-        allowed = (at >= level).nonzero().flatten()[:count]
-        number = int((price[allowed].cumsum(0) <= left).sum())
+        allowed = order[at >= level]
+        allowed = allowed[:count] if pick is None else pick(allowed, count)
+        number = int((costs[allowed].cumsum(0) <= left).sum())
         if not number:
             continue
-        total = float(gains[allowed[:number]].sum())
+        total = float(scores[allowed[:number]].clamp(min=0).sum())
         if total > best:
-            best, chosen = total, order[allowed[:number]]
+            best, chosen = total, allowed[:number]
     return chosen.sort().values

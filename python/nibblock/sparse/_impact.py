@@ -18,6 +18,7 @@ from nibblock.ops import _block_checks
 from nibblock.ops.block_scores import MOST_SAMPLES
 from nibblock.sparse import _choose, _cost
 from nibblock.sparse._selection import Selection
+from nibblock.sparse._spread import Spread
 from nibblock.sparse._taps import Site, Taps, find_sites, undisturbed
 
 METHODS = ("impact", "movement", "magnitude", "random")
@@ -39,6 +40,7 @@ def select_blocks(
     shards: int = 2,
     robust: float = 1.0,
     normalize: str = "none",
+    spread: Optional[float] = None,
     budget: Optional[float] = None,
     seed: int = 0,
     progress: ProgressOption = None,
@@ -51,7 +53,8 @@ def select_blocks(
         magnitude   ||W_IJ||_F^2
         random      a uniform number
 
-    The scores of all layers are compared with each other; the best `density` of all blocks win.
+    The scores of all layers are compared with each other; the best `density` of all blocks win,
+    those of impact under the caps of `spread`.
     Batches are dealt to shards, each shard's scores are scaled to the same total, and a block's
     score is mean - robust * standard deviation over the shards: one lucky batch is not enough.
 
@@ -78,6 +81,11 @@ def select_blocks(
         shards: how many the batches are dealt to; at most one a batch is used.
         robust: how many standard deviations to subtract; 0 for the mean.
         normalize: "none", or "layer" to divide a layer's scores by the root of their mean.
+        spread: of impact: a layer, and each block row and block column of a layer, gets at most so
+            many times its even share (rounded up, and at least 3 blocks) before any other gets
+            more. None for the best scores wherever they are; they may crowd into the columns of a
+            few input features with large activations, and then train worse than an even choice:
+            `python -m nibblock finetune` takes 1.
         budget: a training step's time as a share of full fine-tuning's, or None.
         seed: of the sketch, of random scores, and of torch's generator while loss_fn runs.
         progress: None for a bar on a terminal and one line elsewhere, False for silence, or a
@@ -108,6 +116,8 @@ def select_blocks(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
     _check_options(op, density, block, method, mode, samples, shards, robust, normalize, budget)
+    if spread is not None and not spread >= 1:
+        raise ValueError(f"{op}: spread must be at least 1, or None, got {spread}")
     sites = find_sites(op, model, where, skip)
     targets = [site for site in sites if not site.reason]
     if not targets:
@@ -129,9 +139,13 @@ def select_blocks(
         scores = run.score_weights(normalize)
     options = {
         "density": density, "mode": mode, "samples": samples, "shards": shards, "robust": robust,
-        "normalize": normalize, "budget": budget, "seed": seed, "batches": len(found),
+        "normalize": normalize, "spread": spread, "budget": budget, "seed": seed,
+        "batches": len(found),
     }  # fmt: skip
-    selection = _choose_blocks(op, model, sites, scores, block, method, density, budget, cost, run)
+    spread = spread if method == "impact" else None
+    selection = _choose_blocks(
+        op, model, sites, scores, block, method, density, budget, cost, run, spread
+    )
     selection.options = options
     selection.seconds = time.perf_counter() - start
     selection.bytes = run.bytes
@@ -330,12 +344,13 @@ def as_selection(
     return _selection(sites, targets, scores, sizes, chosen, block, method, None)
 
 
-def _best(flat: torch.Tensor, count: int) -> torch.Tensor:
+def _best(flat: torch.Tensor, count: int, pick=None) -> torch.Tensor:
     """The places of the largest scores, sorted; of equal scores the first."""
-    return torch.sort(flat, descending=True, stable=True).indices[:count].sort().values
+    order = torch.sort(flat, descending=True, stable=True).indices
+    return (order[:count] if pick is None else pick(order, count)).sort().values
 
 
-def _choose_blocks(op, model, sites, scores, block, method, density, budget, cost, run):
+def _choose_blocks(op, model, sites, scores, block, method, density, budget, cost, run, spread):
     """Compares the blocks of all layers and makes a `Selection` of the best."""
     seen = any(site.level >= 0 for site in sites)
     if not seen:  # no forward: the order of the tree stands for depth
@@ -358,15 +373,18 @@ def _choose_blocks(op, model, sites, scores, block, method, density, budget, cos
         if machine is None:
             machine = _cost.as_seen(_cost.CostModel.measure(), layers, *run.forward)
         step = _cost.StepCost(machine, layers, _parameters(model, sites), block)
+    pick = None
+    if spread is not None:
+        pick = Spread([s.grid(block) for s in targets], spread).pick
     if budget is None:
-        chosen = _best(flat, count)
+        chosen = _best(flat, count, pick)
     else:
         repeats = torch.tensor(sizes)
         levels = torch.tensor([s.level for s in targets]).repeat_interleave(repeats)
         costs = torch.tensor([step.of_block(s.rows) for s in targets], dtype=torch.float64)
         fixed = {s.level: step.forward + step.above(s.level) for s in targets if s.level >= 0}
         chosen = _cost.best_under_budget(
-            flat, levels, costs.repeat_interleave(repeats), count, fixed, budget * step.full
+            flat, levels, costs.repeat_interleave(repeats), count, fixed, budget * step.full, pick
         )
         if not len(chosen):
             least = (min(fixed.values()) + float(costs.min())) / step.full
