@@ -62,6 +62,12 @@ class Parameters:
     def normal(self, shape) -> torch.Tensor:
         return torch.randn(shape, generator=self.gen)
 
+    def blocks(self, shape: tuple[int, int], density: float) -> torch.Tensor:
+        rows, columns = (-(-n // BLOCK) for n in shape)
+        count = max(1, round(rows * columns * density))
+        chosen = torch.randperm(rows * columns, generator=self.gen)[:count].sort().values
+        return torch.stack([chosen // columns, chosen % columns], 1).int()
+
     def steps(self) -> list[torch.Tensor]:
         return [torch.zeros(1, dtype=torch.int32) for _ in self.shapes]
 
@@ -144,12 +150,7 @@ def block_line(p: Parameters, density: float) -> Line:
     from nibblock.sparse._choose import read_blocks
 
     weights = [t.clone() for t in p.params]
-    blocks = []
-    for n, k in p.shapes:
-        rows, columns = -(-n // BLOCK), -(-k // BLOCK)
-        count = max(1, round(rows * columns * density))
-        chosen = torch.randperm(rows * columns, generator=p.gen)[:count].sort().values
-        blocks.append(torch.stack([chosen // columns, chosen % columns], 1).int())
+    blocks = [p.blocks(shape, density) for shape in p.shapes]
     start = [read_blocks(w, b, BLOCK) for w, b in zip(weights, blocks)]
     values = [v.clone() for v in start]
     grads = [p.normal(v.shape) for v in values]
@@ -172,6 +173,37 @@ def block_line(p: Parameters, density: float) -> Line:
     # 28 as a dense step, and the weight's line: read for ownership and written, or only written
     # where it goes past the caches; the floor is the latter.
     return Line(f"nibblock block {density:.0%}", run, moved, 32 * moved, check)
+
+
+def optimizer_line(p: Parameters, density: float) -> Line:
+    """The same as a training loop has it: `MaskedAdamW.step` on `MaskedLinear`s."""
+    import nibblock as nb
+
+    layers = []
+    for (n, k), weight in zip(p.shapes, p.params):
+        linear = torch.nn.Linear(k, n, bias=False)
+        linear.weight.copy_(weight)
+        layers.append(
+            nb.MaskedLinear.from_linear(linear, blocks=p.blocks((n, k), density), block=BLOCK)
+        )
+        layers[-1](torch.zeros(1, k))
+    values = [layer.values for layer in layers]
+    for v in values:
+        v.grad = p.normal(v.shape)
+    start = [v.detach().clone() for v in values]
+    optimizer = nb.optim.MaskedAdamW(values, lr=LR, weight_decay=DECAY)
+
+    def check():
+        optimizer.step()
+        worst = _difference([v.detach() for v in values], start, [v.grad for v in values], None)
+        for layer, old in zip(layers, p.params):
+            assert int((layer.weight != old).sum()) <= layer.values.numel()
+        optimizer.step()  # with the same gradients: from here on states are kept together
+        return worst
+
+    moved = sum(v.numel() for v in values)
+    return Line(f"nibblock MaskedAdamW block {density:.0%}", optimizer.step, moved, 32 * moved,
+                check)  # fmt: skip
 
 
 def flat_line(p: Parameters, density: float, packed: bool) -> Line:
@@ -212,6 +244,8 @@ def make_lines(p: Parameters, quick: bool) -> list[Line]:
         bool_line(p, "nibblock dense, mask all true", 1.0, True),
         block_line(p, 0.10),
         block_line(p, 0.01),
+        optimizer_line(p, 0.10),
+        optimizer_line(p, 0.01),
         flat_line(p, 0.01, True),
         flat_line(p, 0.01, False),
     ]

@@ -211,7 +211,9 @@ def masked_figures(found: dict[str, dict[str, Any]]) -> str:
     for case in run["cases"]:
         base = case["lines"]["torch AdamW fused"]
         for name, line in case["lines"].items():
-            if not name.startswith(("torch AdamW fused", "nibblock block", "nibblock flat")):
+            if not name.startswith(
+                ("torch AdamW fused", "nibblock block", "nibblock MaskedAdamW", "nibblock flat")
+            ):
                 if name != "nibblock dense":
                     continue
             cells = []
