@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from . import goals
+from .finetune_beds import BEDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -246,7 +247,41 @@ def finetune_figures(found: dict[str, dict[str, Any]]) -> str:
         *("method", "trained", "step", "of full", "forward", "backward", "optimizer"),
         *("gradients and state", "peak, net of imports"),
     )
-    return source(stem, run) + "\n\n" + markdown(header, rows)
+    parts = [source(stem, run), markdown(header, rows)]
+    for bed, lines in run["beds"].items():
+        if lines:
+            parts += [f"{BEDS[bed].title}:", _bed_table(BEDS[bed].figure, lines)]
+    return "\n\n".join(parts)
+
+
+def _bed_table(figure: str, lines: list[dict[str, Any]]) -> str:
+    """Runs to the end of a budget of epochs, at each variant's best learning rate."""
+    rows = []
+    for line in lines:
+        if "error" in line:
+            rows.append((line["variant"], f"failed: {line['error']}", *[""] * 6))
+            continue
+        spread = "" if line["spread"] is None else f" ± {line['spread']:.3f}"
+        time = f"reached by {line['reached']} of {line['seeds']}"
+        if line["time"] is not None:
+            time = f"{line['time']:.2f}x"
+        rows.append(
+            (
+                line["variant"],
+                f"{line['best']:.3f}{spread}",
+                line["seeds"],
+                time,
+                f"{line['step']:.2f}x",
+                f"{line['state']:.3f}x",
+                f"1/{1 / line['file']:.0f}",
+                f"{line['trained']:.1%}",
+            )
+        )
+    header = (
+        *("", f"best held-out {figure}", "seeds", "time to full's quality", "step", "state"),
+        *("file over model", "trained"),
+    )
+    return markdown(header, rows)
 
 
 def gpu_figures(found: dict[str, dict[str, Any]]) -> str:
