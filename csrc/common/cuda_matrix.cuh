@@ -47,6 +47,7 @@ inline void load_transposed(const uint8_t* row, uint32_t (&out)[4]) {
     ++warp.generation;
   }
   while (warp.generation == generation) emulation::give_way();
+  emulation::machine().moved = true;
 }
 
 #else
