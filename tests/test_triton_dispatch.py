@@ -8,8 +8,9 @@ import torch
 from nibblock.ops import _triton, _triton_masked
 from nibblock.triton_kernels import _table
 
-# Decode shortcuts of nn/_lean.py, which a model on a GPU never takes.
-CPU_ONLY = {"_rms_norm", "_add_rms_norm", "_rotate_", "_silu_mul"}
+# Decode shortcuts of nn/_lean.py and the look-ahead of optim/_plan.py: hints and calls that a model
+# on a GPU never meets.
+CPU_ONLY = {"_rms_norm", "_add_rms_norm", "_rotate_", "_silu_mul", "_fetch_lines"}
 
 
 def test_every_operator_has_a_cuda_body():

@@ -1,8 +1,8 @@
 // The part of the software model (cuda_emulation.h) that stands for cuda_sm90a.cuh: barriers in
 // shared memory, bulk and tensor copies, products of a warpgroup.
 //
-// Written from the PTX manual: it decodes descriptors and tensor maps, and knows no kernel's layout.
-// Beyond what the rest of the model checks, it aborts on:
+// Written from the PTX manual: it decodes descriptors and tensor maps, and knows no kernel's
+// layout. Beyond what the rest of the model checks, it aborts on:
 //   - threads that wait for one another (the scheduler finds that nobody moves)
 //   - more arrivals or bytes on a barrier than its phase has
 //   - shared memory read without having waited for the barrier its copy completes on, or

@@ -122,9 +122,9 @@ struct IntegerRows {
 // j). n0 is a multiple of 16 and a row of acc has room for cols rounded up to 16; only the scalar
 // kernels call it with any n0 and one column.
 //
-// A kernel calls `add` once, with finished sums; or, where it walks along k, holds x as integers and
-// finds an `add_part`, that for each stretch (k0, k1] while these integers are in its cache, and
-// then `add_rest`.
+// A kernel calls `add` once, with finished sums; or, where it walks along k, holds x as integers
+// and finds an `add_part`, that for each stretch (k0, k1] while these integers are in its cache,
+// and then `add_rest`.
 struct TileAdd {
   void (*add)(const TileAdd* self, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* acc,
               int64_t acc_stride);
