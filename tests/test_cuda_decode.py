@@ -383,7 +383,7 @@ def test_products_are_the_fewest(library):
             assert done.products == warps * 4 * nt * (6 if affine else 4)
 
 
-def test_extreme_scales_and_offsets(library):
+def check_extreme_scales_and_offsets(launch, library):
     """The trap of folding a magic number into an offset: large offsets beside small scales."""
     rng = np.random.default_rng(9)
     for bits, scale, dtype in itertools.product((4, 8), (1e-4, 1.0, 1e2), ("bfloat16", "float16")):
@@ -398,7 +398,8 @@ def test_extreme_scales_and_offsets(library):
         assert (np.abs(got - want) <= bound).all(), (bits, scale, dtype)
 
 
-def test_nan_and_infinity_stay_in_their_row(library):
+def check_nan_and_infinity(launch, library):
+    """A row of x with either says nothing of the others."""
     rng = np.random.default_rng(10)
     weight = random_weight(rng, 40, 100, 32, 4, False, "float32")
     clean = decode(encode(rng.normal(size=(6, 100)).astype(np.float32), "bfloat16"), "bfloat16")
@@ -411,6 +412,14 @@ def test_nan_and_infinity_stay_in_their_row(library):
     want = int4_linear(x, weight)[3]
     assert np.array_equal(np.isnan(got[3]), np.isnan(want))
     assert np.array_equal(got[3][~np.isnan(want)], want[~np.isnan(want)])
+
+
+def test_extreme_scales_and_offsets(library):
+    check_extreme_scales_and_offsets(launch, library)
+
+
+def test_nan_and_infinity_stay_in_their_row(library):
+    check_nan_and_infinity(launch, library)
 
 
 def test_shared_memory_fits_every_gpu_it_is_built_for(library):

@@ -19,7 +19,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference import HALF_ULP, Weight, int4_linear, pack, random_weight
-from test_cuda_decode import FLAGS, GROUPS, TYPES, aligned, decode, encode
+from test_cuda_decode import (
+    FLAGS,
+    GROUPS,
+    TYPES,
+    aligned,
+    check_extreme_scales_and_offsets,
+    check_nan_and_infinity,
+    decode,
+    encode,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -307,33 +316,11 @@ def test_error_is_that_of_a_dense_bfloat16_product(library):
 
 
 def test_extreme_scales_and_offsets(library):
-    """The trap of folding a magic number into an offset: large offsets beside small scales."""
-    rng = np.random.default_rng(9)
-    for bits, scale, dtype in itertools.product((4, 8), (1e-4, 1.0, 1e2), ("bfloat16", "float16")):
-        weight = random_weight(rng, 20, 160, 32, bits, True, "float32")
-        weight.scales[:] *= np.float32(scale)
-        weight.offsets[:] = (rng.normal(size=weight.offsets.shape) * 10 * scale).astype(np.float32)
-        x = decode(encode(rng.normal(size=(3, 160)).astype(np.float32), dtype), dtype)
-        got = decode(launch(library, weight, x, dtype).y, dtype)
-        want = int4_linear(x, weight)
-        size = np.abs(x.astype(np.float64)) @ weight.magnitude().T
-        bound = size * 2.0**-24 * 20 + np.abs(want) * HALF_ULP[dtype] + 2.0**-24
-        assert (np.abs(got - want) <= bound).all(), (bits, scale, dtype)
+    check_extreme_scales_and_offsets(launch, library)
 
 
 def test_nan_and_infinity_stay_in_their_row(library):
-    rng = np.random.default_rng(10)
-    weight = random_weight(rng, 40, 100, 32, 4, False, "float32")
-    clean = decode(encode(rng.normal(size=(6, 100)).astype(np.float32), "bfloat16"), "bfloat16")
-    x = clean.copy()
-    x[1, 7], x[3, 11] = np.nan, np.inf
-    got, base = (decode(launch(library, weight, v, "bfloat16").y, "bfloat16") for v in (x, clean))
-    rest = [0, 2, 4, 5]
-    assert np.array_equal(got[rest], base[rest])
-    assert np.isnan(got[1]).all()
-    want = int4_linear(x, weight)[3]
-    assert np.array_equal(np.isnan(got[3]), np.isnan(want))
-    assert np.array_equal(got[3][~np.isnan(want)], want[~np.isnan(want)])
+    check_nan_and_infinity(launch, library)
 
 
 def test_misaligned_x_has_no_tensor_map(library):

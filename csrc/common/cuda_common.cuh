@@ -42,7 +42,8 @@ struct Float16 {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#define NB_HD __host__ __device__ __forceinline__
+#include "cuda_host_device.h"
+
 #define NB_DEVICE __device__ __forceinline__
 
 namespace nibblock {

@@ -25,9 +25,9 @@
 #include <functional>
 #include <vector>
 
+#include "cuda_host_device.h"
 #include "types.h"
 
-#define NB_HD static inline
 #define NB_DEVICE inline
 
 namespace nibblock {

@@ -9,6 +9,7 @@
 #include "cuda_decode_body.cuh"
 #include "cuda_kernels.cuh"
 #include "cuda_tile_launch.h"
+#include "cuda_weight.h"
 
 namespace nibblock {
 namespace {
@@ -231,7 +232,6 @@ Status int4_linear_cuda_run(const Int4CudaParams& p, Int4CudaPlan* plan, void* p
     plan->device_error = launch_tile(p, *plan, k, all.x_sums, partials, counters, stream);
     return plan->device_error ? kDeviceError : kOk;
   }
-  const Int4Geometry g = int4_geometry(p.w);
   const DecodeKernels all = kernels_of(variant_of(p));
   const DecodeKernel& k =
       all.row[p.values != nullptr][p.w.affine != 0][tile_index(plan->kernel->token_tiles)];
@@ -242,20 +242,11 @@ Status int4_linear_cuda_run(const Int4CudaParams& p, Int4CudaPlan* plan, void* p
   q.bias = p.bias;
   q.partials = static_cast<Floats4*>(partials);
   q.counters = counters;
-  q.panel_stride = g.panel_stride;
-  q.scales_at = g.scales_at;
-  q.offsets_at = g.offsets_at;
+  set_weight(p.w, &q);
   q.x_stride = p.x_stride;
   q.y_stride = p.y_stride;
   q.m = static_cast<int32_t>(p.m);
-  q.n = static_cast<int32_t>(p.w.n);
-  q.k = static_cast<int32_t>(p.w.k);
-  q.k_pad = static_cast<int32_t>(g.k_pad);
-  q.panels = static_cast<int32_t>(g.panels);
-  q.groups = static_cast<int32_t>(g.groups);
-  q.shift = group_shift(p.w.group);
   q.bias_type = static_cast<int32_t>(p.bias_type);
-  q.wide_scale = p.w.scale_type == Dtype::kF32;
   // One row needs no stride.
   q.x_aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.x_stride % 8 == 0 || p.m == 1);
   q.y_aligned = reinterpret_cast<uintptr_t>(p.y) % 8 == 0 && (p.y_stride % 4 == 0 || p.m == 1);

@@ -9,6 +9,7 @@
 #include <atomic>
 
 #include "cuda_tile_body.cuh"
+#include "cuda_weight.h"
 
 namespace nibblock {
 namespace cuda {
@@ -66,7 +67,6 @@ cudaError_t encode_map(const BoxMap& map, TensorMap* to) {
 
 int launch_tile(const Int4CudaParams& p, const Int4CudaPlan& plan, const TileKernel& kernel,
                 const void* x_sums, void* workspace, int32_t* counters, void* stream) {
-  const Int4Geometry g = int4_geometry(p.w);
   uint8_t* const bytes = static_cast<uint8_t*>(workspace);
   TileParams q = {};
   cudaError_t e = encode_map(
@@ -77,20 +77,11 @@ int launch_tile(const Int4CudaParams& p, const Int4CudaPlan& plan, const TileKer
   q.partials = reinterpret_cast<Floats4*>(bytes);
   q.x_sums = reinterpret_cast<const float*>(bytes + plan.x_sums_at);
   q.counters = counters;
-  q.panel_stride = g.panel_stride;
-  q.scales_at = g.scales_at;
-  q.offsets_at = g.offsets_at;
+  set_weight(p.w, &q);
   q.y_stride = p.y_stride;
   q.m = static_cast<int32_t>(p.m);
-  q.n = static_cast<int32_t>(p.w.n);
-  q.k = static_cast<int32_t>(p.w.k);
-  q.k_pad = static_cast<int32_t>(g.k_pad);
-  q.panels = static_cast<int32_t>(g.panels);
-  q.groups = static_cast<int32_t>(g.groups);
-  q.shift = group_shift(p.w.group);
   q.m_pad = plan.schedule.token_tiles * kernel.tokens;
   q.bias_type = static_cast<int32_t>(p.bias_type);
-  q.wide_scale = p.w.scale_type == Dtype::kF32;
   q.y_aligned = reinterpret_cast<uintptr_t>(p.y) % 4 == 0 && (p.y_stride % 2 == 0 || p.m == 1);
   q.schedule = plan.schedule;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);

@@ -12,13 +12,7 @@
 
 #include <stdint.h>
 
-#ifndef NB_HD
-#ifdef __CUDACC__
-#define NB_HD __host__ __device__ __forceinline__
-#else
-#define NB_HD static inline
-#endif
-#endif
+#include "../common/cuda_host_device.h"
 
 namespace nibblock {
 namespace cuda {

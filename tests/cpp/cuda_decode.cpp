@@ -2,6 +2,7 @@
 // layout maps, as a library that tests/test_cuda_decode.py compiles and calls.
 #define NIBBLOCK_EMULATE_CUDA
 #include "../../csrc/int4_linear/cuda_decode_body.cuh"
+#include "../../csrc/int4_linear/cuda_weight.h"
 #include "../../csrc/int4_linear/int4_linear.h"
 
 using namespace nibblock;
@@ -80,20 +81,11 @@ EXPORT int64_t cuda_decode_run(int64_t n, int64_t k, int64_t group, int bits, in
   p.x = x;
   p.y = y;
   p.bias = bias;
-  p.panel_stride = g.panel_stride;
-  p.scales_at = g.scales_at;
-  p.offsets_at = g.offsets_at;
+  set_weight(f, &p);
   p.x_stride = x_stride;
   p.y_stride = y_stride;
   p.m = static_cast<int32_t>(m);
-  p.n = static_cast<int32_t>(n);
-  p.k = static_cast<int32_t>(k);
-  p.k_pad = static_cast<int32_t>(g.k_pad);
-  p.panels = static_cast<int32_t>(g.panels);
-  p.groups = static_cast<int32_t>(g.groups);
-  p.shift = group_shift(group);
   p.bias_type = bias_type;
-  p.wide_scale = f.scale_type == Dtype::kF32;
   p.x_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0;
   p.y_aligned = reinterpret_cast<uintptr_t>(y) % 8 == 0 && y_stride % 4 == 0;
   p.values = values;

@@ -2,6 +2,7 @@
 // its maps, as a library that tests/test_cuda_tile.py compiles and calls.
 #define NIBBLOCK_EMULATE_CUDA
 #include "../../csrc/int4_linear/cuda_tile_body.cuh"
+#include "../../csrc/int4_linear/cuda_weight.h"
 #include "../../csrc/int4_linear/int4_linear.h"
 
 using namespace nibblock;
@@ -81,19 +82,10 @@ EXPORT int64_t cuda_tile_run(int64_t n, int64_t k, int64_t group, int bits, int 
   p.packed = packed;
   p.y = y;
   p.bias = bias;
-  p.panel_stride = g.panel_stride;
-  p.scales_at = g.scales_at;
-  p.offsets_at = g.offsets_at;
+  set_weight(f, &p);
   p.y_stride = y_stride;
   p.m = static_cast<int32_t>(m);
-  p.n = static_cast<int32_t>(n);
-  p.k = static_cast<int32_t>(k);
-  p.k_pad = static_cast<int32_t>(g.k_pad);
-  p.panels = static_cast<int32_t>(g.panels);
-  p.groups = static_cast<int32_t>(g.groups);
-  p.shift = group_shift(group);
   p.bias_type = bias_type;
-  p.wide_scale = f.scale_type == Dtype::kF32;
   p.y_aligned = reinterpret_cast<uintptr_t>(y) % 4 == 0 && y_stride % 2 == 0;
   Schedule& s = p.schedule;
   s.chunks = static_cast<int32_t>(ceil_div(g.k_pad, kStageK));
