@@ -76,24 +76,26 @@ class Variant:
 THIRD, HALF = "top third", "top half"
 OURS_EVEN = "ours, even blocks, top third, cache"
 OURS_MANY = "ours, many, top half, cache"
-OURS_FEW = "ours, top third, cache"
+OURS_FEW = "ours"
+OURS_THIRD = "ours, top third, cache"
 VARIANTS = {
     "full": Variant("full"),
     OURS_EVEN: Variant("masked", "even", THIRD, True),
     "ours, even blocks, top third": Variant("masked", "even", THIRD, twin=OURS_EVEN),
     OURS_MANY: Variant("masked", cut=HALF, cache=True, density=MANY),
     "ours, many, top half": Variant("masked", cut=HALF, density=MANY, twin=OURS_MANY),
-    OURS_FEW: Variant("masked", cut=THIRD, cache=True, experiments="X1 X2 X3 X4 X6 X7"),
-    "random blocks": Variant("masked", "random", THIRD, True, experiments="X6"),
-    "magnitude blocks": Variant("masked", "magnitude", THIRD, True, experiments="X6"),
+    OURS_FEW: Variant("masked", experiments="X1 X2 X3 X4 X6 X7"),
+    "random blocks": Variant("masked", "random", experiments="X6"),
+    "magnitude blocks": Variant("masked", "magnitude", experiments="X6"),
+    "even blocks": Variant("masked", "even", experiments="X6"),
+    OURS_THIRD: Variant("masked", cut=THIRD, cache=True),
     "lora, top half, cache": Variant("lora-cut", cut=HALF, cache=True),
     "full, top half, cache": Variant("full-cut", cut=HALF, cache=True),
-    "ours": Variant("masked", experiments="X1 X2 X3 X4 X7"),
     "lora": Variant("lora"),
     "shira": Variant("shira"),
     "lora, top third, cache": Variant("lora-cut", cut=THIRD, cache=True),
     "full, top third, cache": Variant("full-cut", cut=THIRD, cache=True),
-    "ours, top third": Variant("masked", cut=THIRD, twin=OURS_FEW),
+    "ours, top third": Variant("masked", cut=THIRD, twin=OURS_THIRD),
     "lora, top third": Variant("lora-cut", cut=THIRD, twin="lora, top third, cache"),
     "full, top third": Variant("full-cut", cut=THIRD, twin="full, top third, cache"),
     "ours, int4 base": Variant("adapter", int4=True, beds=("smollm2",), experiments="X3 X4"),

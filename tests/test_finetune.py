@@ -137,6 +137,7 @@ def test_a_model_with_other_logits_is_refused():
         ({"lr": -1.0}, "--lr must be at least 0, got -1.0"),
         ({"max_norm": -1.0}, "--max-norm must be at least 0"),
         ({"budget": 1.5}, "--budget must be in"),
+        ({"spread": 0.5}, "--spread must be at least 1, or 0 for no caps, got 0.5"),
         ({"schedule": "step"}, "--schedule must be one of linear, cosine, constant, got step"),
         ({"int4": True, "method": "full"}, "--int4 must go with --method adapter, got full"),
     ],
@@ -213,10 +214,11 @@ def test_a_cut_with_the_cache_gives_the_same_losses(method, tmp_path):
         run = dataclasses.replace(RUN, method=method, cut="model.layers.2", cache=cache, steps=18)
         prepared = methods.prepare(model, task, run, selection=upper)
         record = train(task, prepared, run, folder=tmp_path)
-        curves.append(record.losses)
+        curves.append((record.losses, [e["loss"] for e in record.evaluations]))
         assert len(prepared.notes) == 2 * bool(cache) + (method == "full-cut")
     assert curves[0] == curves[1]
-    assert "48 reused, 24 computed" in prepared.notes[-1]
+    # 24 training rows three times; 4 held-out ones at thirteen evaluations after the first epoch
+    assert "96 reused, 28 computed" in prepared.notes[-1]
 
 
 @pytest.mark.parametrize("moves", ["reselect", "prox", "progressive"])
@@ -267,7 +269,7 @@ def test_no_cache_where_the_first_layer_is_trained():
 
 def test_early_stopping_returns_to_the_best_weights():
     class Worse(TextTask):
-        def evaluate(self, model):
+        def evaluate(self, model, around):
             seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
             return {"loss": [5.0, 4.0, 4.5, 4.2, 3.0][len(seen) - 1]}
 

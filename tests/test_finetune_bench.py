@@ -90,9 +90,9 @@ def test_cells_are_kept_and_never_run_again(tmp_path, monkeypatch):
     assert len(path.read_text().splitlines()) == 4
     assert suite.main(arguments) == 0
     assert len(set(ran)) == len(ran) - 1  # the interrupted one twice
-    assert len(Cells(path).done) == 2 * 3 + 2 * 2
+    assert len(Cells(path).done) == 2 * 3 + 2 * 4
     swept = [Cell(**json.loads(line)["cell"]) for line in path.read_text().splitlines()]
-    assert [c.seed for c in swept] == [0] * 6 + [1] * 2 + [2] * 2  # sweeps first, then seeds
+    assert [c.seed for c in swept] == [0] * 6 + [1, 1, 2, 2, 3, 3, 4, 4]  # sweeps first, then seeds
     count = len(ran)
     assert suite.main(arguments) == 0
     assert len(ran) == count
@@ -117,7 +117,7 @@ def test_best_rate_waits_for_the_whole_sweep(tmp_path):
     assert found.best_rate("smollm2", OURS_MANY) == cells_of.rates("smollm2", OURS_MANY)[1]
     twin = "ours, many, top half"  # without the cache: nothing to sweep
     assert found.best_rate("smollm2", twin) == found.best_rate("smollm2", OURS_MANY)
-    assert [c.seed for c in _all_due(found, ["smollm2"], [twin])] == [0, 1, 2]
+    assert [c.seed for c in _all_due(found, ["smollm2"], [twin])] == [0, 1, 2, 3, 4]
     assert found.best_rate("smollm2", "lora") is None
     again = Cells(tmp_path / "cells.jsonl")
     assert again.done == found.done
@@ -143,15 +143,15 @@ def test_rows_and_goals(tmp_path):
     # full reaches 1.01 x 1.9 at its last evaluation, 301 s; ours at 1 + 60 s.
     assert rows["full"]["time"] == 1.0
     assert rows[OURS_MANY]["time"] == pytest.approx(61 / 301)
-    assert rows[OURS_MANY]["seeds"] == 3
+    assert rows[OURS_MANY]["seeds"] == 5
     assert rows[OURS_FEW]["time"] is None
     assert rows[OURS_FEW]["reached"] == 0
     assert rows[OURS_MANY]["step"] == pytest.approx(0.3)
     text = report.show(cells)
-    assert "reached 0/3" in text
+    assert "reached 0/5" in text
     assert "0.20x" in text
     goals = {r["row"]: r for r in report.goal_rows(cells, None)}
-    assert goals["our blocks better than random blocks"]["measured"] == 1.0
+    assert goals["our blocks better than random blocks, smollm2"]["measured"] == 1.0
     timed = "time to full's quality, 20 % by impact, "
     assert goals[timed + "cache"]["measured"] == pytest.approx(61 / 301)
     assert goals[timed + "no cache"]["verdict"] == "not measured"
@@ -159,12 +159,12 @@ def test_rows_and_goals(tmp_path):
     assert goals["training state vs full, 2 %"]["verdict"] == "missed"
     assert goals["planted blocks found"]["verdict"] == "not measured"
     assert json.loads(json.dumps(report.figures(cells)))["cells"] == len(cells.done)
-    for row in cells.of("smollm2", OURS_MANY):  # one seed of three falls short
+    for row in cells.of("smollm2", OURS_MANY):  # one seed of five falls short
         if row["cell"]["seed"] == 2:
             row["result"]["evaluations"] = row["result"]["evaluations"][:2]
     goals = {r["row"]: r for r in report.goal_rows(cells, None)}
     assert goals[timed + "cache"]["verdict"] == "missed"
-    assert "2 of 3 seeds" in goals[timed + "cache"]["detail"]
+    assert "4 of 5 seeds" in goals[timed + "cache"]["detail"]
     report.chart(cells, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
 

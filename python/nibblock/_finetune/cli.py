@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     option("block", int, "edge of a block")
     option("budget", float, "step time allowed, as a share of full fine-tuning's", shown="no limit")
     option("select", str, "how blocks are chosen", choices=SELECTIONS)
+    option("spread", float, "of impact: at most so many even shares to a row or column; 0: no caps")
     option("batches", int, "batches that the choice looks at")
     option("rank", int, "of LoRA and SHiRA")
     p.add_argument("--int4", action="store_true", help="hold the frozen base in 4 bits (adapter)")

@@ -237,7 +237,7 @@ class _Loop:
     def _evaluate(self) -> None:
         record = self.record
         self.prepared.model.eval()
-        figures = self.task.evaluate(self.prepared.model)
+        figures = self.task.evaluate(self.prepared.model, self._around_held_out)
         record.evaluations.append({"step": record.step, "seconds": record.seconds, **figures})
         best = min((e["loss"] for e in record.evaluations[:-1]), default=math.inf)
         if figures["loss"] < best or len(record.evaluations) == 1:
@@ -247,6 +247,13 @@ class _Loop:
         record.waited += 1
         if self.settings.patience and record.waited >= self.settings.patience:
             record.stopped = f"no better loss in {record.waited} evaluations"
+
+    def _around_held_out(self, rows: torch.Tensor) -> AbstractContextManager:
+        """Held-out rows are numbered behind the training rows, and kept once those are: a cache
+        that is too small for both serves the steps."""
+        if self.cache is None or self.record.step < self.task.order.steps_per_epoch:
+            return nullcontext()
+        return self.cache.batch(rows + self.task.order.rows)
 
     def _keep_best(self) -> None:
         if self.record.step == 0 or self.moves is not None:

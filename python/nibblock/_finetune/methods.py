@@ -19,7 +19,6 @@ from nibblock._finetune.moving import START
 from nibblock._finetune.settings import Settings
 from nibblock._finetune.task import Task
 
-SPREAD = 1.0  # of impact: by score alone the blocks crowd into a few columns and train worse
 SCORED = 256  # tokens of a batch that is scored: its whole backward needs memory, a step's may not
 Selection = Mapping[str, torch.Tensor]  # layer name -> int32 [Z, 2]
 
@@ -239,7 +238,7 @@ def choose(
             block=settings.block,
             method=settings.select,
             where=list(sizes),
-            spread=SPREAD,
+            spread=settings.spread or None,
             budget=settings.budget or None,
             seed=settings.seed,
         )

@@ -35,6 +35,7 @@ class Settings:
     block: int = 32
     budget: float = 0.0  # of full fine-tuning's step time, for the selection; 0 for no limit
     select: str = "impact"
+    spread: float = 1.0  # caps of impact, in even shares of a layer, row and column; 0 for none
     moves: str = ""  # how the selection changes while it is trained; "" for not at all
     batches: int = 8  # that the selection scores
     rank: int = 8  # of LoRA, and of SHiRA's count
@@ -84,6 +85,8 @@ class Settings:
             _refuse("density", "in (0, 1]", self.density)
         if not 0 < self.valid < 1:
             _refuse("valid", "in (0, 1)", self.valid)
+        if 0 < self.spread < 1:
+            _refuse("spread", "at least 1, or 0 for no caps", self.spread)
         if self.budget > 1:
             _refuse("budget", "in (0, 1], a share of full fine-tuning's step", self.budget)
         if self.tokens < self.seq:

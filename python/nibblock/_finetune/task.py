@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -13,6 +15,14 @@ from nibblock._finetune.data import Order
 
 CHUNK = 128  # tokens whose logits exist at one time
 CHUNK_TRAINED = 256  # of a trained head: each chunk makes and adds a gradient of the head's size
+
+
+Around = Callable[[torch.Tensor], AbstractContextManager]  # held-out rows -> around their forward
+
+
+def alone(rows: torch.Tensor) -> AbstractContextManager:
+    """An `Around` that does nothing."""
+    return nullcontext()
 
 
 class Task:
@@ -34,8 +44,11 @@ class Task:
         """The mean loss of a batch, a scalar with gradient."""
         raise NotImplementedError  # every task has its own
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """{"loss": ..., ...} on the held-out rows; the model is in eval mode meanwhile."""
+    def evaluate(self, model: nn.Module, around: Around = alone) -> dict[str, float]:
+        """{"loss": ..., ...} on the held-out rows; the model is in eval mode meanwhile.
+
+        Each forward runs inside `around(positions of its held-out rows)`: a prefix cache.
+        """
         raise NotImplementedError  # every task has its own
 
     def trunk(self, model: nn.Module) -> nn.Module:
@@ -70,10 +83,11 @@ class TextTask(Task):
         return next_token_loss(model, batch)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, around: Around = alone) -> dict[str, float]:
         total = 0.0
-        for rows in self.valid.split(self.order.per_step):
-            total += next_token_loss(model, rows).item() * len(rows)
+        for places in torch.arange(len(self.valid)).split(self.order.per_step):
+            with around(places):
+                total += next_token_loss(model, self.valid[places]).item() * len(places)
         loss = total / len(self.valid)
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
