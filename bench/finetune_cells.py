@@ -42,7 +42,8 @@ class Variant:
             for everything. cache: whether what is below runs once a row. density: share of all
             blocks. int4: a 4-bit base. budget: of the selection. moves: how the selection
             changes. beds: where it runs. experiments: which of X1 to X7 read it.
-        twin: a variant whose losses are the same bit for bit, for its best learning rate.
+        rate_of: a variant whose best learning rate it takes unswept: one whose losses are the same
+            bit for bit, or the one that an ablation changes. seeds: how many of the bed's.
     """
 
     method: str
@@ -55,7 +56,8 @@ class Variant:
     moves: str = ""
     beds: tuple[str, ...] = ("smollm2", "minilm")
     experiments: str = "X1 X2 X3 X4"
-    twin: str = ""
+    rate_of: str = ""
+    seeds: int = 3
 
     def settings(self, bed: Bed, lr: float, seed: int) -> Settings:
         return dataclasses.replace(
@@ -81,30 +83,37 @@ OURS_THIRD = "ours, top third, cache"
 VARIANTS = {
     "full": Variant("full"),
     OURS_EVEN: Variant("masked", "even", THIRD, True),
-    "ours, even blocks, top third": Variant("masked", "even", THIRD, twin=OURS_EVEN),
+    "ours, even blocks, top third": Variant("masked", "even", THIRD, rate_of=OURS_EVEN),
     OURS_MANY: Variant("masked", cut=HALF, cache=True, density=MANY),
-    "ours, many, top half": Variant("masked", cut=HALF, density=MANY, twin=OURS_MANY),
-    OURS_FEW: Variant("masked", experiments="X1 X2 X3 X4 X6 X7"),
-    "random blocks": Variant("masked", "random", experiments="X6"),
-    "magnitude blocks": Variant("masked", "magnitude", experiments="X6"),
+    "ours, many, top half": Variant("masked", cut=HALF, density=MANY, rate_of=OURS_MANY),
+    OURS_FEW: Variant("masked", experiments="X1 X2 X3 X4 X6", seeds=5),
+    "random blocks": Variant("masked", "random", experiments="X6", seeds=5),
+    "magnitude blocks": Variant("masked", "magnitude", experiments="X6", seeds=5),
     "even blocks": Variant("masked", "even", experiments="X6"),
-    OURS_THIRD: Variant("masked", cut=THIRD, cache=True),
+    OURS_THIRD: Variant("masked", cut=THIRD, cache=True, experiments="X1 X2 X3 X4 X7"),
     "lora, top half, cache": Variant("lora-cut", cut=HALF, cache=True),
     "full, top half, cache": Variant("full-cut", cut=HALF, cache=True),
     "lora": Variant("lora"),
     "shira": Variant("shira"),
     "lora, top third, cache": Variant("lora-cut", cut=THIRD, cache=True),
     "full, top third, cache": Variant("full-cut", cut=THIRD, cache=True),
-    "ours, top third": Variant("masked", cut=THIRD, twin=OURS_THIRD),
-    "lora, top third": Variant("lora-cut", cut=THIRD, twin="lora, top third, cache"),
-    "full, top third": Variant("full-cut", cut=THIRD, twin="full, top third, cache"),
+    "ours, top third": Variant("masked", cut=THIRD, rate_of=OURS_THIRD),
+    "lora, top third": Variant("lora-cut", cut=THIRD, rate_of="lora, top third, cache"),
+    "full, top third": Variant("full-cut", cut=THIRD, rate_of="full, top third, cache"),
     "ours, int4 base": Variant("adapter", int4=True, beds=("smollm2",), experiments="X3 X4"),
     "ours, adapter": Variant("adapter", experiments="X3 X7"),
     "ours, budget 0.5": Variant("masked", budget=0.5, cache=True, experiments="X1 X7"),
-    "ours, re-selecting": Variant("masked", moves="reselect", beds=("minilm",), experiments="X7"),
-    "ours, group lasso": Variant("masked", moves="prox", beds=("minilm",), experiments="X7"),
-    "ours, progressive": Variant("masked", moves="progressive", beds=("minilm",), experiments="X7"),
-    "ours, movement": Variant("masked", select="movement", beds=("minilm",), experiments="X7"),
+    **{
+        f"ours, {what}, top third, cache": Variant(
+            "masked", select, THIRD, True, moves=moves, experiments="X7", rate_of=OURS_THIRD
+        )
+        for what, select, moves in (
+            ("re-selecting", "impact", "reselect"),
+            ("group lasso", "impact", "prox"),
+            ("progressive", "impact", "progressive"),
+            ("movement", "movement", ""),
+        )
+    },
 }
 PLANTED = {
     "impact, exact": {"method": "impact", "mode": "exact"},
@@ -161,7 +170,7 @@ class Cells:
     def best_rate(self, bed: str, variant: str) -> Optional[float]:
         """The learning rate of the lowest held-out loss with the first seed; None until the whole
         sweep is done."""
-        variant = VARIANTS[variant].twin or variant
+        variant = VARIANTS[variant].rate_of or variant
         swept = {}
         for lr in rates(bed, variant):
             row = self.done.get(Cell(bed, variant, lr, BEDS[bed].seeds[0]).key)
@@ -205,14 +214,14 @@ def _missing(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cel
         if bed in VARIANTS[variant].beds
     ]
     for bed, variant in pairs:
-        for lr in () if VARIANTS[variant].twin else rates(bed, variant):
+        for lr in () if VARIANTS[variant].rate_of else rates(bed, variant):
             cell = Cell(bed, variant, lr, BEDS[bed].seeds[0])
             if cell.key not in cells.done:
                 yield cell
     for at in range(max((len(BEDS[bed].seeds) for bed, _ in pairs), default=0)):
         for bed, variant in pairs:
             best = cells.best_rate(bed, variant)
-            if best is not None and at < len(BEDS[bed].seeds):
+            if best is not None and at < min(VARIANTS[variant].seeds, len(BEDS[bed].seeds)):
                 cell = Cell(bed, variant, best, BEDS[bed].seeds[at])
                 if cell.key not in cells.done:
                     yield cell
