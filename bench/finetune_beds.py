@@ -62,7 +62,7 @@ SMOLLM2 = Bed(
         schedule="linear",
         warmup=4,
     ),
-    ((5e-5, 1e-4, 3e-4, 1e-3), (1e-3, 2e-3, 5e-3, 1e-2)),
+    ((3e-5, 1e-4, 3e-4, 6e-4, 1e-3), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)),
     {"top third": "model.layers.20", "top half": "model.layers.15"},
     "loss",
     "SmolLM2-135M, next token, one pass over 16 k tokens of the standard library's help topics",

@@ -22,16 +22,12 @@ constexpr const char* kOp = "block_weight_grad";
 
 void check_status(Status s, const WeightGradCudaParams& p, const WeightGradCudaPlan& plan,
                   const std::string& kernel) {
-  STD_TORCH_CHECK(s != kUnknownKernel, kOp, ": kernel must be the id of a CUDA row, got \"", kernel,
-                  "\"");
   STD_TORCH_CHECK(s != kNotServed, kOp, ": no CUDA kernel ", kernel, " for blocks of ", p.block,
                   " of ", p.gtype == Dtype::kF32 ? "float32" : "16-bit",
                   " operands: blocks of 32, 64 or 128 of bfloat16 or float16 are served; use the "
                   "Triton backend");
-  STD_TORCH_CHECK(s != kDeviceTooOld, kOp,
-                  ": no kernel for this GPU: compute capability must be 8.0 or higher");
-  STD_TORCH_CHECK(s != kDeviceError, kOp, ": CUDA error ", plan.device_error, " (",
-                  weight_grad_cuda_error_text(plan.device_error), ")");
+  check_cuda_status(kOp, s, kernel, plan.device_error,
+                    weight_grad_cuda_error_text(plan.device_error));
   STD_TORCH_CHECK(s == kOk, kOp, ": internal error ", static_cast<int>(s), " (m=", p.m, ", n=", p.n,
                   ", k=", p.k, ", block=", p.block, ", blocks=", p.count, ")");
 }
@@ -43,12 +39,7 @@ Tensor block_weight_grad_cuda_op(const Tensor& grad, const Tensor& x, Tensor lay
   p.gtype = check_float(kOp, "x", x.scalar_type());
   check_cuda(kOp, "x", x);
   const int32_t device = x.get_device_index();
-  const auto same_device = [&](const char* arg, const Tensor& t) {
-    check_cuda(kOp, arg, t);
-    STD_TORCH_CHECK(t.get_device_index() == device, kOp, ": ", arg, " must be on cuda:", device,
-                    ", where x is, got cuda:", t.get_device_index());
-  };
-  same_device("grad", grad);
+  check_beside_x(kOp, "grad", grad, device);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), kOp, ": grad must be ",
                   dtype_name(x.scalar_type()), " as x, got ", dtype_name(grad.scalar_type()));
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == x.scalar_type(), kOp,
@@ -64,7 +55,7 @@ Tensor block_weight_grad_cuda_op(const Tensor& grad, const Tensor& x, Tensor lay
   p.n = grad.size(grad.dim() - 1);
   p.k = x.size(x.dim() - 1);
   p.block = block;
-  same_device("layout", layout);
+  check_beside_x(kOp, "layout", layout, device);
   const int64_t least = block_layout_size(p.n, p.k, block, 0);
   p.count = (layout.numel() - least) / 3;
   STD_TORCH_CHECK(layout.scalar_type() == ScalarType::Int && layout.dim() == 1 && p.count >= 0 &&

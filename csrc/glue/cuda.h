@@ -8,6 +8,7 @@
 
 #include <map>
 #include <mutex>
+#include <string>
 #include <tuple>
 
 #include "check.h"
@@ -17,6 +18,23 @@ namespace glue {
 
 inline void check_cuda(const char* op, const char* arg, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cuda(), op, ": ", arg, " must be on a CUDA device, got another device");
+}
+
+// t lies where x does.
+inline void check_beside_x(const char* op, const char* arg, const Tensor& t, int32_t device) {
+  check_cuda(op, arg, t);
+  STD_TORCH_CHECK(t.get_device_index() == device, op, ": ", arg, " must be on cuda:", device,
+                  ", where x is, got cuda:", t.get_device_index());
+}
+
+// What any table of CUDA kernels may answer; which calls a row serves, its own glue says before.
+inline void check_cuda_status(const char* op, Status s, const std::string& kernel, int error,
+                              const char* error_text) {
+  STD_TORCH_CHECK(s != kUnknownKernel, op, ": kernel must be the id of a CUDA row, got \"", kernel,
+                  "\"");
+  STD_TORCH_CHECK(s != kDeviceTooOld, op,
+                  ": no kernel for this GPU: compute capability must be 8.0 or higher");
+  STD_TORCH_CHECK(s != kDeviceError, op, ": CUDA error ", error, " (", error_text, ")");
 }
 
 inline void* current_stream(int32_t device) {

@@ -24,8 +24,6 @@ constexpr const char* kOp = "int4_linear";
 
 void check_status(Status s, const Int4CudaParams& p, const Int4CudaPlan& plan,
                   const std::string& kernel) {
-  STD_TORCH_CHECK(s != kUnknownKernel, kOp, ": kernel must be the id of a CUDA row, got \"", kernel,
-                  "\"");
   const Int4CudaTable table = int4_linear_cuda_table();
   for (int i = 0; i < table.count; ++i) {
     const Int4CudaKernel& row = table.rows[i];
@@ -39,10 +37,8 @@ void check_status(Status s, const Int4CudaParams& p, const Int4CudaPlan& plan,
   STD_TORCH_CHECK(s != kNotServed, kOp, ": no CUDA kernel ", kernel, " for ", p.m,
                   " rows of x on this GPU: 1 to ", cuda::kMaxRowsOfX,
                   " rows of bfloat16 or float16 are served; use the Triton backend");
-  STD_TORCH_CHECK(s != kDeviceTooOld, kOp,
-                  ": no kernel for this GPU: compute capability must be 8.0 or higher");
-  STD_TORCH_CHECK(s != kDeviceError, kOp, ": CUDA error ", plan.device_error, " (",
-                  int4_linear_cuda_error_text(plan.device_error), ")");
+  check_cuda_status(kOp, s, kernel, plan.device_error,
+                    int4_linear_cuda_error_text(plan.device_error));
   STD_TORCH_CHECK(s == kOk, kOp, ": internal error ", static_cast<int>(s), " (m=", p.m,
                   ", n=", p.w.n, ", k=", p.w.k, ")");
 }
@@ -55,20 +51,15 @@ Tensor int4_linear_cuda_op(const Tensor& x, Tensor packed, const std::optional<T
   p.xtype = check_float(kOp, "x", x.scalar_type());
   check_cuda(kOp, "x", x);
   const int32_t device = x.get_device_index();
-  const auto same_device = [&](const char* arg, const Tensor& t) {
-    STD_TORCH_CHECK(t.get_device_index() == device, kOp, ": ", arg, " must be on cuda:", device,
-                    ", where x is, got cuda:", t.get_device_index());
-  };
   const FormatCode f = decode_format(format);
   STD_TORCH_CHECK(!f.int8, kOp, ": compute must be \"bf16\" on a GPU, got \"int8\"");
   p.w = check_format(kOp, packed, f.out_features, x.size(x.dim() - 1), f.group_size, f.bits,
                      f.affine, f.scale_dtype, check_cuda);
-  same_device("packed", packed);
+  check_beside_x(kOp, "packed", packed, device);
   Tensor keep_bias = packed;
   if (bias) {
     p.bias_type = check_float(kOp, "bias", bias->scalar_type());
-    check_cuda(kOp, "bias", *bias);
-    same_device("bias", *bias);
+    check_beside_x(kOp, "bias", *bias, device);
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == p.w.n, kOp, ": bias must be [", p.w.n,
                     "], got ", shape_text(*bias));
     keep_bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
@@ -80,10 +71,8 @@ Tensor int4_linear_cuda_op(const Tensor& x, Tensor packed, const std::optional<T
   // An adapter without blocks has no values to point at, and adds nothing.
   if (values && values->numel() > 0) {
     p.value_type = check_float(kOp, "values", values->scalar_type());
-    check_cuda(kOp, "values", *values);
-    same_device("values", *values);
-    check_cuda(kOp, "layout", *layout);
-    same_device("layout", *layout);
+    check_beside_x(kOp, "values", *values, device);
+    check_beside_x(kOp, "layout", *layout, device);
     STD_TORCH_CHECK(block == 32 || block == 64 || block == 128, kOp,
                     ": block must be 32, 64 or 128 on a GPU, got ", block);
     const int64_t z = values->dim() == 3 ? values->size(0) : -1;

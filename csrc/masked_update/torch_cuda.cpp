@@ -163,15 +163,10 @@ void block_step(const char* op, UpdateParams p, const Lists& l, const Tensors& w
                                          scalar_on(op, "found_inf", found_inf, device),
                                          kernel.empty() ? nullptr : kernel.c_str(),
                                          current_stream(device.index), &device_error);
-  STD_TORCH_CHECK(s != kUnknownKernel, op, ": kernel must be the id of a CUDA row, got \"", kernel,
-                  "\"");
   STD_TORCH_CHECK(s != kNotServed, op, ": no CUDA kernel ", kernel,
                   " for this list: below 2^31 blocks, rows and columns of the op's own rule are "
                   "served; use the Triton backend");
-  STD_TORCH_CHECK(s != kDeviceTooOld, op,
-                  ": no kernel for this GPU: compute capability must be 8.0 or higher");
-  STD_TORCH_CHECK(s != kDeviceError, op, ": CUDA error ", device_error, " (",
-                  masked_cuda_error_text(device_error), ")");
+  check_cuda_status(op, s, kernel, device_error, masked_cuda_error_text(device_error));
   STD_TORCH_CHECK(s == kOk, op, ": internal error ", static_cast<int>(s));
 }
 

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     option("seq", int, "tokens a row")
     option("epochs", int, "passes over the training rows")
     option("steps", int, "steps, in place of epochs", shown="as the epochs say")
-    option("lr", float, "learning rate", shown="5e-5 full, 5e-4 the others")
+    option("lr", float, "learning rate", shown="5e-5 full, 5e-4 LoRA and SHiRA, 2e-3 blocks")
     option("schedule", str, "of the learning rate", choices=SCHEDULES)
     option("warmup", int, "steps until the full learning rate")
     option("weight-decay", float, "decoupled")

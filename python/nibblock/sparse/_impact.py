@@ -83,9 +83,9 @@ def select_blocks(
         normalize: "none", or "layer" to divide a layer's scores by the root of their mean.
         spread: of impact: a layer, and each block row and block column of a layer, gets at most so
             many times its even share (rounded up, and at least 3 blocks) before any other gets
-            more. None for the best scores wherever they are. They may crowd into the columns of a
-            few input features with large activations, and then train worse than at their best
-            under caps: `python -m nibblock finetune` takes 1.
+            more. None for the best scores wherever they are: they crowd into the columns of a few
+            input features with large activations, which then bound the learning rate.
+            `python -m nibblock finetune` takes 1.
         budget: a training step's time as a share of full fine-tuning's, or None.
         seed: of the sketch, of random scores, and of torch's generator while loss_fn runs.
         progress: None for a bar on a terminal and one line elsewhere, False for silence, or a
