@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "../common/status.h"
 #include "check.h"
 
 namespace nibblock {

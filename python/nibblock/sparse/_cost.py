@@ -107,9 +107,13 @@ class StepCost:
         return product + self.model.update(numbers)
 
     def depth_cut(self, level: int) -> float:
-        """Share of all input gradients that is not computed when `level` is the lowest trained."""
-        whole = self.above(0)
-        return 1.0 - self.above(level) / whole if whole > 0 else 0.0
+        """Share of all input gradients that is not computed when `level` is the lowest trained.
+
+        Counted in whole products: the same bits whatever rate the machine showed.
+        """
+        whole = sum(l.rows * l.numbers for l in self.layers if l.level > 0)
+        paid = sum(l.rows * l.numbers for l in self.layers if l.level > level)
+        return 1.0 - paid / whole if whole else 0.0
 
 
 def as_seen(model: CostModel, layers: list[LayerCost], forward: float, linears: float) -> CostModel:
