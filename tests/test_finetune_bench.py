@@ -93,14 +93,8 @@ def test_cells_are_kept_and_never_run_again(tmp_path, monkeypatch):
     rates = len(beds.BEDS["smollm2"].rates[0])
     assert len(Cells(path).done) == 2 * rates + 2 + 4
     swept = [Cell(**json.loads(line)["cell"]) for line in path.read_text().splitlines()]
-    assert [c.seed for c in swept] == [0] * 2 * rates + [
-        1,
-        1,
-        2,
-        2,
-        3,
-        4,
-    ]  # sweeps first, then seeds
+    seeds = [0] * 2 * rates + [1] * 2 + [2] * 2 + [3, 4]  # sweeps first; full stops at three
+    assert [c.seed for c in swept] == seeds
     count = len(ran)
     assert suite.main(arguments) == 0
     assert len(ran) == count

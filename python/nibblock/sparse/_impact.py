@@ -84,8 +84,7 @@ def select_blocks(
         spread: of impact: a layer, and each block row and block column of a layer, gets at most so
             many times its even share (rounded up, and at least 3 blocks) before any other gets
             more. None for the best scores wherever they are: they crowd into the columns of a few
-            input features with large activations, which then bound the learning rate.
-            `python -m nibblock finetune` takes 1.
+            input features with large activations. `python -m nibblock finetune` takes 1.
         budget: a training step's time as a share of full fine-tuning's, or None.
         seed: of the sketch, of random scores, and of torch's generator while loss_fn runs.
         progress: None for a bar on a terminal and one line elsewhere, False for silence, or a
