@@ -48,6 +48,7 @@ class Variant:
 
     method: str
     select: str = "impact"
+    mode: str = "gain"
     cut: str = ""
     cache: bool = False
     density: float = 0.02
@@ -64,6 +65,7 @@ class Variant:
             bed.settings,
             method=self.method,
             select=self.select,
+            mode=self.mode,
             cut=bed.cuts[self.cut] if self.cut else "",
             cache=CACHE if self.cache else 0,
             density=self.density,
@@ -82,14 +84,15 @@ OURS_FEW = "ours"
 OURS_THIRD = "ours, top third, cache"
 VARIANTS = {
     "full": Variant("full"),
-    OURS_EVEN: Variant("masked", "even", THIRD, True),
-    "ours, even blocks, top third": Variant("masked", "even", THIRD, rate_of=OURS_EVEN),
+    OURS_EVEN: Variant("masked", "even", cut=THIRD, cache=True),
+    "ours, even blocks, top third": Variant("masked", "even", cut=THIRD, rate_of=OURS_EVEN),
     OURS_MANY: Variant("masked", cut=HALF, cache=True, density=MANY),
     "ours, many, top half": Variant("masked", cut=HALF, density=MANY, rate_of=OURS_MANY),
     OURS_FEW: Variant("masked", experiments="X1 X2 X3 X4 X6", seeds=5),
     "random blocks": Variant("masked", "random", experiments="X6", seeds=5),
     "magnitude blocks": Variant("masked", "magnitude", experiments="X6", seeds=5),
     "even blocks": Variant("masked", "even", experiments="X6"),
+    "blocks by gradient norm": Variant("masked", mode="sketch", experiments="X6"),
     OURS_THIRD: Variant("masked", cut=THIRD, cache=True, experiments="X1 X2 X3 X4 X7"),
     "lora, top half, cache": Variant("lora-cut", cut=HALF, cache=True),
     "full, top half, cache": Variant("full-cut", cut=HALF, cache=True),
@@ -105,7 +108,13 @@ VARIANTS = {
     "ours, budget 0.5": Variant("masked", budget=0.5, cache=True, experiments="X1 X7"),
     **{
         f"ours, {what}, top third, cache": Variant(
-            "masked", select, THIRD, True, moves=moves, experiments="X7", rate_of=OURS_THIRD
+            "masked",
+            select,
+            cut=THIRD,
+            cache=True,
+            moves=moves,
+            experiments="X7",
+            rate_of=OURS_THIRD,
         )
         for what, select, moves in (
             ("re-selecting", "impact", "reselect"),
@@ -116,6 +125,7 @@ VARIANTS = {
     },
 }
 PLANTED = {
+    "impact, gain": {"method": "impact", "mode": "gain"},
     "impact, exact": {"method": "impact", "mode": "exact"},
     "impact, sketch": {"method": "impact", "mode": "sketch"},
     "magnitude blocks": {"method": "magnitude"},

@@ -124,8 +124,7 @@ def test_no_column_crowds_out_the_others():
     assert set(plain[:, 1].tolist()) == {0}
     found = select(model, batches, mode="exact", block=32, density=0.125, spread=1.0)["0"]
     assert len(found) == len(plain) == 8
-    assert (found[:, 1] == 0).sum() == 3
-    assert max(torch.bincount(found[:, 0].long())) <= 3
+    assert sorted(found[:, 1].tolist()) == list(range(8)) == sorted(found[:, 0].tolist())
     # Never fewer blocks than asked for, however tight the caps are.
     every = select(model, batches, mode="exact", block=32, density=1.0, spread=1.0)["0"]
     assert len(every) == 64
@@ -139,8 +138,7 @@ def test_spread_takes_in_order_and_fills_up():
     order = torch.arange(32)  # two layers of 4 x 4, the first one's blocks all better
     picked = Spread([(4, 4), (4, 4)], 1.0).pick(order, 16).tolist()
     assert [sum(p < 16 for p in picked), sum(p >= 16 for p in picked)] == [8, 8]
-    assert picked[:3] == [0, 1, 2]  # three of a row at least, then the next row
-    assert picked[3] == 4
+    assert picked[:4] == [0, 1, 4, 5]  # half of a row, then the next row
     assert Spread([(4, 4)], 1.0).pick(torch.arange(0), 4).tolist() == []
 
 
@@ -403,10 +401,8 @@ def test_deterministic():
     assert found[0] == found[1] == found[2]
     for name in found[0].scores:
         assert torch.equal(found[0].scores[name], found[2].scores[name])
-    assert any(
-        not torch.equal(found[0].scores[n], s)
-        for n, s in select(model, batches, seed=9).scores.items()
-    )
+    one, two = (select(model, batches, mode="sketch", seed=s).scores for s in (0, 9))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
 def test_memory_is_that_of_the_statistics():
@@ -425,7 +421,7 @@ def test_memory_is_that_of_the_statistics():
         (dict(density=0.0), ValueError, r"density must be in \(0, 1\], got 0.0"),
         (dict(block=24), ValueError, "block must be 16, 32, 64 or 128, got 24"),
         (dict(method="best"), ValueError, "method must be one of impact, movement, magnitude"),
-        (dict(mode="fast"), ValueError, "mode must be one of exact, sketch, got 'fast'"),
+        (dict(mode="fast"), ValueError, "mode must be one of gain, sketch, exact, got 'fast'"),
         (dict(samples=0), ValueError, "samples must be in 1 .. 32, got 0"),
         (dict(shards=0), ValueError, "shards must be at least 1, got 0"),
         (dict(robust=-1.0), ValueError, "robust must be at least 0, got -1.0"),

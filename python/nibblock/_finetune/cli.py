@@ -20,6 +20,7 @@ from nibblock._finetune.settings import (
     BASELINES,
     CUT_METHODS,
     METHODS,
+    MODES,
     SCHEDULES,
     SELECTIONS,
     Settings,
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     option("block", int, "edge of a block")
     option("budget", float, "step time allowed, as a share of full fine-tuning's", shown="no limit")
     option("select", str, "how blocks are chosen", choices=SELECTIONS)
+    option("mode", str, "how impact is measured", choices=MODES)
     option("spread", float, "of impact: at most so many even shares to a row or column; 0: no caps")
     option("batches", int, "batches that the choice looks at")
     option("rank", int, "of LoRA and SHiRA")

@@ -19,7 +19,7 @@ from nibblock._finetune.moving import START
 from nibblock._finetune.settings import Settings
 from nibblock._finetune.task import Task
 
-SCORED = 256  # tokens of a batch that is scored: its whole backward needs memory, a step's may not
+SCORED = 512  # tokens of a batch that is scored: its whole backward needs memory, a step's may not
 Selection = Mapping[str, torch.Tensor]  # layer name -> int32 [Z, 2]
 
 
@@ -237,6 +237,7 @@ def choose(
             density=density,
             block=settings.block,
             method=settings.select,
+            mode=settings.mode,
             where=list(sizes),
             spread=settings.spread or None,
             budget=settings.budget or None,

@@ -10,6 +10,7 @@ from typing import Any, Optional
 METHODS = ("full", "lora", "masked", "adapter")
 BASELINES = (*METHODS, "lora-cut", "full-cut", "shira")
 CUT_METHODS = ("lora-cut", "full-cut")  # trained from the chosen method's lowest layer upwards
+MODES = ("gain", "sketch", "exact")
 SELECTIONS = ("impact", "movement", "magnitude", "random", "even")
 MOVES = ("", "reselect", "prox", "progressive")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -35,6 +36,7 @@ class Settings:
     block: int = 32
     budget: float = 0.0  # of full fine-tuning's step time, for the selection; 0 for no limit
     select: str = "impact"
+    mode: str = "gain"  # of impact; see select_blocks
     spread: float = 1.0  # caps of impact, in even shares of a layer, row and column; 0 for none
     moves: str = ""  # how the selection changes while it is trained; "" for not at all
     batches: int = 8  # that the selection scores
@@ -64,6 +66,7 @@ class Settings:
         choices = {
             "method": BASELINES,
             "select": SELECTIONS,
+            "mode": MODES,
             "schedule": SCHEDULES,
             "moves": MOVES,
             "block": (16, 32, 64, 128),

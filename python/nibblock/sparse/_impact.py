@@ -16,12 +16,13 @@ from nibblock._progress import Progress, ProgressOption
 from nibblock.nn import AdapterLinear, Int4Linear
 from nibblock.ops import _block_checks
 from nibblock.ops.block_scores import MOST_SAMPLES
-from nibblock.sparse import _choose, _cost
+from nibblock.sparse import _choose, _cost, _gain
 from nibblock.sparse._selection import Selection
 from nibblock.sparse._spread import Spread
 from nibblock.sparse._taps import Site, Taps, find_sites, undisturbed
 
 METHODS = ("impact", "movement", "magnitude", "random")
+MODES = ("gain", "sketch", "exact")
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
 
@@ -35,7 +36,7 @@ def select_blocks(
     *,
     where: Where = None,
     skip: Union[str, Iterable[str]] = (),
-    mode: str = "sketch",
+    mode: str = "gain",
     samples: int = 4,
     shards: int = 2,
     robust: float = 1.0,
@@ -48,15 +49,18 @@ def select_blocks(
 ) -> Selection:
     """Chooses the blocks of a model's linears that a fine-tuning should train.
 
-        impact      mean over batches of ||g_I^T x_J||_F^2: how much the loss falls for a small step
+        impact      (sum_t z_t)^2 / sum_t z_t^2, z_t = g_tI^T D x_tJ of token t: how much the loss
+                    falls by the block's best step along D, the sign of its gradient in the other
+                    half of each batch; or mean over batches of ||g_I^T x_J||_F^2: by a small step
         movement    |mean over batches of <W_IJ, g_I^T x_J>|: what removing the block would change
         magnitude   ||W_IJ||_F^2
         random      a uniform number
 
     The scores of all layers are compared with each other; the best `density` of all blocks win,
     those of impact under the caps of `spread`.
-    Batches are dealt to shards, each shard's scores are scaled to the same total, and a block's
-    score is mean - robust * standard deviation over the shards: one lucky batch is not enough.
+    Of norms and movement batches are dealt to shards, each shard's scores are scaled to the same
+    total, and a block's score is mean - robust * standard deviation over the shards: one lucky
+    batch is not enough. A gain is crossed already: no token takes part in its own direction.
 
     With a `budget` the blocks and the depth of the backward are chosen together: for every layer,
     the best blocks at or above it that the time buys, and of these choices the one with the largest
@@ -68,7 +72,7 @@ def select_blocks(
             `MaskedLinear`s, frozen or not. It runs as it is, in evaluation mode; parameters,
             gradients, modes, hooks and torch's random state are as before afterwards.
         batches: what `loss_fn` takes, one after the other; 8 to 32 small ones are plenty. None for
-            magnitude and random without a budget.
+            magnitude and random without a budget. A gain wants some hundred tokens in each.
         loss_fn: (model, batch) -> scalar loss; must call the model with gradients enabled.
         density: share of all blocks of the targeted linears, in (0, 1]; with a budget, at most.
         block: B, one of 16, 32, 64, 128.
@@ -76,15 +80,17 @@ def select_blocks(
         where, skip: which linears are targets, as in `accelerate`. Left out as well, with the
             reason in `Selection.skipped`: linears that cannot be trained by blocks, and, unless
             `where` is given, weights tied to another module's, such as a head's.
-        mode, samples: "sketch" estimates impact from `samples` random combinations of columns (1 to
-            32), "exact" computes it; movement is always exact.
-        shards: how many the batches are dealt to; at most one a batch is used.
-        robust: how many standard deviations to subtract; 0 for the mean.
+        mode: how impact is measured. "gain": what the block's own best step wins; it beats random
+            blocks at the learning rates that suit them too. "sketch" and "exact": the squared norm
+            of its gradient, estimated or computed; ahead at small rates, and the cheapest.
+        samples: random combinations of columns that a sketch looks at, 1 to 32.
+        shards: of norms and movement: how many the batches are dealt to; at most one a batch.
+        robust: how many of the shards' standard deviations to subtract; 0 for the mean.
         normalize: "none", or "layer" to divide a layer's scores by the root of their mean.
         spread: of impact: a layer, and each block row and block column of a layer, gets at most so
-            many times its even share (rounded up, and at least 3 blocks) before any other gets
-            more. None for the best scores wherever they are: they crowd into the columns of a few
-            input features with large activations. `python -m nibblock finetune` takes 1.
+            many times its even share (rounded up) before any other gets more. None for the best
+            scores wherever they are: norms crowd into the columns of a few input features with
+            large activations. `python -m nibblock finetune` takes 1.
         budget: a training step's time as a share of full fine-tuning's, or None.
         seed: of the sketch, of random scores, and of torch's generator while loss_fn runs.
         progress: None for a bar on a terminal and one line elsewhere, False for silence, or a
@@ -98,12 +104,14 @@ def select_blocks(
         place, scores that are not finite, a budget that no choice meets. BackendUnavailable: the
         model is not on the CPU.
     Determinism: without a budget, the same arguments give the same blocks at one ISA level, at any
-        number of threads, as far as the model itself does; times are measured.
-    Memory: 4 bytes a block and shard for each statistic, 1 / B^2 of the dense gradients; and the
-        inputs of the targeted linears, as in any training step.
-    Source: block norms of the gradient as importance: the gradient-based selection found best among
-        eight in arXiv:2412.13488, by blocks as in arXiv:2405.15525; movement: arXiv:2005.07683;
-        choosing depth and parameters by time: the idea of arXiv:2309.13192.
+        number of threads, as far as torch's own products do; times are measured.
+    Memory: 4 bytes a block and shard for each statistic (a gain has two and no shards), 1 / B^2 of
+        the dense gradients; and the inputs of the targeted linears, as in any training step.
+    Source: the gain is the Newton decrement along Adam's first step with the empirical Fisher
+        information as curvature; block norms of the gradient as importance: the gradient-based
+        selection found best among eight in arXiv:2412.13488, by blocks as in arXiv:2405.15525;
+        movement: arXiv:2005.07683; choosing depth and parameters by time: the idea of
+        arXiv:2309.13192.
     Example:
         >>> def loss_fn(model, batch):
         ...     return model(input_ids=batch, labels=batch).loss
@@ -130,7 +138,9 @@ def select_blocks(
             raise TypeError(f"{op}: loss_fn must be callable, got {type(loss_fn).__name__}")
     start = time.perf_counter()
     run = _Run(op, model, sites, block, method, samples if mode == "sketch" else 0, seed)
-    if scored:
+    if method == "impact" and mode == "gain":
+        scores = run.score_gain(found, loss_fn, normalize, progress)
+    elif scored:
         scores = run.score(found, loss_fn, min(shards, len(found)), robust, normalize, progress)
     else:
         if budget is not None:
@@ -156,7 +166,7 @@ def _check_options(op, density, block, method, mode, samples, shards, robust, no
     _block_checks.check_block(op, block)
     for name, value, known in (
         ("method", method, METHODS),
-        ("mode", mode, ("exact", "sketch")),
+        ("mode", mode, MODES),
         ("normalize", normalize, ("none", "layer")),
     ):
         if value not in known:
@@ -181,37 +191,21 @@ class _Run:
         self.forward = (0.0, 0.0)  # seconds of the fastest, and its linears' share of them
         self._sums: dict[str, torch.Tensor] = {}
         self._calls = 0
+        self._gain = False
 
     def _zeros(self, site: Site) -> torch.Tensor:
-        out = torch.zeros(site.grid(self.block), dtype=torch.float32)
-        self.bytes += out.numel() * 4
+        size = site.grid(self.block)
+        out = torch.zeros((2, *size) if self._gain else size, dtype=torch.float32)
+        self.bytes += out.nbytes
         return out
 
     # --- from gradients --------------------------------------------------------------------------
 
     def score(self, batches, loss_fn, shards, robust, normalize, progress):
         sums: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
-        counts = [0] * shards
+        counts = [len(batches[i::shards]) for i in range(shards)]
         targets = [site for site in self.sites if not site.reason]
-        bar = Progress(progress, len(batches), "nibblock: scoring", "batches")
-        taps = Taps(self.op, self.sites, self._receive)
-        finished = False
-        try:
-            with undisturbed(self.model, self.seed), taps.open():
-                for i, batch in enumerate(batches):
-                    self._sums = sums[i % shards]
-                    counts[i % shards] += 1
-                    taps.begin()
-                    begun = time.perf_counter()
-                    loss = self._loss(loss_fn, batch, i)
-                    took = (time.perf_counter() - begun, taps.linear_seconds)
-                    self.forward = min(took, self.forward) if i else took
-                    self._backward(loss, taps, targets)
-                    taps.finish()
-                    bar.step()
-            finished = True
-        finally:
-            bar.close(finished)
+        self._pass(batches, loss_fn, sums, targets, progress)
         for site in targets:
             for shard in sums:
                 if site.name not in shard:
@@ -226,6 +220,45 @@ class _Run:
                     raise ValueError(f"{self.op}: scores must be finite, got NaN or Inf in "
                                      f"{site.name}")  # fmt: skip
         return _combine(means, [site.name for site in targets], robust, normalize, self.method)
+
+    def score_gain(self, batches, loss_fn, normalize, progress):
+        sums: dict[str, torch.Tensor] = {}
+        targets = [site for site in self.sites if not site.reason]
+        self._gain = True
+        self._pass(batches, loss_fn, [sums], targets, progress)
+        out = {}
+        for site in targets:
+            both = sums[site.name] if site.name in sums else self._zeros(site)
+            if not torch.isfinite(both).all():
+                raise ValueError(f"{self.op}: scores must be finite, got NaN or Inf in {site.name}")
+            out[site.name] = _gain.best_gain(*both.double())
+        if not any(score.any() for score in out.values()):
+            raise ValueError(
+                f"{self.op}: batches must give every linear two rows or more for the mode gain, "
+                f'and a gradient that is not 0, got none; mode="sketch" takes single rows'
+            )
+        return _combine([out], list(out), 0.0, normalize, self.method)
+
+    def _pass(self, batches, loss_fn, sums, targets, progress) -> None:
+        """Forward and backward of every batch; their statistics go to `sums` in turn."""
+        bar = Progress(progress, len(batches), "nibblock: scoring", "batches")
+        taps = Taps(self.op, self.sites, self._receive)
+        finished = False
+        try:
+            with undisturbed(self.model, self.seed), taps.open():
+                for i, batch in enumerate(batches):
+                    self._sums = sums[i % len(sums)]
+                    taps.begin()
+                    begun = time.perf_counter()
+                    loss = self._loss(loss_fn, batch, i)
+                    took = (time.perf_counter() - begun, taps.linear_seconds)
+                    self.forward = min(took, self.forward) if i else took
+                    self._backward(loss, taps, targets)
+                    taps.finish()
+                    bar.step()
+            finished = True
+        finally:
+            bar.close(finished)
 
     def _loss(self, loss_fn, batch, i) -> torch.Tensor:
         loss = loss_fn(self.model, batch)
@@ -255,7 +288,9 @@ class _Run:
         sums = self._sums.get(site.name)
         if sums is None:
             sums = self._sums[site.name] = self._zeros(site)
-        if self.method == "movement":
+        if self._gain:
+            _gain.add_gain(sums[0], sums[1], grad, x, self.block)
+        elif self.method == "movement":
             # The op adds both statistics; the norms are not used here.
             _ops.block_scores_(
                 torch.zeros_like(sums), sums, grad, x, weight_of(site.module), block=self.block

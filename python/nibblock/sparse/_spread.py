@@ -12,7 +12,6 @@ import math
 
 import torch
 
-LEAST = 3  # of a layer, block row or block column that a cap leaves: blocks that stand out stay
 CHUNK = 1 << 16
 
 
@@ -23,7 +22,7 @@ class Spread:
         grids: (block rows, block columns) of each layer; blocks are numbered layer by layer, row by
             row.
         share: a layer, a block row and a block column get at most `share` times their even share,
-            rounded up, and at least 3, before any other is given more.
+            rounded up, before any other is given more.
     """
 
     def __init__(self, grids: list[tuple[int, int]], share: float) -> None:
@@ -50,8 +49,7 @@ class Spread:
             return order[:0]
         density = count / len(order)
         caps = [
-            tuple(max(LEAST, math.ceil(self.share * density * n)) for n in (r * c, c, r))
-            for r, c in self.grids
+            tuple(math.ceil(self.share * density * n) for n in (r * c, c, r)) for r, c in self.grids
         ]
         used = [[0] * n for n in self._sizes]
         of_layer, of_row, of_column = used
