@@ -81,6 +81,7 @@ THIRD, HALF = "top third", "top half"
 OURS_EVEN = "ours, even blocks, top third, cache"
 OURS_MANY = "ours, many, top half, cache"
 OURS_FEW = "ours"
+RIVALS = ("random blocks", "magnitude blocks")  # that ours is compared with seed by seed
 OURS_THIRD = "ours, top third, cache"
 VARIANTS = {
     "full": Variant("full"),
@@ -197,11 +198,14 @@ def rates(bed: str, variant: str) -> tuple[float, ...]:
     return BEDS[bed].rates[0 if many else 1]
 
 
-def due(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cell]:
+def due(
+    cells: Cells, beds: list[str], variants: list[str], every: tuple[float, ...] = ()
+) -> Iterator[Cell]:
     """The cells that are still to be run, in the order of their worth: sweeps before seeds, and of
-    both the variants in the order of the table. Asks again after every cell."""
+    both the variants in the order of the table; then `every` of these rates with all seeds. Asks
+    again after every cell."""
     while True:
-        found = next(_missing(cells, beds, variants), None)
+        found = next(_missing(cells, beds, variants, every), None)
         if found is None:
             return
         yield found
@@ -209,7 +213,7 @@ def due(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cell]:
             raise RuntimeError(f"bench: {found.key} was not run")
 
 
-def _missing(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cell]:
+def _missing(cells, beds, variants, every=()) -> Iterator[Cell]:
     if "planted" in beds:
         for seed in PLANTED_SEEDS:
             for name in PLANTED:
@@ -233,6 +237,12 @@ def _missing(cells: Cells, beds: list[str], variants: list[str]) -> Iterator[Cel
             best = cells.best_rate(bed, variant)
             if best is not None and at < min(VARIANTS[variant].seeds, len(BEDS[bed].seeds)):
                 cell = Cell(bed, variant, best, BEDS[bed].seeds[at])
+                if cell.key not in cells.done:
+                    yield cell
+    for lr in every:
+        for bed, variant in pairs:
+            for seed in BEDS[bed].seeds[: VARIANTS[variant].seeds]:
+                cell = Cell(bed, variant, lr, seed)
                 if cell.key not in cells.done:
                     yield cell
 

@@ -8,7 +8,7 @@ from typing import Any, Callable, Optional
 
 from . import goals, table
 from .finetune_beds import BEDS, Bed
-from .finetune_cells import OURS_EVEN, OURS_FEW, OURS_MANY, PLANTED, VARIANTS, Cells
+from .finetune_cells import OURS_EVEN, OURS_FEW, OURS_MANY, PLANTED, RIVALS, VARIANTS, Cells
 from .goals import goal_row
 
 EVEN_PLAIN, MANY_PLAIN = (name.removesuffix(", cache") for name in (OURS_EVEN, OURS_MANY))
@@ -60,7 +60,7 @@ def bed_rows(cells: Cells, bed: Bed) -> list[dict[str, Any]]:
                 "variant": name,
                 "experiments": variant.experiments,
                 "lr": first["settings"]["lr"],
-                "swept": len(cells.of(bed.name, name)) - len(mine) + 1,
+                "swept": len({row["cell"]["lr"] for row in cells.of(bed.name, name)}),
                 "seeds": len(values),
                 "best": statistics.mean(values),
                 "spread": statistics.stdev(values) if len(values) > 1 else None,
@@ -136,6 +136,23 @@ def wins(cells: Cells, bed: Bed, over: str) -> list[tuple[float, str]]:
     return [(won / len(both), f"{bed.name}, {won} of {len(both)} seeds")]
 
 
+def equal_rates(cells: Cells, bed: Bed, over: str) -> list[dict[str, Any]]:
+    """The same at every learning rate that both ran with: what does not hang on how it is tuned."""
+    sign = 1 if bed.figure == "loss" else -1
+    results = [
+        {
+            (row["cell"]["lr"], row["cell"]["seed"]): sign * best_value(bed, row["result"])
+            for row in cells.of(bed.name, variant)
+            if "error" not in row["result"]
+        }
+        for variant in (OURS_FEW, over)
+    ]
+    found: dict[float, list[bool]] = {}
+    for lr, seed in sorted(results[0].keys() & results[1].keys()):
+        found.setdefault(lr, []).append(results[0][lr, seed] < results[1][lr, seed])
+    return [{"lr": lr, "won": sum(won), "seeds": len(won)} for lr, won in found.items()]
+
+
 # --- goals ----------------------------------------------------------------------------------------
 
 
@@ -179,12 +196,12 @@ def goal_rows(cells: Cells, steps: Optional[dict[str, Any]]) -> list[dict[str, A
         goal_row("scoring: share of the run", 0.03, 0.03, of(OURS_MANY, "select_share"), "%",
                  lower=True),
     ]  # fmt: skip
-    for over in ("random blocks", "magnitude blocks"):
+    for over in RIVALS:
         for bed in BEDS.values():
             text = f"our blocks better than {over}, {bed.name}"
             out.append(goal_row(text, 0.8, 0.8, wins(cells, bed, over), "%"))
     recall = {r["variant"]: r["median"] for r in planted_rows(cells)}
-    found = [(recall[n], n) for n in ("impact, exact", "impact, sketch") if n in recall]
+    found = [(recall[n], n) for n in recall if n.startswith("impact")]
     out.append(goal_row("planted blocks found", 0.95, 0.95, found, "%"))
     if steps:
         ratios = steps["ratios"]
@@ -212,6 +229,11 @@ def show(cells: Cells, steps: Optional[dict[str, Any]] = None) -> str:
         rows = bed_rows(cells, bed)
         if rows:
             parts += [f"\n{bed.title}\n", _bed_table(bed, rows)]
+        for over in RIVALS:
+            lines = [(f"{r['lr']:g}", r["won"], r["seeds"]) for r in equal_rates(cells, bed, over)]
+            if lines:
+                parts += [f"\nOurs better than {over}, at equal rates\n"]
+                parts += [table.render(("lr", "seeds won", "of"), lines)]
     planted = planted_rows(cells)
     if planted:
         lines = [(r["variant"], f"{r['median']:.2f}", len(r["recall"])) for r in planted]
@@ -282,6 +304,10 @@ def figures(cells: Cells, steps: Optional[dict[str, Any]] = None) -> dict[str, A
         "seeds": {bed.name: list(bed.seeds) for bed in BEDS.values()},
         "cells": len(cells.done),
         "beds": {bed.name: bed_rows(cells, bed) for bed in BEDS.values()},
+        "equal_rates": {
+            bed.name: {over: equal_rates(cells, bed, over) for over in RIVALS}
+            for bed in BEDS.values()
+        },
         "planted": planted_rows(cells),
         "steps": steps,
         "goals": goal_rows(cells, steps),

@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=0, help="start no cell after these (no limit)")
     p.add_argument("--beds", nargs="+", choices=ALL_BEDS, default=list(ALL_BEDS))
     p.add_argument("--variants", nargs="+", metavar="V", help=f"of: {'; '.join(VARIANTS)}")
+    p.add_argument("--rates", nargs="+", type=float, default=(), help="run these with every seed")
     p.add_argument("--steps", action="store_true", help="time single steps, and no cells")
     p.add_argument("--rounds", type=int, default=5, help="of --steps")
     p.add_argument("--table", action="store_true", help="run nothing: tables, JSON and chart")
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     summary = Path(options.json) if options.json else cells.path.with_name("finetune.json")
     steps = _steps_of(summary)
     if options.list:
-        return _list(cells, options.beds, variants)
+        return _list(cells, options.beds, variants, tuple(options.rates))
     if options.steps:
         from . import finetune_steps
 
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
 def _run(cells: Cells, options: argparse.Namespace, variants: list[str]) -> None:
     began = time.monotonic()
     facts = {k: environment()[k] for k in ("cpu", "isa", "torch", "date")}
-    for cell in due(cells, options.beds, variants):
+    for cell in due(cells, options.beds, variants, tuple(options.rates)):
         spent = (time.monotonic() - began) / 60
         if options.minutes and spent >= options.minutes:
             print(f"stopped after {spent:.0f} minutes; the same command goes on")
@@ -100,10 +101,10 @@ def _short(row: dict[str, Any]) -> str:
     )
 
 
-def _list(cells: Cells, beds: list[str], variants: list[str]) -> int:
+def _list(cells: Cells, beds: list[str], variants: list[str], every: tuple[float, ...]) -> int:
     from .finetune_cells import _missing
 
-    missing = [cell.key for cell in _missing(cells, beds, variants)]
+    missing = [cell.key for cell in _missing(cells, beds, variants, every)]
     print("\n".join(missing))
     print(
         f"{len(cells.done)} cells done, {len(missing)} due now; seeds after the first once a "

@@ -125,6 +125,8 @@ def test_best_rate_waits_for_the_whole_sweep(tmp_path):
     assert again.done == found.done
     missing = next(due(again, ["smollm2"], [OURS_MANY, "random blocks"]))
     assert (missing.variant, missing.seed) == ("random blocks", 1)
+    more = list(cells_of._missing(again, ["smollm2"], ["random blocks"], (0.7,)))
+    assert [(c.lr, c.seed) for c in more if c.lr == 0.7] == [(0.7, seed) for seed in range(5)]
     (tmp_path / "cells.jsonl").open("a").write('{"cell": ')
     with pytest.raises(ValueError, match="must be JSON"):
         Cells(tmp_path / "cells.jsonl")
@@ -152,6 +154,11 @@ def test_rows_and_goals(tmp_path):
     text = report.show(cells)
     assert "reached 0/5" in text
     assert "0.20x" in text
+    even = {r["lr"]: r for r in report.equal_rates(cells, bed, "random blocks")}
+    assert list(even) == list(cells_of.rates("smollm2", OURS_FEW))
+    assert all(r["won"] == r["seeds"] == 1 for r in even.values())
+    assert report.equal_rates(cells, bed, "magnitude blocks") == []
+    assert "Ours better than random blocks, at equal rates" in text
     goals = {r["row"]: r for r in report.goal_rows(cells, None)}
     assert goals["our blocks better than random blocks, smollm2"]["measured"] == 1.0
     timed = "time to full's quality, 20 % by impact, "
