@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -199,13 +199,13 @@ def rates(bed: str, variant: str) -> tuple[float, ...]:
 
 
 def due(
-    cells: Cells, beds: list[str], variants: list[str], every: tuple[float, ...] = ()
+    cells: Cells, beds: list[str], variants: list[str], more: Sequence[tuple[float, int]] = ()
 ) -> Iterator[Cell]:
     """The cells that are still to be run, in the order of their worth: sweeps before seeds, and of
-    both the variants in the order of the table; then `every` of these rates with all seeds. Asks
-    again after every cell."""
+    both the variants in the order of the table; then these rates and seeds with each. Asks again
+    after every cell."""
     while True:
-        found = next(_missing(cells, beds, variants, every), None)
+        found = next(_missing(cells, beds, variants, more), None)
         if found is None:
             return
         yield found
@@ -213,7 +213,7 @@ def due(
             raise RuntimeError(f"bench: {found.key} was not run")
 
 
-def _missing(cells, beds, variants, every=()) -> Iterator[Cell]:
+def _missing(cells, beds, variants, more=()) -> Iterator[Cell]:
     if "planted" in beds:
         for seed in PLANTED_SEEDS:
             for name in PLANTED:
@@ -239,12 +239,11 @@ def _missing(cells, beds, variants, every=()) -> Iterator[Cell]:
                 cell = Cell(bed, variant, best, BEDS[bed].seeds[at])
                 if cell.key not in cells.done:
                     yield cell
-    for lr in every:
+    for lr, seed in more:
         for bed, variant in pairs:
-            for seed in BEDS[bed].seeds[: VARIANTS[variant].seeds]:
-                cell = Cell(bed, variant, lr, seed)
-                if cell.key not in cells.done:
-                    yield cell
+            cell = Cell(bed, variant, lr, seed)
+            if cell.key not in cells.done:
+                yield cell
 
 
 def run(cell: Cell, threads: int = 0) -> dict[str, Any]:

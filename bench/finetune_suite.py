@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from .machine import OtherLoad, environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ALL_BEDS = ("planted", *BEDS)
+More = list[tuple[float, int]]  # learning rates and seeds beside the protocol's
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=0, help="start no cell after these (no limit)")
     p.add_argument("--beds", nargs="+", choices=ALL_BEDS, default=list(ALL_BEDS))
     p.add_argument("--variants", nargs="+", metavar="V", help=f"of: {'; '.join(VARIANTS)}")
-    p.add_argument("--rates", nargs="+", type=float, default=(), help="run these with every seed")
+    p.add_argument("--rates", nargs="+", type=float, default=(), help="run these too, with --seeds")
+    p.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2, 3, 4), help="of --rates")
     p.add_argument("--steps", action="store_true", help="time single steps, and no cells")
     p.add_argument("--rounds", type=int, default=5, help="of --steps")
     p.add_argument("--table", action="store_true", help="run nothing: tables, JSON and chart")
@@ -57,8 +60,9 @@ def main(argv: list[str]) -> int:
         cells.done = {k: r for k, r in cells.done.items() if "error" not in r["result"]}
     summary = Path(options.json) if options.json else cells.path.with_name("finetune.json")
     steps = _steps_of(summary)
+    more = list(itertools.product(options.rates, options.seeds))
     if options.list:
-        return _list(cells, options.beds, variants, tuple(options.rates))
+        return _list(cells, options.beds, variants, more)
     if options.steps:
         from . import finetune_steps
 
@@ -67,15 +71,15 @@ def main(argv: list[str]) -> int:
         steps["other_load"] = round(load.share(), 3)
         steps["environment"] = environment()
     elif not options.table:
-        _run(cells, options, variants)
+        _run(cells, options, variants, more)
     _write(cells, steps, summary)
     return 0
 
 
-def _run(cells: Cells, options: argparse.Namespace, variants: list[str]) -> None:
+def _run(cells: Cells, options: argparse.Namespace, variants: list[str], more: More) -> None:
     began = time.monotonic()
     facts = {k: environment()[k] for k in ("cpu", "isa", "torch", "date")}
-    for cell in due(cells, options.beds, variants, tuple(options.rates)):
+    for cell in due(cells, options.beds, variants, more):
         spent = (time.monotonic() - began) / 60
         if options.minutes and spent >= options.minutes:
             print(f"stopped after {spent:.0f} minutes; the same command goes on")
@@ -101,10 +105,10 @@ def _short(row: dict[str, Any]) -> str:
     )
 
 
-def _list(cells: Cells, beds: list[str], variants: list[str], every: tuple[float, ...]) -> int:
+def _list(cells: Cells, beds: list[str], variants: list[str], more: More) -> int:
     from .finetune_cells import _missing
 
-    missing = [cell.key for cell in _missing(cells, beds, variants, every)]
+    missing = [cell.key for cell in _missing(cells, beds, variants, more)]
     print("\n".join(missing))
     print(
         f"{len(cells.done)} cells done, {len(missing)} due now; seeds after the first once a "

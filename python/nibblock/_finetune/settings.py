@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from nibblock.sparse._impact import MODES
+
 METHODS = ("full", "lora", "masked", "adapter")
 BASELINES = (*METHODS, "lora-cut", "full-cut", "shira")
 CUT_METHODS = ("lora-cut", "full-cut")  # trained from the chosen method's lowest layer upwards
-MODES = ("gain", "sketch", "exact")
 SELECTIONS = ("impact", "movement", "magnitude", "random", "even")
 MOVES = ("", "reselect", "prox", "progressive")
 SCHEDULES = ("linear", "cosine", "constant")

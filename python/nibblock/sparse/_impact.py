@@ -72,7 +72,8 @@ def select_blocks(
             `MaskedLinear`s, frozen or not. It runs as it is, in evaluation mode; parameters,
             gradients, modes, hooks and torch's random state are as before afterwards.
         batches: what `loss_fn` takes, one after the other; 8 to 32 small ones are plenty. None for
-            magnitude and random without a budget. A gain wants some hundred tokens in each.
+            magnitude and random without a budget. A gain wants some hundred tokens in each; a
+            linear that sees a single row of every batch scores 0.
         loss_fn: (model, batch) -> scalar loss; must call the model with gradients enabled.
         density: share of all blocks of the targeted linears, in (0, 1]; with a budget, at most.
         block: B, one of 16, 32, 64, 128.
@@ -137,8 +138,8 @@ def select_blocks(
         if not callable(loss_fn):
             raise TypeError(f"{op}: loss_fn must be callable, got {type(loss_fn).__name__}")
     start = time.perf_counter()
-    run = _Run(op, model, sites, block, method, samples if mode == "sketch" else 0, seed)
-    if method == "impact" and mode == "gain":
+    run = _Run(op, model, sites, block, method, mode, samples, seed)
+    if run.gain:
         scores = run.score_gain(found, loss_fn, normalize, progress)
     elif scored:
         scores = run.score(found, loss_fn, min(shards, len(found)), robust, normalize, progress)
@@ -184,18 +185,19 @@ def _check_options(op, density, block, method, mode, samples, shards, robust, no
 class _Run:
     """The passes over a model: statistics by site and shard, rows and levels, times."""
 
-    def __init__(self, op, model, sites: list[Site], block, method, samples, seed) -> None:
+    def __init__(self, op, model, sites: list[Site], block, method, mode, samples, seed) -> None:
         self.op, self.model, self.sites = op, model, sites
-        self.block, self.method, self.samples, self.seed = block, method, samples, seed
+        self.block, self.method, self.seed = block, method, seed
+        self.samples = samples if mode == "sketch" else 0
+        self.gain = method == "impact" and mode == "gain"
         self.bytes = 0
         self.forward = (0.0, 0.0)  # seconds of the fastest, and its linears' share of them
         self._sums: dict[str, torch.Tensor] = {}
         self._calls = 0
-        self._gain = False
 
     def _zeros(self, site: Site) -> torch.Tensor:
         size = site.grid(self.block)
-        out = torch.zeros((2, *size) if self._gain else size, dtype=torch.float32)
+        out = torch.zeros((2, *size) if self.gain else size, dtype=torch.float32)
         self.bytes += out.nbytes
         return out
 
@@ -224,7 +226,6 @@ class _Run:
     def score_gain(self, batches, loss_fn, normalize, progress):
         sums: dict[str, torch.Tensor] = {}
         targets = [site for site in self.sites if not site.reason]
-        self._gain = True
         self._pass(batches, loss_fn, [sums], targets, progress)
         out = {}
         for site in targets:
@@ -288,7 +289,7 @@ class _Run:
         sums = self._sums.get(site.name)
         if sums is None:
             sums = self._sums[site.name] = self._zeros(site)
-        if self._gain:
+        if self.gain:
             _gain.add_gain(sums[0], sums[1], grad, x, self.block)
         elif self.method == "movement":
             # The op adds both statistics; the norms are not used here.
