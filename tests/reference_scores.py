@@ -71,6 +71,39 @@ def sketched_scores(g: np.ndarray, x: np.ndarray, block: int, samples: int, seed
     return Scores(total / samples, bound / samples)
 
 
+@dataclass
+class Gain:
+    """Both sums [rows, columns] of block_gain, and how far float32 may stray from each."""
+
+    gain: np.ndarray
+    gain_bound: np.ndarray
+    squares: np.ndarray
+    squares_bound: np.ndarray
+
+
+def gain_sums(g: np.ndarray, x: np.ndarray, block: int) -> Gain:
+    """Token by token, by the formula. Where float32 cannot tell a gradient's sign, the bounds
+    allow either."""
+    g, x = g.astype(np.float64), x.astype(np.float64)
+    middle = (len(g) + 1) // 2
+    halves = slice(middle), slice(middle, None)
+    rows, columns = -(-g.shape[1] // block), -(-x.shape[1] // block)
+    out = Gain(*(np.zeros((rows, columns)) for _ in range(4)))
+    for i, j in np.ndindex(rows, columns):
+        gi, xj = g[:, i * block : (i + 1) * block], x[:, j * block : (j + 1) * block]
+        for here, there in (halves, halves[::-1]):
+            grad, size = gi[there].T @ xj[there], np.abs(gi[there]).T @ np.abs(xj[there])
+            unsure = (np.abs(grad) <= (len(g) + 2) * EPS32 * size) & (size > 0)
+            z = ((gi[here] @ np.sign(grad)) * xj[here]).sum(1)
+            ag, ax = np.abs(gi[here]), np.abs(xj[here])
+            e = (2 * block + 8) * EPS32 * ag.sum(1) * ax.sum(1) + 2 * ((ag @ unsure) * ax).sum(1)
+            out.gain[i, j] += z.sum()
+            out.gain_bound[i, j] += (e + 24 * EPS32 * np.abs(z)).sum()
+            out.squares[i, j] += (z * z).sum()
+            out.squares_bound[i, j] += (2 * np.abs(z) * e + e * e + 24 * EPS32 * z * z).sum()
+    return out
+
+
 def check_scores(got, want, before, bound, what="") -> None:
     """Raises AssertionError unless got is close to want; the addition itself rounds too."""
     limit = bound * 1.01 + 2 * EPS32 * (np.abs(want) + np.abs(before)) + 1e-37

@@ -116,6 +116,7 @@ def info(self_test: bool = False) -> dict[str, Any]:
             "block_sparse_linear_dx": _native.block_sparse_kernels("dx"),
             "block_weight_grad": _native.block_sparse_kernels("weight_grad"),
             "block_scores": _native.block_scores_kernels(),
+            "block_gain": _native.block_gain_kernels(),
             "int4_block_sparse_linear": _native.block_sparse_kernels("fused"),
             "int4_block_sparse_linear_dx": _native.block_sparse_kernels("fused_dx"),
             **{name: _native.masked_update_kernels(which) for name, which in _MASKED.items()},

@@ -1,6 +1,7 @@
 """One typed function per op: `nibblock.ops.int4_linear(...)` and its family."""
 
 from nibblock.ops import _triton, _triton_masked  # noqa: F401  (CUDA bodies; no Triton yet)
+from nibblock.ops.block_gain import block_gain, block_gain_
 from nibblock.ops.block_scores import block_scores, block_scores_
 from nibblock.ops.block_sparse_linear import (
     block_layout,
@@ -40,6 +41,8 @@ from nibblock.ops.masked_update import (
 )
 
 __all__ = [
+    "block_gain",
+    "block_gain_",
     "block_layout",
     "block_scores",
     "block_scores_",

@@ -20,12 +20,11 @@ _INPLACE = "block_scores_"
 _scores = torch.ops.nibblock.block_scores_.default
 
 
-def _check(scores, movement, grad, x, weight, block, sketch) -> None:
-    """All that `block_scores_` asks."""
-    op = _INPLACE
+def check_pair(op: str, grad, x, block: int, **others) -> None:
+    """A gradient and an input with as many rows, a block edge, and others on the same device."""
     _block_checks._check_rows(op, "grad", grad)
     _block_checks._check_rows(op, "x", x)
-    _checks.check_device(op, "x", x, grad=grad, scores=scores, movement=movement, weight=weight)
+    _checks.check_device(op, "x", x, grad=grad, **others)
     torch._check_value(
         list(grad.shape[:-1]) == list(x.shape[:-1]),
         lambda: (
@@ -34,24 +33,37 @@ def _check(scores, movement, grad, x, weight, block, sketch) -> None:
         ),
     )
     _block_checks.check_block(op, block)
+
+
+def check_sums(op: str, grad, x, block: int, **sums) -> None:
+    """Statistics of every block, float32 [ceil(N/B), ceil(K/B)] each."""
+    need = list(_block_checks.grid(grad.shape[-1], x.shape[-1], block))
+    for name, tensor in sums.items():
+        if tensor is None:
+            continue
+        torch._check_type(
+            tensor.dtype == torch.float32,
+            lambda name=name, tensor=tensor: (
+                f"{op}: {name} must be float32, got {_checks.dtype_name(tensor.dtype)}"
+            ),
+        )
+        torch._check_value(
+            list(tensor.shape) == need,
+            lambda name=name, tensor=tensor: (
+                f"{op}: {name} must be {need}, got {list(tensor.shape)}"
+            ),
+        )
+
+
+def _check(scores, movement, grad, x, weight, block, sketch) -> None:
+    """All that `block_scores_` asks."""
+    op = _INPLACE
+    check_pair(op, grad, x, block, scores=scores, movement=movement, weight=weight)
     torch._check_value(
         0 <= sketch <= MOST_SAMPLES,
         lambda: f"{op}: sketch must be in 0 .. {MOST_SAMPLES}, got {sketch}",
     )
-    need = list(_block_checks.grid(grad.shape[-1], x.shape[-1], block))
-    for name, sums in (("scores", scores), ("movement", movement)):
-        if sums is None:
-            continue
-        torch._check_type(
-            sums.dtype == torch.float32,
-            lambda name=name, sums=sums: (
-                f"{op}: {name} must be float32, got {_checks.dtype_name(sums.dtype)}"
-            ),
-        )
-        torch._check_value(
-            list(sums.shape) == need,
-            lambda name=name, sums=sums: f"{op}: {name} must be {need}, got {list(sums.shape)}",
-        )
+    check_sums(op, grad, x, block, scores=scores, movement=movement)
     torch._check_value(
         (movement is None) == (weight is None),
         lambda: f"{op}: weight must be given exactly when movement is, got only one of them",

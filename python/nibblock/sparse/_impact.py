@@ -290,7 +290,7 @@ class _Run:
         if sums is None:
             sums = self._sums[site.name] = self._zeros(site)
         if self.gain:
-            _gain.add_gain(sums[0], sums[1], grad, x, self.block)
+            _ops.block_gain_(sums[0], sums[1], grad, x, block=self.block)
         elif self.method == "movement":
             # The op adds both statistics; the norms are not used here.
             _ops.block_scores_(
