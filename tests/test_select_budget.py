@@ -101,6 +101,13 @@ def test_predicted_time_by_hand():
     assert chosen.depth_cut == pytest.approx(1 - above / 3)
 
 
+def test_a_budget_off_the_cpu_needs_the_cost_model_of_that_device():
+    model = mlp()
+    model.elsewhere = nn.Parameter(torch.empty(1, device="meta"))
+    with pytest.raises(ValueError, match="cost must be given for a budget of a model on meta"):
+        select(model, data(), budget=0.5)
+
+
 def test_magnitude_under_a_budget_looks_at_one_forward():
     model, batches = Tower(), data()
     chosen = select(model, batches, method="magnitude", density=0.3, cost=MACHINE, budget=0.5)

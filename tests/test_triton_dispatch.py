@@ -9,8 +9,8 @@ from nibblock.ops import _triton, _triton_masked
 from nibblock.triton_kernels import _table
 
 # Decode shortcuts of nn/_lean.py and the look-ahead of optim/_plan.py: hints and calls that a model
-# on a GPU never meets; block_gain_, which select_blocks calls, refuses a model on a GPU.
-CPU_ONLY = {"_rms_norm", "_add_rms_norm", "_rotate_", "_silu_mul", "_fetch_lines", "block_gain_"}
+# on a GPU never meets.
+CPU_ONLY = {"_rms_norm", "_add_rms_norm", "_rotate_", "_silu_mul", "_fetch_lines"}
 
 
 def test_every_operator_has_a_cuda_body():

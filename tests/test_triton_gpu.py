@@ -226,3 +226,31 @@ def test_a_tuned_file_is_read_at_the_first_launch(device, monkeypatch, tmp_path)
     _tune.write(tmp_path, facts, entries)
     assert _tune._tuned.lookup(name, jobs[0].shape) == entries[0]["config"]
     _tune._tuned.forget()
+
+
+@pytest.mark.parametrize("mode", ["gain", "sketch", "exact"])
+def test_a_model_is_scored_where_it_is(device, mode):
+    """The same blocks as on the CPU but where scores are within rounding of each other, and the
+    generators as they were."""
+
+    def select(where):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(96, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)
+        ).to(where)
+        batches = [(torch.randn(40, 96).to(where), torch.randn(40, 64).to(where)) for _ in range(3)]
+        return nb.select_blocks(
+            model, batches, lambda m, b: (m(b[0]) - b[1]).square().mean(), 0.2, 16, mode=mode,
+            progress=False,
+        )  # fmt: skip
+
+    state = torch.cuda.get_rng_state()
+    there, here = select(device), select("cpu")
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert there.predicted_time is None
+    for name, scores in here.scores.items():
+        assert there.scores[name].device.type == "cpu"
+        torch.testing.assert_close(there.scores[name], scores, rtol=0.05, atol=0.05)
+    same = {(n, *b) for n, bs in here.items() for b in bs.tolist()}
+    found = {(n, *b) for n, bs in there.items() for b in bs.tolist()}
+    assert len(same & found) >= 0.9 * len(same)

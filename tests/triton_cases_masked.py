@@ -6,6 +6,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from reference_scores import check_scores, gain_sums
 from triton_cases import DTYPES, array
 
 CASES: dict[str, Callable[[torch.device], None]] = {}
@@ -308,6 +309,46 @@ for _parameters in (
     case(scores, *_parameters)
 
 
+# --- block gain -----------------------------------------------------------------------------------
+
+
+def gain(device, m, n, k, block, grad_dtype, x_dtype, whole):
+    """Small integers are exact in every product: signs of 0 and both sums are equal to the last
+    bit. Others stay within the bounds of the oracle, whose float32 signs may differ near 0."""
+    from nibblock.ops import _triton_masked
+
+    rng = np.random.default_rng(n + block)
+
+    def make(*size):
+        values = rng.integers(-1, 2, size) if whole else rng.normal(size=size)
+        return torch.from_numpy(values).float()
+
+    grad = make(m, n + 1).to(DTYPES[grad_dtype]).to(device)[:, 1:]
+    x = make(m, k).to(DTYPES[x_dtype]).to(device)
+    grid = -(-n // block), -(-k // block)
+    sums = torch.ones(*grid[::-1], device=device).t(), torch.ones(grid, device=device)
+    _triton_masked.BODIES["block_gain_"](*sums, grad, x, block)
+    want = gain_sums(array(grad), array(x), block)
+    if whole:
+        assert np.array_equal(array(sums[0]), 1 + want.gain)
+        assert np.array_equal(array(sums[1]), 1 + want.squares)
+        return
+    check_scores(array(sums[0]), 1 + want.gain, 1.0, 8 * want.gain_bound, "gain")
+    check_scores(array(sums[1]), 1 + want.squares, 1.0, 8 * want.squares_bound, "squares")
+
+
+for _parameters in (
+    (40, 70, 90, 32, "float32", "float32", True),
+    (71, 130, 40, 16, "bfloat16", "bfloat16", True),
+    (1, 40, 40, 32, "float32", "float32", False),
+    (150, 70, 90, 32, "float32", "float32", False),
+    (30, 70, 150, 64, "float16", "float32", False),
+    (9, 130, 140, 128, "bfloat16", "bfloat16", False),
+    (140, 33, 17, 16, "float16", "float16", False),
+):
+    case(gain, *_parameters)
+
+
 # --- the operators' bodies, argument by argument, beside the CPU's --------------------------------
 
 
@@ -323,6 +364,8 @@ def operator_arguments(op: str, rng, device) -> tuple:
     weight, mask = make(40, 30), make(50, 30) > 0.5
     if op == "block_scores_":
         return make(3, 2), make(3, 2), make(7, 40), make(7, 30), weight, 16, 0, 0
+    if op == "block_gain_":
+        return make(3, 2), make(3, 2), make(7, 40), make(7, 30), 16
     if op == "prox_blocks_":
         limit = torch.tensor([1.0, 99.0], device=device)
         return [make(2, 16, 16)], [make(2, 16, 16)], [limit]
@@ -377,5 +420,6 @@ def body(device, op):
 for _name in (
     *(f"masked_{r}_{k}_" for r in ("adamw", "sgd") for k in ("block", "flat", "bool")),
     "masked_grad_bool_", "masked_grad_block_", "grad_norm", "prox_blocks_", "block_scores_",
+    "block_gain_",
 ):  # fmt: skip
     case(body, _name)

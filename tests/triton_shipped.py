@@ -14,6 +14,7 @@ and block edge in the types that most use.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 import time
@@ -115,6 +116,17 @@ def _score_calls():
             yield core and dtype != F16, f"scores, sketch, blocks of {block} {dtype}", call
 
 
+def _gain_calls():
+    from nibblock.triton_kernels.block_gain import block_gain
+
+    for dtype in (BF16, F16, F32):
+        x = torch.empty(256, K, dtype=dtype)
+        for block in (16, 32, 64, 128):
+            sums = torch.empty(N // block, K // block)
+            call = partial(block_gain, sums, sums.clone(), x, x, block)
+            yield block in (32, 128), f"gain, blocks of {block} {dtype}", call
+
+
 def _masked_calls():
     from nibblock.triton_kernels import masked_update as k
 
@@ -161,7 +173,8 @@ def launches(capability: int) -> list[tuple[bool, str, tuple]]:
     from nibblock.triton_kernels import _ahead
 
     seen = {}
-    for core, label, call in (*_int4_calls(), *_block_calls(), *_score_calls(), *_masked_calls()):
+    calls = (_int4_calls(), _block_calls(), _score_calls(), _gain_calls(), _masked_calls())
+    for core, label, call in itertools.chain(*calls):
         for launch in _ahead.record(call, capability):
             source, options, _ = _ahead.source(launch)
             key = (source.hash(), json.dumps(options, sort_keys=True))

@@ -96,6 +96,16 @@ def scores(row: int, col: int, wide: bool) -> Config:
     return dict(BI=128, BJ=128, BM=64, num_warps=8, num_stages=4)
 
 
+def gain(block: int, wide: bool) -> Config:
+    """Of block_gain; wide: float32 operands."""
+    if wide:
+        if block == 128:  # its signs take 64 KiB, and three tf32 products all registers
+            return dict(BM=16, num_warps=8, num_stages=1)
+        return dict(BM=32, num_warps={16: 1, 32: 4, 64: 8}[block], num_stages=2)
+    warps = {16: 1, 32: 2, 64: 4, 128: 8}[block]
+    return dict(BM=64 if block < 128 else 32, num_warps=warps, num_stages=3)
+
+
 def updates() -> Config:
     """Of a masked optimiser step."""
     return dict(num_warps=4)

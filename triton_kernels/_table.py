@@ -72,6 +72,7 @@ TABLE: dict[str, list[Row]] = {
     "int4_block_sparse_linear": _int4("int4_block_sparse_linear", False),
     "int4_block_sparse_linear_dx": _int4("int4_block_sparse_linear_dx", False),
     "block_scores": _one("block_scores", "tile"),
+    "block_gain": _one("block_gain", "tile"),
     **{
         op: _one(op, "list")
         for op in (

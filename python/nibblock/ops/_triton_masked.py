@@ -1,4 +1,4 @@
-"""CUDA bodies of the masked updates and of block_scores; see `_triton`.
+"""CUDA bodies of the masked updates, block_scores and block_gain; see `_triton`.
 
 Checks that would have to read a device's memory (order of indices, ages) are left out: a step never
 waits for the host.
@@ -11,7 +11,7 @@ from typing import Any, Callable
 import torch
 
 from nibblock.ops import _masked_checks, _masked_register, _triton
-from nibblock.ops import block_scores as _scores_module  # noqa: F401  (registers the schema's fake)
+from nibblock.ops.block_gain import _check as _check_gain
 from nibblock.ops.block_scores import _check as _check_scores
 
 _STEM = "masked_update"
@@ -101,6 +101,12 @@ def block_scores_(scores, movement, grad, x, weight, block, sketch, seed):
     kernels.block_scores(scores, movement, grad, x, weight, block, sketch, seed)
 
 
+def block_gain_(gain, squares, grad, x, block):
+    op = "block_gain_"
+    _check_gain(gain, squares, grad, x, block)
+    _triton.kernels(op, "block_gain", x).block_gain(gain, squares, grad, x, block)
+
+
 BODIES: dict[str, Callable] = {
     **{f"masked_adamw_{kind}_": _adamw(kind) for kind in ("block", "flat", "bool")},
     **{f"masked_sgd_{kind}_": _sgd(kind) for kind in ("block", "flat", "bool")},
@@ -109,6 +115,7 @@ BODIES: dict[str, Callable] = {
     "grad_norm": grad_norm,
     "prox_blocks_": prox_blocks_,
     "block_scores_": block_scores_,
+    "block_gain_": block_gain_,
 }
 
 _bodies = torch.library.Library("nibblock", "IMPL", "CUDA")

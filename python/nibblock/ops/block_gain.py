@@ -60,15 +60,15 @@ def block_gain_(
         block: B, one of 16, 32, 64, 128.
     Raises:
         TypeError: a dtype that is not listed. ValueError: a shape, block edge or device that does
-        not fit. Nothing is changed then. NotImplementedError: tensors on a GPU; this op has a CPU
-        kernel alone.
+        not fit. Nothing is changed then.
     Gradients: none; grad and x are read as data.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
     Numerics: float32 products and sums over at most 128 tokens, float64 across them; the scalar
         level sums in float64. A gradient within rounding of 0 may get either sign.
     Memory: 16 bytes a block and 450 KiB a thread.
-    Source: kernels in csrc/block_scores/cpu_gain.h; the quotient is the Newton decrement along D
-        with the empirical Fisher information as curvature, cross-validated between halves.
+    Source: kernels in csrc/block_scores/cpu_gain.h and triton_kernels/block_gain.py; the quotient
+        is the Newton decrement along D with the empirical Fisher information as curvature,
+        cross-validated between halves.
     Example:
         >>> gain, squares = torch.zeros(1, 2), torch.zeros(1, 2)
         >>> nibblock.ops.block_gain_(gain, squares, torch.ones(8, 32), torch.ones(8, 64))

@@ -11,7 +11,6 @@ from torch import nn
 
 from nibblock import ops as _ops
 from nibblock._config import Where
-from nibblock._errors import BackendUnavailable
 from nibblock._progress import Progress, ProgressOption
 from nibblock.nn import AdapterLinear, Int4Linear
 from nibblock.ops import _block_checks
@@ -96,14 +95,15 @@ def select_blocks(
         seed: of the sketch, of random scores, and of torch's generator while loss_fn runs.
         progress: None for a bar on a terminal and one line elsewhere, False for silence, or a
             callable (batches done, batches).
-        cost: the machine's constants for `budget` and `Selection.predicted_time`; None measures.
+        cost: the machine's constants for `budget` and `Selection.predicted_time`; None measures, on
+            the CPU. Of a model on a GPU there is no predicted time without it.
     Returns:
         A `Selection`.
     Raises:
         TypeError: model is not a module. ValueError: an argument out of range, no target, no batch,
         a loss that is no finite scalar or does not reach any target, an input that is changed in
-        place, scores that are not finite, a budget that no choice meets. BackendUnavailable: the
-        model is not on the CPU.
+        place, scores that are not finite, a budget that no choice meets, or one without `cost` for
+        a model on a GPU.
     Determinism: without a budget, the same arguments give the same blocks at one ISA level, at any
         number of threads, as far as torch's own products do; times are measured.
     Memory: 4 bytes a block and shard for each statistic (a gain has two and no shards), 1 / B^2 of
@@ -137,6 +137,12 @@ def select_blocks(
             raise ValueError(f"{op}: batches must hold at least one for {method}, got none")
         if not callable(loss_fn):
             raise TypeError(f"{op}: loss_fn must be callable, got {type(loss_fn).__name__}")
+    away = next((p.device.type for p in model.parameters() if p.device.type != "cpu"), "")
+    if budget is not None and cost is None and away:
+        raise ValueError(
+            f"{op}: cost must be given for a budget of a model on {away}, got None; "
+            f"nibblock.sparse.CostModel(flops, bandwidth) holds that device's constants"
+        )
     start = time.perf_counter()
     run = _Run(op, model, sites, block, method, mode, samples, seed)
     if run.gain:
@@ -195,9 +201,9 @@ class _Run:
         self._sums: dict[str, torch.Tensor] = {}
         self._calls = 0
 
-    def _zeros(self, site: Site) -> torch.Tensor:
+    def _zeros(self, site: Site, device: Optional[torch.device] = None) -> torch.Tensor:
         size = site.grid(self.block)
-        out = torch.zeros((2, *size) if self.gain else size, dtype=torch.float32)
+        out = torch.zeros((2, *size) if self.gain else size, dtype=torch.float32, device=device)
         self.bytes += out.nbytes
         return out
 
@@ -213,7 +219,7 @@ class _Run:
                 if site.name not in shard:
                     shard[site.name] = self._zeros(site)
         means = [
-            {name: s.double() / count for name, s in shard.items()}
+            {name: s.to("cpu", torch.float64) / count for name, s in shard.items()}
             for shard, count in zip(sums, counts)
         ]
         for site in targets:
@@ -232,7 +238,7 @@ class _Run:
             both = sums[site.name] if site.name in sums else self._zeros(site)
             if not torch.isfinite(both).all():
                 raise ValueError(f"{self.op}: scores must be finite, got NaN or Inf in {site.name}")
-            out[site.name] = _gain.best_gain(*both.double())
+            out[site.name] = _gain.best_gain(*both.to("cpu", torch.float64))
         if not any(score.any() for score in out.values()):
             raise ValueError(
                 f"{self.op}: batches must give every linear two rows or more for the mode gain, "
@@ -253,7 +259,8 @@ class _Run:
                     begun = time.perf_counter()
                     loss = self._loss(loss_fn, batch, i)
                     took = (time.perf_counter() - begun, taps.linear_seconds)
-                    self.forward = min(took, self.forward) if i else took
+                    if loss.device.type == "cpu":  # elsewhere the clock saw launches alone
+                        self.forward = min(took, self.forward) if i else took
                     self._backward(loss, taps, targets)
                     taps.finish()
                     bar.step()
@@ -282,13 +289,9 @@ class _Run:
             )
 
     def _receive(self, site: Site, grad: torch.Tensor, x: torch.Tensor) -> None:
-        if grad.device.type != "cpu":
-            raise BackendUnavailable(
-                f"{self.op}: scoring needs the model on cpu, got {site.name} on {grad.device}"
-            )
         sums = self._sums.get(site.name)
         if sums is None:
-            sums = self._sums[site.name] = self._zeros(site)
+            sums = self._sums[site.name] = self._zeros(site, grad.device)
         if self.gain:
             _ops.block_gain_(sums[0], sums[1], grad, x, block=self.block)
         elif self.method == "movement":

@@ -232,6 +232,10 @@ class Taps:
             self._parts.setdefault(index, []).append((grad, x))
 
 
+def _of_gpu(index: int) -> torch.Generator:
+    return torch.cuda.default_generators[index]
+
+
 @contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Runs a model without leaving a trace: nothing asks for gradients, dropout and running
@@ -239,9 +243,11 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     whatever happens."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
+    gpus = sorted({p.device.index for p, _ in flags if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.default_generator.manual_seed(seed)
+        with torch.random.fork_rng(devices=gpus), torch.enable_grad():
+            for generator in (torch.default_generator, *map(_of_gpu, gpus)):
+                generator.manual_seed(seed)
             for parameter, asks in flags:
                 if asks:
                     parameter.requires_grad_(False)
