@@ -15,7 +15,9 @@
 //           kCols panels at a time, because one stream does not fill this kind of CPU's memory
 //           pipes.
 //   panel   more rows: the codes of one flush block x kCols vectors are unpacked once into L1 (128
-//           k x 64 n x 2 B = 16 KiB) and reused by all row tiles of a chunk of rows.
+//           k x 64 n x 2 B = 16 KiB) and reused by all row tiles of a chunk of rows. The next
+//           block's codes are fetched by the tiles, a line at a time: unpacking takes one cycle in
+//           ten at 16 rows, and what it fetched in a burst would fill the line buffers.
 //
 // Budget on AVX-512-VNNI, int16: VPDPWSSD does 32 multiply-adds and issues twice a cycle: 64 a
 // cycle and core, against 16 for VDPBF16PS and 32 for fp32 FMA. A 6 x 4 tile loads 6 broadcasts and
@@ -81,6 +83,10 @@ struct TileArgs {
   const float* scale;   // [C * kLanes] of this block's group
   const float* offset;  // the same, or null
   float* acc;           // [R][C * kLanes] float sums
+  // Panel: what to fetch meanwhile, a cache line of each stream for every 8 k.
+  const uint8_t* ahead[4];
+  int streams;
+  int64_t ahead_step;  // bytes
 };
 
 template <class O, bool AFFINE, int R, int C>
@@ -113,18 +119,21 @@ static void tile(const TileArgs& a) {
   const uint8_t* x = a.x;
   if (PANEL) {
     const uint8_t* w = a.w[0];
-    for (int64_t step = 0; step < a.lines * kSteps; ++step) {
-      typename O::I wv[C];
-      NB_UNROLL
-      for (int c = 0; c < C; ++c) wv[c] = O::load(w + c * O::kBytes);
-      NB_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const typename O::I xv = O::broadcast(x + r * a.x_stride);
+    for (int64_t line = 0; line < a.lines; ++line) {
+      for (int i = 0; i < a.streams; ++i) O::prefetch(a.ahead[i] + line * a.ahead_step);
+      for (int step = 0; step < kSteps; ++step) {
+        typename O::I wv[C];
         NB_UNROLL
-        for (int c = 0; c < C; ++c) sum[r][c] = O::template dot<ACT>(sum[r][c], wv[c], xv);
+        for (int c = 0; c < C; ++c) wv[c] = O::load(w + c * O::kBytes);
+        NB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename O::I xv = O::broadcast(x + r * a.x_stride);
+          NB_UNROLL
+          for (int c = 0; c < C; ++c) sum[r][c] = O::template dot<ACT>(sum[r][c], wv[c], xv);
+        }
+        w += C * O::kBytes;
+        x += 4;
       }
-      w += C * O::kBytes;
-      x += 4;
     }
   } else {
     for (int64_t line = 0; line < a.lines; ++line) {
@@ -220,6 +229,7 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   constexpr int kPerPanel = 16 / O::kLanes;
   constexpr int kSteps = ACT == 16 ? 4 : 2;
   constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
+  constexpr int64_t kPanels = C < kPerPanel ? 1 : C / kPerPanel;
   const int64_t tiles = ceil_div(a.rows, O::kRows);
   const bool unpacked = tiles > 1;
   const int64_t n0 = v0 * O::kLanes;
@@ -231,6 +241,8 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   t.x_stride = a.stride;
   t.scale = scale;
   t.offset = p.w.affine ? offset : nullptr;
+  t.ahead_step = kLineBytes;
+  const int64_t scale_bytes = kPanelRows * dtype_size(p.w.scale_type);
   constexpr int64_t acc_stride = C * O::kLanes;
   memset(acc, 0, static_cast<size_t>(a.rows * acc_stride) * 4);
   const uint8_t* codes[C];
@@ -256,7 +268,6 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
         NB_UNROLL
         for (int c = 0; c < C; ++c) {
           typename O::I w[kSteps];
-          O::prefetch(t.w[c] + line * kLineBytes + O::kPrefetch);
           unpack8<O, BITS, ACT>(t.w[c] + line * kLineBytes, w);
           NB_UNROLL
           for (int s = 0; s < kSteps; ++s) O::store(out + (s * C + c) * O::kBytes, w[s]);
@@ -264,8 +275,21 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
         out += kSteps * C * O::kBytes;
       }
       t.w[0] = panel;
+      for (int64_t s = 0; s < kPanels; ++s) {
+        const uint8_t* at = codes[0] + s * g.panel_stride + (k1 / g.group) * scale_bytes;
+        O::prefetch(at + g.scales_at);
+        if (p.w.affine) O::prefetch(at + g.offsets_at);
+      }
     }
+    // The next block of these panels, or the first of the next ones. Behind the last ones this
+    // names memory that is never read: a prefetch does not fault.
+    const int64_t next = k1 < a.k_pad ? k1 / 8 * kLineBytes : kPanels * g.panel_stride;
     for (int64_t i = 0; i < tiles; ++i) {
+      t.streams = 0;
+      for (int64_t s = i; unpacked && s < kPanels * kLineBytes / 64 && t.streams < 4; s += tiles) {
+        t.ahead[t.streams++] =
+            codes[0] + s * 64 / kLineBytes * g.panel_stride + next + s * 64 % kLineBytes;
+      }
       // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
       const int64_t r0 = a.rows * i / tiles, r1 = a.rows * (i + 1) / tiles;
       t.x = a.q + b * a.block_stride + r0 * a.stride;
