@@ -128,7 +128,7 @@ def test_no_column_crowds_out_the_others():
     # Never fewer blocks than asked for, however tight the caps are.
     every = select(model, batches, mode="exact", block=32, density=1.0, spread=1.0)["0"]
     assert len(every) == 64
-    with pytest.raises(ValueError, match="spread must be at least 1, or None, got 0.5"):
+    with pytest.raises(ValueError, match='spread must be at least 1, None or "auto", got 0.5'):
         select(model, batches, spread=0.5)
 
 
@@ -140,6 +140,20 @@ def test_spread_takes_in_order_and_fills_up():
     assert [sum(p < 16 for p in picked), sum(p >= 16 for p in picked)] == [8, 8]
     assert picked[:4] == [0, 1, 4, 5]  # half of a row, then the next row
     assert Spread([(4, 4)], 1.0).pick(torch.arange(0), 4).tolist() == []
+
+
+def test_gains_beyond_comparison_are_taken_whatever_the_caps():
+    gains = torch.ones(16)
+    gains[:3] = torch.tensor([900.0, 800.0, 700.0])  # of one row
+    order = torch.sort(gains, descending=True, stable=True).indices
+    assert Spread([(4, 4)], 1.0).pick(order, 4).tolist()[:2] == [0, 5]
+    assert Spread([(4, 4)], 1.0, gains).pick(order, 4).tolist() == [0, 1, 2, 7]
+    gains[8:] = 60.0  # more than twice the count comes near them: caps hold
+    order = torch.sort(gains, descending=True, stable=True).indices
+    assert Spread([(4, 4)], 1.0, gains).pick(order, 4).tolist()[:2] == [0, 9]
+    assert len(Spread([(4, 4)], 1.0, gains).pick(order, 16)) == 16
+    agreed = gains > 100.0
+    assert Spread([(4, 4)], 1.0, gains, agreed).pick(order, 4).tolist()[:3] == [0, 1, 2]
 
 
 def test_magnitude_and_random_need_no_batches():

@@ -63,6 +63,28 @@ def test_gain_prefers_what_tokens_agree_on():
     assert select(model, [(x, y)], mode="exact", **pick)["0"].tolist()[0][1] == 0
 
 
+def test_blocks_that_tokens_agree_on_need_no_spread():
+    """All that a teacher changed lies in one block row: caps would trade it for noise. Of a model
+    whose tokens disagree, caps hold."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(128, 128, bias=False))
+    model = nn.Sequential(nn.Linear(128, 128, bias=False))
+    model.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        teacher[0].weight[16:32] += 0.02 * torch.randn(16, 128)
+    x = torch.randn(8, 64, 128)
+    pick = dict(density=0.125, loss_fn=lambda m, b: F.mse_loss(m(b), teacher(b).detach()))
+    row = [[1, j] for j in range(8)]
+    assert select(model, list(x), mode="gain", **pick)["0"].tolist() == row
+    noise = torch.randn(8, 64, 128)
+    targets = [teacher(b).detach() + 4 * n for b, n in zip(x, noise)]
+    pick["loss_fn"] = lambda m, b: F.mse_loss(m(b[0]), b[1])
+    noisy = select(model, list(zip(x, targets)), mode="gain", **pick)["0"]
+    assert max(torch.bincount(noisy[:, 0].long()).tolist()) == 1
+    free = select(model, list(zip(x, targets)), mode="gain", spread=None, **pick)["0"]
+    assert max(torch.bincount(free[:, 0].long()).tolist()) > 1
+
+
 def test_gain_needs_two_rows():
     model = nn.Sequential(nn.Linear(32, 32))
     one = [(torch.randn(1, 32), torch.randn(1, 32))] * 3

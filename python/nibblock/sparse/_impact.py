@@ -40,7 +40,7 @@ def select_blocks(
     shards: int = 2,
     robust: float = 1.0,
     normalize: str = "none",
-    spread: Optional[float] = None,
+    spread: Union[float, str, None] = "auto",
     budget: Optional[float] = None,
     seed: int = 0,
     progress: ProgressOption = None,
@@ -67,7 +67,7 @@ def select_blocks(
     layer, and each block's gradient and update.
 
     Args:
-        model: any module tree, on the CPU: `nn.Linear`s, `Int4Linear`s, `AdapterLinear`s or
+        model: any module tree: `nn.Linear`s, `Int4Linear`s, `AdapterLinear`s or
             `MaskedLinear`s, frozen or not. It runs as it is, in evaluation mode; parameters,
             gradients, modes, hooks and torch's random state are as before afterwards.
         batches: what `loss_fn` takes, one after the other; 8 to 32 small ones are plenty. None for
@@ -88,9 +88,11 @@ def select_blocks(
         robust: how many of the shards' standard deviations to subtract; 0 for the mean.
         normalize: "none", or "layer" to divide a layer's scores by the root of their mean.
         spread: of impact: a layer, and each block row and block column of a layer, gets at most so
-            many times its even share (rounded up) before any other gets more. None for the best
-            scores wherever they are: norms crowd into the columns of a few input features with
-            large activations. `python -m nibblock finetune` takes 1.
+            many times its even share (rounded up) before any other gets more, but for blocks
+            that nearly all tokens ask for, or whose gain is beyond comparison with the rest's. None
+            for the best scores wherever they are: they crowd into the columns of a few input
+            features with large activations, where each adds little to the others. "auto": 1 for a
+            gain, None for norms.
         budget: a training step's time as a share of full fine-tuning's, or None.
         seed: of the sketch, of random scores, and of torch's generator while loss_fn runs.
         progress: None for a bar on a terminal and one line elsewhere, False for silence, or a
@@ -124,8 +126,10 @@ def select_blocks(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
     _check_options(op, density, block, method, mode, samples, shards, robust, normalize, budget)
-    if spread is not None and not spread >= 1:
-        raise ValueError(f"{op}: spread must be at least 1, or None, got {spread}")
+    if spread == "auto":
+        spread = 1.0 if mode == "gain" else None
+    if spread is not None and (isinstance(spread, str) or not spread >= 1):
+        raise ValueError(f'{op}: spread must be at least 1, None or "auto", got {spread!r}')
     sites = find_sites(op, model, where, skip)
     targets = [site for site in sites if not site.reason]
     if not targets:
@@ -198,7 +202,9 @@ class _Run:
         self.gain = method == "impact" and mode == "gain"
         self.bytes = 0
         self.forward = (0.0, 0.0)  # seconds of the fastest, and its linears' share of them
+        self.agreed: dict[str, torch.Tensor] = {}  # by the gain
         self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
         self._calls = 0
 
     def _zeros(self, site: Site, device: Optional[torch.device] = None) -> torch.Tensor:
@@ -239,6 +245,7 @@ class _Run:
             if not torch.isfinite(both).all():
                 raise ValueError(f"{self.op}: scores must be finite, got NaN or Inf in {site.name}")
             out[site.name] = _gain.best_gain(*both.to("cpu", torch.float64))
+            self.agreed[site.name] = _gain.agreed(out[site.name], self._tokens.get(site.name, 0))
         if not any(score.any() for score in out.values()):
             raise ValueError(
                 f"{self.op}: batches must give every linear two rows or more for the mode gain, "
@@ -294,6 +301,8 @@ class _Run:
             sums = self._sums[site.name] = self._zeros(site, grad.device)
         if self.gain:
             _ops.block_gain_(sums[0], sums[1], grad, x, block=self.block)
+            rows = grad.numel() // max(1, grad.shape[-1])
+            self._tokens[site.name] = self._tokens.get(site.name, 0) + rows
         elif self.method == "movement":
             # The op adds both statistics; the norms are not used here.
             _ops.block_scores_(
@@ -413,7 +422,10 @@ def _choose_blocks(op, model, sites, scores, block, method, density, budget, cos
         step = _cost.StepCost(machine, layers, _parameters(model, sites), block)
     pick = None
     if spread is not None:
-        pick = Spread([s.grid(block) for s in targets], spread).pick
+        known = ()
+        if run.gain:
+            known = (flat, torch.cat([run.agreed[s.name].flatten() for s in targets]))
+        pick = Spread([s.grid(block) for s in targets], spread, *known).pick
     if budget is None:
         chosen = _best(flat, count, pick)
     else:
