@@ -34,8 +34,7 @@ class Bed:
 
     Attributes:
         name; settings: of every run on it, but for method, learning rate and seed. rates: learning
-            rates tried, for many weights (full fine-tuning, a tenth of the model) and for few,
-            equally many. cuts: the lowest trained layer of methods with a cut, by the share that
+            rates tried, for full fine-tuning and for all others, equally many. cuts: the lowest trained layer of methods with a cut, by the share that
             is trained. figure: what a target is of; "loss" or "accuracy". title: the table's
             heading. seeds: the first is the sweeps'.
     """
@@ -63,7 +62,7 @@ SMOLLM2 = Bed(
         warmup=4,
     ),
     ((3e-5, 1e-4, 3e-4, 6e-4, 1e-3), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)),
-    {"top third": "model.layers.20", "top half": "model.layers.15"},
+    {"top third": "model.layers.20"},
     "loss",
     "SmolLM2-135M, next token, one pass over 16 k tokens of the standard library's help topics",
     (0, 1, 2, 3, 4),
@@ -83,7 +82,7 @@ MINILM = Bed(
         warmup=10,
     ),
     ((5e-5, 1e-4, 2e-4, 5e-4, 1e-3), (3e-4, 1e-3, 2e-3, 5e-3, 1e-2)),
-    {"top third": "bert.encoder.layer.4", "top half": "bert.encoder.layer.3"},
+    {"top third": "bert.encoder.layer.4"},
     "accuracy",
     f"MiniLM-L6, which of {CLASSES} parts of the standard library a docstring is from",
     (0, 1, 2, 3, 4),

@@ -13,7 +13,15 @@ from nibblock.bench import finetune_beds as beds
 from nibblock.bench import finetune_cells as cells_of
 from nibblock.bench import finetune_report as report
 from nibblock.bench import finetune_suite as suite
-from nibblock.bench.finetune_cells import OURS_FEW, OURS_MANY, VARIANTS, Cell, Cells, due
+from nibblock.bench.finetune_cells import (
+    OURS_FEW,
+    OURS_MANY,
+    OURS_THIRD,
+    VARIANTS,
+    Cell,
+    Cells,
+    due,
+)
 
 pytest.importorskip("transformers", reason="the transformers package is not installed")
 
@@ -43,12 +51,13 @@ def result(bed: str, lr: float, losses: list[float], seconds: float, **more) -> 
 
 
 def fill(path, bed: str = "smollm2") -> Cells:
-    """Sweeps of four variants, and the other seeds of all but random blocks."""
+    """Sweeps of five variants, and the other seeds of all but random blocks."""
     found = Cells(path)
     curves = {
         "full": ([4.0, 3.0, 2.0, 1.9], 100.0),
         OURS_MANY: ([4.0, 2.5, 1.91, 1.8], 30.0),
         OURS_FEW: ([4.0, 2.5, 2.3, 2.2], 20.0),
+        OURS_THIRD: ([4.0, 2.6, 2.4, 2.3], 15.0),
         "random blocks": ([4.0, 3.5, 3.0, 2.9], 30.0),
     }
     for variant, (losses, seconds) in curves.items():
@@ -117,8 +126,8 @@ def test_minutes_stop_the_run(tmp_path, monkeypatch, capsys):
 def test_best_rate_waits_for_the_whole_sweep(tmp_path):
     found = fill(tmp_path / "cells.jsonl")
     assert found.best_rate("smollm2", OURS_MANY) == cells_of.rates("smollm2", OURS_MANY)[1]
-    same = "ours, many, top half"  # without the cache: nothing to sweep
-    assert found.best_rate("smollm2", same) == found.best_rate("smollm2", OURS_MANY)
+    same = "ours, top third"  # without the cache: nothing to sweep
+    assert found.best_rate("smollm2", same) == found.best_rate("smollm2", OURS_THIRD)
     assert [c.seed for c in _all_due(found, ["smollm2"], [same])] == [0, 1, 2]
     assert found.best_rate("smollm2", "lora") is None
     again = Cells(tmp_path / "cells.jsonl")
@@ -161,9 +170,9 @@ def test_rows_and_goals(tmp_path):
     assert "Ours better than random blocks, at equal rates" in text
     goals = {r["row"]: r for r in report.goal_rows(cells, None)}
     assert goals["our blocks better than random blocks, smollm2"]["measured"] == 1.0
-    timed = "time to full's quality, 20 % by impact, "
-    assert goals[timed + "cache"]["measured"] == pytest.approx(61 / 301)
-    assert goals[timed + "no cache"]["verdict"] == "not measured"
+    timed = "time to full's quality, "
+    assert goals[timed + "8 % by impact, all layers"]["measured"] == pytest.approx(61 / 301)
+    assert goals[timed + "2 % even, cache"]["verdict"] == "not measured"
     assert goals["training state vs full, 2 %"]["measured"] == 1.0
     assert goals["training state vs full, 2 %"]["verdict"] == "missed"
     assert goals["planted blocks found"]["verdict"] == "not measured"
@@ -172,8 +181,9 @@ def test_rows_and_goals(tmp_path):
         if row["cell"]["seed"] == 2:
             row["result"]["evaluations"] = row["result"]["evaluations"][:2]
     goals = {r["row"]: r for r in report.goal_rows(cells, None)}
-    assert goals[timed + "cache"]["verdict"] == "missed"
-    assert "4 of 5 seeds" in goals[timed + "cache"]["detail"]
+    short = goals[timed + "8 % by impact, all layers"]
+    assert short["verdict"] == "missed"
+    assert "4 of 5 seeds" in short["detail"]
     report.chart(cells, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
