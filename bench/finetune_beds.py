@@ -34,9 +34,10 @@ class Bed:
 
     Attributes:
         name; settings: of every run on it, but for method, learning rate and seed. rates: learning
-            rates tried, for full fine-tuning and for all others, equally many. cuts: the lowest trained layer of methods with a cut, by the share that
-            is trained. figure: what a target is of; "loss" or "accuracy". title: the table's
-            heading. seeds: the first is the sweeps'.
+            rates tried, for full fine-tuning and for all others, equally many. cuts: the lowest
+            trained layer of methods with a cut, by the share that is trained. figure: what a target
+            is of; "loss" or "accuracy". title: the table's heading. seeds: the first is the
+            sweeps'.
     """
 
     name: str
