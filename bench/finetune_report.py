@@ -38,8 +38,9 @@ def target_of(bed: Bed, full: dict[str, Any]) -> float:
 def bed_rows(cells: Cells, bed: Bed) -> list[dict[str, Any]]:
     """One row for each variant that has run: figures of its best learning rate, over seeds.
 
-    Ratios are to full fine-tuning of the same seed, medians over the seeds that both have. A time
-    ratio is None where any seed did not reach the target, and `reached` counts those that did.
+    Ratios are to full fine-tuning of the same seed, medians over the seeds that both have, and so
+    is the mean of what the best figure is over full's. A time ratio is None where any seed did not
+    reach the target, and `reached` counts those that did.
     """
     full = _by_seed(cells, bed, "full")
     rows = []
@@ -65,6 +66,8 @@ def bed_rows(cells: Cells, bed: Bed) -> list[dict[str, Any]]:
                 "best": statistics.mean(values),
                 "spread": statistics.stdev(values) if len(values) > 1 else None,
                 "best_seeds": values,
+                "paired": len(pairs),
+                "over_full": _mean(best_value(bed, a) - best_value(bed, f) for a, f in pairs),
                 "reached": len(reached),
                 "time": _median(a / b for a, b in reached) if len(reached) == len(times) else None,
                 "cost": _cost(reached, pairs) if len(reached) == len(times) else None,
@@ -107,6 +110,11 @@ def _cost(reached, pairs) -> Optional[float]:
         a / b * mine["peak_bytes"] / full["peak_bytes"]
         for (a, b), (mine, full) in zip(reached, pairs)
     )
+
+
+def _mean(values) -> Optional[float]:
+    values = list(values)
+    return statistics.mean(values) if values else None
 
 
 def _median(values) -> Optional[float]:
@@ -175,7 +183,7 @@ def goal_rows(cells: Cells, steps: Optional[dict[str, Any]]) -> list[dict[str, A
         """A seed that did not get there is a miss, whatever the others took."""
         row = goal_row(text, floor, 0.30, of(variant, "time"), lower=True)
         short = [
-            f"{bed}: reached in {r['reached']} of {r['seeds']} seeds"
+            f"{bed}: reached in {r['reached']} of {r['paired']} seeds"
             for bed, by_name in rows.items()
             for r in [by_name.get(variant, {})]
             if r.get("seeds") and r["time"] is None
@@ -249,16 +257,17 @@ def _bed_table(bed: Bed, rows: list[dict[str, Any]]) -> str:
     lines = []
     for r in rows:
         if "error" in r:
-            lines.append((r["variant"], f"failed: {r['error'][:60]}", *[""] * 10))
+            lines.append((r["variant"], f"failed: {r['error'][:60]}", *[""] * 11))
             continue
         time = cell(r["time"], table.times)
         if r["time"] is None:
-            time = f"reached {r['reached']}/{r['seeds']}"
+            time = f"reached {r['reached']}/{r['paired']}"
         spread = "" if r["spread"] is None else f" +-{r['spread']:.3f}"
         lines.append(
             (
                 r["variant"],
                 f"{r['best']:.4f}{spread}",
+                cell(r["over_full"], lambda v: f"{v:+.4f}"),
                 f"{r['lr']:g}",
                 r["seeds"],
                 time,
@@ -272,8 +281,8 @@ def _bed_table(bed: Bed, rows: list[dict[str, Any]]) -> str:
             )
         )
     header = (
-        "variant", f"best {bed.figure}", "lr", "seeds", "time to target", "cost", "step", "state",
-        "peak", "file", "trained", "selecting",
+        "variant", f"best {bed.figure}", "over full", "lr", "seeds", "time to target", "cost",
+        "step", "state", "peak", "file", "trained", "selecting",
     )  # fmt: skip
     return table.render(header, lines)
 

@@ -259,10 +259,10 @@ def _bed_table(figure: str, lines: list[dict[str, Any]]) -> str:
     rows = []
     for line in lines:
         if "error" in line:
-            rows.append((line["variant"], f"failed: {line['error']}", *[""] * 6))
+            rows.append((line["variant"], f"failed: {line['error']}", *[""] * 7))
             continue
         spread = "" if line["spread"] is None else f" ± {line['spread']:.3f}"
-        time = f"reached by {line['reached']} of {line['seeds']}"
+        time = f"reached by {line['reached']} of {line['paired']}"
         if line["time"] is not None:
             time = f"{line['time']:.2f}x"
         rows.append(
@@ -270,6 +270,7 @@ def _bed_table(figure: str, lines: list[dict[str, Any]]) -> str:
                 line["variant"],
                 f"{line['best']:.3f}{spread}",
                 line["seeds"],
+                "" if line["over_full"] is None else f"{line['over_full']:+.3f}",
                 time,
                 f"{line['step']:.2f}x",
                 f"{line['state']:.3f}x",
@@ -278,8 +279,8 @@ def _bed_table(figure: str, lines: list[dict[str, Any]]) -> str:
             )
         )
     header = (
-        *("", f"best held-out {figure}", "seeds", "time to full's quality", "step", "state"),
-        *("file over model", "trained"),
+        *("", f"best held-out {figure}", "seeds", "over full, same seeds"),
+        *("time to full's quality", "step", "state", "file over model", "trained"),
     )
     return markdown(header, rows)
 
