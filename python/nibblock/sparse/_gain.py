@@ -23,9 +23,9 @@ def agreed(score: torch.Tensor, tokens: int) -> torch.Tensor:
     """Which blocks nearly every token asks for, bool as score.
 
     A score is a squared t statistic, and at most the number of tokens, where z is the same for all:
-    its share of that is how far they agree. On language models and encoders it is an eighth at
-    most; from a quarter on a block is taken to be wanted for itself. 32 says that it is no accident
-    among some million blocks.
+    its share of that is how far they agree. On SmolLM2 and MiniLM it was an eighth at most; from a
+    quarter on a block is taken to be wanted for itself. 32 says that it is no accident among some
+    million blocks.
     """
     return (score >= AGREED * tokens) & (score >= CERTAIN)
 
