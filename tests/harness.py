@@ -39,16 +39,18 @@ def run(which, kernel_id, x, weight, packed, bias=None, compute="bf16", x_dtype=
     )
 
 
+def row_param(row: dict, *before: str):
+    """A row of a table as a pytest parameter (..., kernel id); one this CPU cannot run is skipped,
+    saying why."""
+    marks = []
+    if not row["available"]:
+        marks = [pytest.mark.skip(reason=f"{row['id']}: {row['reason']}")]
+    return pytest.param(*before, row["id"], marks=marks, id=row["id"])
+
+
 def row_params(*tables: str) -> list:
-    """pytest parameters (table, kernel id); rows this CPU cannot run are skipped, saying why."""
-    params = []
-    for which in tables or TABLES:
-        for row in rows(which):
-            marks = []
-            if not row["available"]:
-                marks = [pytest.mark.skip(reason=f"{row['id']}: {row['reason']}")]
-            params.append(pytest.param(which, row["id"], marks=marks, id=row["id"]))
-    return params
+    """pytest parameters (table, kernel id)."""
+    return [row_param(row, which) for which in tables or TABLES for row in rows(which)]
 
 
 def level_params() -> list:

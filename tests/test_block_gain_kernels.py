@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from harness import X_DTYPES, load, native, store
+from harness import X_DTYPES, load, native, row_param, store
 from reference_scores import check_scores, gain_sums
 from test_block_scores_kernels import BLOCKS, SIZES, grid, rows_of
-from test_guard_pages import Guarded, guarded_rows
+from test_guard_pages import Guarded, guarded_rows, walk_in_child
 
 ROWS = (1, 2, 3, 17, 33, 256, 257, 300)
 
 
-def params():
-    """pytest parameters; rows this CPU cannot run are skipped, saying why."""
-    out = []
-    for row in native.block_gain_kernels():
-        reason = f"{row['id']}: {row['reason']}"
-        marks = [] if row["available"] else [pytest.mark.skip(reason=reason)]
-        out.append(pytest.param(row["id"], marks=marks, id=row["id"]))
-    return out
-
-
-KERNEL = pytest.mark.parametrize("kernel_id", params())
+KERNEL = pytest.mark.parametrize("kernel_id", map(row_param, native.block_gain_kernels()))
 
 
 @KERNEL
@@ -135,14 +124,7 @@ def walk(kernel_id: str) -> int:
 
 @KERNEL
 def test_row_stays_inside_its_buffers(kernel_id):
-    done = subprocess.run(
-        [sys.executable, __file__, kernel_id], capture_output=True, text=True, timeout=240
-    )
-    last = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-    if done.returncode < 0:
-        pytest.fail(f"killed by signal {-done.returncode} in: {last[0]}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) == 64
+    assert walk_in_child(__file__, kernel_id, timeout=240) >= 64
 
 
 def test_rows_are_ordered_and_forced():

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from harness import X_DTYPES, load, native, store
+from harness import X_DTYPES, load, native, row_param, store
 from reference_scores import check_scores, exact_scores, signs, sketched_scores
-from test_guard_pages import Guarded, guarded_rows
+from test_guard_pages import Guarded, guarded_rows, walk_in_child
 
 BLOCKS = (16, 32, 64, 128)
 SIZES = ((1, 1), (17, 118), (118, 17), (32, 64), (130, 300), (257, 129), (300, 520))
 ROWS = (1, 2, 5, 17, 127, 128, 129, 300)
 
 
-def params():
-    """pytest parameters; rows this CPU cannot run are skipped, saying why."""
-    out = []
-    for row in native.block_scores_kernels():
-        reason = f"{row['id']}: {row['reason']}"
-        marks = [] if row["available"] else [pytest.mark.skip(reason=reason)]
-        out.append(pytest.param(row["id"], marks=marks, id=row["id"]))
-    return out
-
-
-KERNEL = pytest.mark.parametrize("kernel_id", params())
+KERNEL = pytest.mark.parametrize("kernel_id", map(row_param, native.block_scores_kernels()))
 
 
 def rows_of(rng, m, width, dtype, gap=3):
@@ -177,14 +166,7 @@ def walk(kernel_id: str) -> int:
 
 @KERNEL
 def test_row_stays_inside_its_buffers(kernel_id):
-    done = subprocess.run(
-        [sys.executable, __file__, kernel_id], capture_output=True, text=True, timeout=240
-    )
-    last = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-    if done.returncode < 0:
-        pytest.fail(f"killed by signal {-done.returncode} in: {last[0]}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= 100
+    assert walk_in_child(__file__, kernel_id, timeout=240) >= 100
 
 
 def test_rows_are_ordered_and_forced():

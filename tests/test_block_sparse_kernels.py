@@ -7,15 +7,14 @@ between the test and the kernel.
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import reference as ref
-from harness import X_DTYPES, aligned, load, native, store
+from harness import X_DTYPES, aligned, load, native, row_param, store
 from reference_blocks import Blocks, check_product, layout, random_blocks
-from test_guard_pages import Guarded, guarded_rows
+from test_guard_pages import Guarded, guarded_rows, walk_in_child
 
 BLOCKS = (16, 32, 64, 128)
 TABLES = ("forward", "dx", "weight_grad", "fused", "fused_dx")
@@ -26,15 +25,12 @@ FORMAT = dict(group_size=32, bits=4, affine=False, scale_dtype="float32")
 
 
 def params(*tables):
-    """pytest parameters (table, kernel id); rows this CPU cannot run are skipped, saying why."""
-    out = []
-    for which in tables or TABLES:
-        for row in native.block_sparse_kernels(which):
-            marks = []
-            if not row["available"]:
-                marks = [pytest.mark.skip(reason=f"{row['id']}: {row['reason']}")]
-            out.append(pytest.param(which, row["id"], marks=marks, id=row["id"]))
-    return out
+    """pytest parameters (table, kernel id)."""
+    return [
+        row_param(row, which)
+        for which in tables or TABLES
+        for row in native.block_sparse_kernels(which)
+    ]
 
 
 def serves(which, kernel_id, m):
@@ -349,14 +345,7 @@ def walk(which: str, kernel_id: str) -> int:
 
 @pytest.mark.parametrize("which, kernel_id", params())
 def test_row_stays_inside_its_buffers(which, kernel_id):
-    done = subprocess.run(
-        [sys.executable, __file__, which, kernel_id], capture_output=True, text=True, timeout=240
-    )
-    last = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-    if done.returncode < 0:
-        pytest.fail(f"killed by signal {-done.returncode} in: {last[0]}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= 50, f"{kernel_id} served {done.stdout} calls"
+    assert walk_in_child(__file__, which, kernel_id, timeout=240) >= 50
 
 
 def test_a_layout_that_leaves_the_matrix_is_refused():

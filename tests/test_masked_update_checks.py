@@ -4,7 +4,6 @@ and buffers that end at a forbidden page.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from harness import level_params, native
 from nibblock import ops
-from test_guard_pages import Guarded
+from test_guard_pages import Guarded, walk_in_child
 
 HYPER = {
     "adamw": dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1),
@@ -379,14 +378,7 @@ def walk(level: str) -> int:
 
 @pytest.mark.parametrize("level", level_params())
 def test_steps_stay_inside_their_buffers(level):
-    done = subprocess.run(
-        [sys.executable, __file__, level], capture_output=True, text=True, timeout=120
-    )
-    last = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-    if done.returncode < 0:
-        pytest.fail(f"killed by signal {-done.returncode} in: {last[0]}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= 200
+    assert walk_in_child(__file__, level) >= 200
 
 
 if __name__ == "__main__":

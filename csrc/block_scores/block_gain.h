@@ -50,6 +50,17 @@ NB_API Status block_gain_run(const BlockGainParams& p, const char* forced_id);
 
 // --- what the kernel files share -----------------------------------------------------------------
 
+// Adds both sums of every block, [rows][cols][2], to where the caller wants them.
+static inline void add_gain_sums(const BlockGainParams& p, const double* sums) {
+  const int64_t rows = (p.n + p.block - 1) / p.block, cols = (p.k + p.block - 1) / p.block;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j, sums += 2) {
+      p.gain[i * p.gain_stride[0] + j * p.gain_stride[1]] += static_cast<float>(sums[0]);
+      p.squares[i * p.squares_stride[0] + j * p.squares_stride[1]] += static_cast<float>(sums[1]);
+    }
+  }
+}
+
 Status block_gain_scalar(const BlockGainParams& p);
 Status block_gain_avx2(const BlockGainParams& p);
 Status block_gain_avx512(const BlockGainParams& p);

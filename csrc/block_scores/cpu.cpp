@@ -1,6 +1,7 @@
 // block_scores on the CPU: the scalar kernel, which is the oracle in C++, and the table of all.
 #include <stdlib.h>
 
+#include "../common/kernel_table.h"
 #include "block_scores.h"
 
 namespace nibblock {
@@ -115,26 +116,12 @@ const BlockScoresKernel kRows[] = {
 };
 constexpr int kCount = sizeof(kRows) / sizeof(kRows[0]);
 
-bool same(const char* a, const char* b) {
-  while (*a && *a == *b) ++a, ++b;
-  return *a == *b;
-}
-
 }  // namespace
 
 BlockScoresTable block_scores_table() { return {kRows, kCount}; }
 
 Status block_scores_run(const BlockScoresParams& p, const char* forced_id) {
-  const BlockScoresKernel* row = nullptr;
-  for (int i = 0; i < kCount && !row; ++i) {
-    const bool wanted =
-        forced_id ? same(kRows[i].id, forced_id) : kRows[i].isa <= cpu_isa() && kRows[i].serves(p);
-    if (wanted) row = &kRows[i];
-  }
-  if (!row) return forced_id ? kUnknownKernel : kNoKernel;
-  if (row->isa > cpu_isa()) return kIsaUnavailable;
-  if (!row->serves(p)) return kNotServed;
-  return p.m == 0 || p.n == 0 || p.k == 0 ? kOk : row->run(p);
+  return run_row(block_scores_table(), p, forced_id, p.m == 0 || p.n == 0 || p.k == 0);
 }
 
 }  // namespace nibblock

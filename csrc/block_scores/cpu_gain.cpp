@@ -1,6 +1,7 @@
 // block_gain on the CPU: the scalar kernel, which is the oracle in C++, and the table of all.
 #include <stdlib.h>
 
+#include "../common/kernel_table.h"
 #include "block_gain.h"
 
 namespace nibblock {
@@ -64,13 +65,7 @@ Status block_gain_scalar(const BlockGainParams& p) {
     free(signs);
   };
   parallel_for(*p.parallel, cols, body);
-  for (int64_t i = 0; i < rows && !failed; ++i) {
-    for (int64_t j = 0; j < cols; ++j) {
-      const double* from = sums + (i * cols + j) * 2;
-      p.gain[i * p.gain_stride[0] + j * p.gain_stride[1]] += static_cast<float>(from[0]);
-      p.squares[i * p.squares_stride[0] + j * p.squares_stride[1]] += static_cast<float>(from[1]);
-    }
-  }
+  if (!failed) add_gain_sums(p, sums);
   free(sums);
   return failed ? kOutOfMemory : kOk;
 }
@@ -88,26 +83,12 @@ const BlockGainKernel kRows[] = {
 };
 constexpr int kCount = sizeof(kRows) / sizeof(kRows[0]);
 
-bool same(const char* a, const char* b) {
-  while (*a && *a == *b) ++a, ++b;
-  return *a == *b;
-}
-
 }  // namespace
 
 BlockGainTable block_gain_table() { return {kRows, kCount}; }
 
 Status block_gain_run(const BlockGainParams& p, const char* forced_id) {
-  const BlockGainKernel* row = nullptr;
-  for (int i = 0; i < kCount && !row; ++i) {
-    const bool wanted =
-        forced_id ? same(kRows[i].id, forced_id) : kRows[i].isa <= cpu_isa() && kRows[i].serves(p);
-    if (wanted) row = &kRows[i];
-  }
-  if (!row) return forced_id ? kUnknownKernel : kNoKernel;
-  if (row->isa > cpu_isa()) return kIsaUnavailable;
-  if (!row->serves(p)) return kNotServed;
-  return p.m == 0 || p.n == 0 || p.k == 0 ? kOk : row->run(p);
+  return run_row(block_gain_table(), p, forced_id, p.m == 0 || p.n == 0 || p.k == 0);
 }
 
 }  // namespace nibblock

@@ -226,13 +226,7 @@ static Status block_gain_of(const BlockGainParams& p) {
     free(memory);
   };
   parallel_for(parallel, s.row_parts * s.col_parts, panels);
-  for (int64_t i = 0; i < s.rows && !failed; ++i) {
-    for (int64_t j = 0; j < s.cols; ++j) {
-      const double* from = sums + (i * s.cols + j) * 2;
-      p.gain[i * p.gain_stride[0] + j * p.gain_stride[1]] += static_cast<float>(from[0]);
-      p.squares[i * p.squares_stride[0] + j * p.squares_stride[1]] += static_cast<float>(from[1]);
-    }
-  }
+  if (!failed) add_gain_sums(p, sums);
   free(sums);
   return failed ? kOutOfMemory : kOk;
 }

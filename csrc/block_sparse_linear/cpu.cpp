@@ -5,6 +5,7 @@
 // them and against NumPy. They also serve CPUs without AVX2.
 #include <stdlib.h>
 
+#include "../common/kernel_table.h"
 #include "block_sparse_linear.h"
 
 namespace nibblock {
@@ -219,37 +220,6 @@ const Int4BlockSparseKernel kFusedDx[] = {
     {"int4_block_sparse_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any_fused,
      int4_block_sparse_linear_dx_scalar},
 };
-
-bool same(const char* a, const char* b) {
-  while (*a && *a == *b) ++a, ++b;
-  return *a == *b;
-}
-
-template <class Table, class Params>
-auto select_row(const Table& t, const Params& p) -> decltype(t.rows) {
-  const Isa isa = cpu_isa();
-  for (int i = 0; i < t.count; ++i) {
-    if (t.rows[i].isa <= isa && t.rows[i].serves(p)) return &t.rows[i];
-  }
-  return nullptr;
-}
-
-template <class Table, class Params>
-Status run_row(const Table& t, const Params& p, const char* forced_id, bool empty) {
-  decltype(t.rows) row = nullptr;
-  if (forced_id) {
-    for (int i = 0; i < t.count && !row; ++i) {
-      if (same(t.rows[i].id, forced_id)) row = &t.rows[i];
-    }
-    if (!row) return kUnknownKernel;
-    if (row->isa > cpu_isa()) return kIsaUnavailable;
-    if (!row->serves(p)) return kNotServed;
-  } else {
-    row = select_row(t, p);
-    if (!row) return kNoKernel;
-  }
-  return empty ? kOk : row->run(p);
-}
 
 template <class Table, class Row, int N>
 Table table(const Row (&rows)[N]) {

@@ -6,6 +6,7 @@
 // without AVX2.
 #include <stdlib.h>
 
+#include "../common/kernel_table.h"
 #include "int4_linear.h"
 
 namespace nibblock {
@@ -165,11 +166,6 @@ const Int4LinearKernel kDx[] = {
     {"int4_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_dx_scalar},
 };
 
-bool same(const char* a, const char* b) {
-  while (*a && *a == *b) ++a, ++b;
-  return *a == *b;
-}
-
 }  // namespace
 
 Int4LinearTable int4_linear_table() {
@@ -178,28 +174,11 @@ Int4LinearTable int4_linear_table() {
 Int4LinearTable int4_linear_dx_table() { return {kDx, static_cast<int>(sizeof kDx / sizeof *kDx)}; }
 
 const Int4LinearKernel* int4_linear_select(const Int4LinearTable& t, const Int4LinearParams& p) {
-  const Isa isa = cpu_isa();
-  for (int i = 0; i < t.count; ++i) {
-    if (t.rows[i].isa <= isa && t.rows[i].serves(p)) return &t.rows[i];
-  }
-  return nullptr;
+  return select_row(t, p);
 }
 
 Status int4_linear_run(const Int4LinearTable& t, const Int4LinearParams& p, const char* forced_id) {
-  const Int4LinearKernel* row = nullptr;
-  if (forced_id) {
-    for (int i = 0; i < t.count && !row; ++i) {
-      if (same(t.rows[i].id, forced_id)) row = &t.rows[i];
-    }
-    if (!row) return kUnknownKernel;
-    if (row->isa > cpu_isa()) return kIsaUnavailable;
-    if (!row->serves(p)) return kNotServed;
-  } else {
-    row = int4_linear_select(t, p);
-    if (!row) return kNoKernel;
-  }
-  if (p.m == 0) return kOk;
-  return row->run(p);
+  return run_row(t, p, forced_id, p.m == 0);
 }
 
 }  // namespace nibblock
