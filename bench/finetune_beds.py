@@ -62,7 +62,7 @@ SMOLLM2 = Bed(
         schedule="linear",
         warmup=4,
     ),
-    ((3e-5, 1e-4, 3e-4, 6e-4, 1e-3), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)),
+    ((3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3), (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)),
     {"top third": "model.layers.20"},
     "loss",
     "SmolLM2-135M, next token, one pass over 16 k tokens of the standard library's help topics",
@@ -77,6 +77,7 @@ MINILM = Bed(
         seq=TOKENS,
         tokens=16 * TOKENS,
         epochs=5,
+        batches=8,  # of eight texts each: a second
         evaluate=20,
         valid_rows=10_000,
         checkpoint=-1,
