@@ -89,6 +89,7 @@ VARIANTS = {
     "ours, even blocks, top third": Variant("masked", "even", cut=THIRD, rate_of=OURS_EVEN),
     OURS_MANY: Variant("masked", density=MANY),
     OURS_FEW: Variant("masked", experiments="X1 X2 X3 X4 X6", seeds=5),
+    "random blocks, 8 %": Variant("masked", "random", density=MANY, experiments="X6"),
     "random blocks": Variant("masked", "random", experiments="X6", seeds=5),
     "magnitude blocks": Variant("masked", "magnitude", experiments="X6", seeds=5),
     "even blocks": Variant("masked", "even", experiments="X6"),
