@@ -143,6 +143,15 @@ def test_linears_tied_to_each_other_stay_tied():
     assert model[0].bias is not model[1].bias
 
 
+def test_attributes_move_along():
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].tag = {"rank": 3}
+    quiet(model)
+    assert model[0].tag == {"rank": 3}
+    assert copy.deepcopy(model)[0].tag == {"rank": 3}
+    assert model[0].in_features == 64 and "weight" not in model[0].__dict__
+
+
 def test_hooks_move_along():
     model = nn.Sequential(nn.Linear(64, 64))
     calls = []
@@ -201,6 +210,20 @@ class ExtraParameter(nn.Linear):
         self.gain = nn.Parameter(torch.ones(1))
 
 
+class OwnMethod(nn.Linear):
+    def logits(self, x):
+        return self(x) / 2
+
+
+class OwnCall(nn.Linear):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class OwnAttribute(nn.Linear):
+    is_head = True
+
+
 class NameOnly(nn.Linear):
     pass
 
@@ -210,6 +233,8 @@ def test_unusual_linears():
     patched.forward = lambda x: x
     frozen = nn.Linear(64, 64)
     frozen.weight = None
+    watched = nn.Linear(64, 64)
+    watched.register_state_dict_post_hook(lambda *args: None)
     model = nn.ModuleDict(
         {
             "own": OwnForward(64, 64),
@@ -222,6 +247,12 @@ def test_unusual_linears():
             "empty": nn.Linear(64, 0),
             "none": frozen,
             "name_only": NameOnly(64, 64),
+            "method": OwnMethod(64, 64),
+            "call": OwnCall(64, 64),
+            "attribute": OwnAttribute(64, 64),
+            "state": watched,
+            "lazy": nn.LazyLinear(64),
+            "other_lazy": nn.LazyConv1d(3, 3),  # has no linear; the tree is counted all the same
         }
     )
     report = quiet(model)
@@ -236,6 +267,11 @@ def test_unusual_linears():
         "meta": "meta device",
         "empty": "empty",
         "none": "not a Parameter",
+        "method": "OwnMethod has logits of its own",
+        "call": "OwnCall has __call__ of its own",
+        "attribute": "OwnAttribute has is_head of its own",
+        "state": "hooks on its state dict",
+        "lazy": "lazy and has not run yet",
     }
     assert reasons(report).keys() == expected.keys()
     for name, text in expected.items():
@@ -275,6 +311,8 @@ def test_wrong_arguments():
         nb.accelerate(nn.Linear(64, 64))
     with pytest.raises(TypeError, match="name patterns must be str, got int"):
         quiet(Model(), skip=(1,))
+    with pytest.raises(TypeError, match="name patterns must be str or a list of them, got int"):
+        nb.accelerate(Model(), where=3)
 
 
 # --- report and progress --------------------------------------------------------------------------

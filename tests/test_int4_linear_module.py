@@ -215,6 +215,29 @@ def test_scale_dtype_follows_the_values_and_the_file():
     assert torch.equal(q.packed, before)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("mean, compact", [(0.0, True), (0.02, True), (5.0, False)])
+def test_float16_offsets_cost_no_accuracy(bits, mean, compact):
+    """Where groups are narrow and far from zero an offset has to be exact beside their range."""
+    dense = nn.Linear(128, 64, bias=False)
+    with torch.no_grad():
+        dense.weight.copy_(mean + 0.01 * torch.randn(64, 128))
+    found = nb.Int4Linear.from_linear(dense, group_size=64, bits=bits)
+    best = nb.Int4Linear.from_linear(dense, group_size=64, bits=bits, scale_dtype=torch.float32)
+    assert found.scale_dtype == (torch.float16 if compact else torch.float32)
+    errors = [(q.dequantize() - dense.weight).square().mean().sqrt() for q in (found, best)]
+    assert errors[0] <= 1.05 * errors[1]
+
+
+@pytest.mark.parametrize("value, compact", [(0.0, True), (0.25, True), (1 / 3, False)])
+def test_constant_groups_stay_exact(value, compact):
+    dense = nn.Linear(64, 8, bias=False)
+    nn.init.constant_(dense.weight, value)
+    q = nb.Int4Linear.from_linear(dense, group_size=32)
+    assert (q.scale_dtype == torch.float16) == compact
+    assert torch.equal(q.dequantize(), dense.weight)
+
+
 def test_strict_load_reports_keys():
     q = layer()
     state = q.state_dict()

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Callable, Optional, Union
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from nibblock._config import BlockSparseConfig, Int4Config, Where
@@ -34,6 +36,20 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+)
+# Hooks on the state dict expect to find a weight in it.
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# What a subclass may define without changing what the layer does for a model that runs.
+_HARMLESS = frozenset(
+    ("__init__", "__init_subclass__", "reset_parameters", "extra_repr", "__repr__")
+    + ("__module__", "__qualname__", "__doc__", "__annotations__", "__constants__")
+    + ("__parameters__", "__orig_bases__", "__firstlineno__", "__static_attributes__")
+    + ("__slots__", "__weakref__", "__dict__", "__abstractmethods__", "_abc_impl")
 )
 
 
@@ -71,12 +87,14 @@ def accelerate(
             silence, or a callable (layers done, layers).
     Returns:
         A `Report`: a row for every linear (and embedding, with config.embeddings), with the reason
-        for each one that was kept. Kept are: linears whose class has a forward, parameters or
-        parametrisations of its own; projections of `nn.MultiheadAttention` and linears of
+        for each one that was kept. Kept are: linears whose class has a forward, a method or an
+        attribute of its own, which hold other parameters or are parametrised, or which have hooks
+        on their state dict; projections of `nn.MultiheadAttention` and linears of
         `nn.TransformerEncoderLayer`, whose fast paths read weights directly; weights tied to
         something that stays dense; weights on the meta device or in another dtype than float32,
-        bfloat16 and float16. Linears tied to each other stay tied; a pruned linear must own its
-        weight.
+        bfloat16 and float16; lazy ones that have not run yet. Linears tied to each other stay
+        tied; a pruned linear must own its weight. Hooks on what is replaced, and attributes that
+        were set on it, go over to what replaces it.
     Raises:
         TypeError: model is not a module, or config neither an Int4Config nor a BlockSparseConfig.
         ValueError: model is itself a linear,
@@ -126,6 +144,10 @@ def accelerate(
 
 
 def _patterns(value: Union[str, Iterable[str]], op: str = "accelerate") -> list[str]:
+    if not isinstance(value, Iterable):
+        raise TypeError(
+            f"{op}: name patterns must be str or a list of them, got {type(value).__name__}"
+        )
     patterns = [value] if isinstance(value, str) else list(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -203,6 +225,13 @@ def _unfit(layer: _Layer, meta: bool = False) -> str:
         return "its weight is parametrised"
     if kind.forward is not base.forward or "forward" in module.__dict__:
         return f"{kind.__name__} has a forward of its own"
+    if is_lazy(module._parameters.get("weight")):
+        return "it is lazy and has not run yet"
+    added = _added(kind, base)
+    if added:
+        return f"{kind.__name__} has {added} of its own"
+    if any(module.__dict__.get(hooks) for hooks in _STATE_HOOKS):
+        return "it has hooks on its state dict, which expect a weight"
     own = set(module._parameters) | set(module._buffers) | set(module._modules)
     extra = sorted(own - {"weight", "bias"})
     if extra:
@@ -224,6 +253,22 @@ def _unfit(layer: _Layer, meta: bool = False) -> str:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites its table"
     return ""
+
+
+def _added(kind: type, base: type) -> str:
+    """What a subclass of `nn.Linear` or `nn.Embedding` defines that a replacement would lose."""
+    for cls in kind.__mro__[: kind.__mro__.index(base)]:
+        for name in cls.__dict__:
+            if name not in _HARMLESS:
+                return name
+    return ""
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Hooks, and attributes that somebody set on the module."""
+    for name, value in old.__dict__.items():
+        if name in _HOOKS or not (name in new.__dict__ or hasattr(type(new), name)):
+            new.__dict__[name] = value
 
 
 def _decide(model, layers, owners, config, wanted, skip) -> None:
@@ -294,9 +339,7 @@ def _convert(chosen, owners, config: Config, option: ProgressOption) -> dict[int
             else:
                 new = _linear(layer, config)
             new.train(module.training)
-            for hooks in _HOOKS:
-                if hooks in module.__dict__:
-                    new.__dict__[hooks] = module.__dict__[hooks]
+            _carry_over(module, new)
             packed.setdefault(id(weight), new)
             replacements[id(module)] = new
             progress.step()
@@ -402,15 +445,18 @@ def _packed_key(model: nn.Module, key: str) -> str:
 
 
 def _module_bytes(module: nn.Module) -> int:
-    own = list(module._parameters.values())
-    return sum(p.numel() * p.element_size() for p in own if p is not None)
+    return sum(_bytes(p) for p in module._parameters.values() if p is not None)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
 
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all Parameters and buffers; tied ones count once."""
     seen: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+        seen[id(tensor)] = _bytes(tensor)
     return sum(seen.values())
 
 

@@ -189,9 +189,7 @@ def _apply(layer: _tree._Layer, record: dict, blocks: torch.Tensor, held: torch.
     if not fits:
         plain = module.to_linear() if isinstance(module, MaskedLinear) else module
         new = MaskedLinear.from_linear(plain, blocks, record["block"], dtype)
-        for hooks in _tree._HOOKS:
-            if hooks in module.__dict__:
-                new.__dict__[hooks] = module.__dict__[hooks]
+        _tree._carry_over(module, new)
         module = new.requires_grad_(False)
         _sparse_update.swap(layer, module)
     elif not module._same_blocks(blocks):

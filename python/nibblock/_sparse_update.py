@@ -207,9 +207,7 @@ def _make(op, layer, blocks, block, dtype, keep_original) -> Any:
             module.weight.grad = kept
     except (TypeError, ValueError) as error:
         raise type(error)(f"{op}: {layer.name}: {error}") from error
-    for hooks in _tree._HOOKS:
-        if hooks in module.__dict__:
-            new.__dict__[hooks] = module.__dict__[hooks]
+    _tree._carry_over(module, new)
     return new
 
 

@@ -109,9 +109,9 @@ class Int4Linear(PackedWeight, nn.Linear):
             group_size, symmetric, bits, compute: as in the constructor.
             method: "rtn" or "mse", see `nibblock.ops.int4_quantize`.
             importance: [K] float32 weights of the columns' errors for method="mse"; or None.
-            scale_dtype: float16 | float32 of scales and offsets; None takes float16 where all of
-                them are normal numbers in it (or zero), which costs a thousandth of a code step,
-                else float32.
+            scale_dtype: float16 | float32 of scales and offsets; None takes float16 where all
+                scales are normal numbers in it (or zero) and no offset moves by more than an eighth
+                of a code step, else float32.
         Returns:
             A new module on the linear's device, in its training mode.
         Raises:
