@@ -133,25 +133,32 @@ def test_no_column_crowds_out_the_others():
 
 
 def test_spread_takes_in_order_and_fills_up():
-    picked = Spread([(1, 8)], 1.0).pick(torch.arange(8), 8).tolist()
+    ones = torch.ones(32)
+    picked = Spread([(1, 8)], 1.0, ones[:8]).pick(torch.arange(8), 8).tolist()
     assert picked == list(range(8))
     order = torch.arange(32)  # two layers of 4 x 4, the first one's blocks all better
-    picked = Spread([(4, 4), (4, 4)], 1.0).pick(order, 16).tolist()
+    picked = Spread([(4, 4), (4, 4)], 1.0, ones).pick(order, 16).tolist()
     assert [sum(p < 16 for p in picked), sum(p >= 16 for p in picked)] == [8, 8]
     assert picked[:4] == [0, 1, 4, 5]  # half of a row, then the next row
-    assert Spread([(4, 4)], 1.0).pick(torch.arange(0), 4).tolist() == []
+    assert Spread([(4, 4)], 1.0, ones[:16]).pick(torch.arange(0), 4).tolist() == []
+    ones[16:] = 0.0  # nothing reaches the second layer: caps of the first give way before it
+    assert Spread([(4, 4), (4, 4)], 1.0, ones).pick(order, 16).sort().values.tolist() == [
+        *range(16)
+    ]
+    assert len(Spread([(4, 4), (4, 4)], 1.0, ones).pick(order, 20)) == 20
 
 
 def test_gains_beyond_comparison_are_taken_whatever_the_caps():
     gains = torch.ones(16)
     gains[:3] = torch.tensor([900.0, 800.0, 700.0])  # of one row
+    none = torch.zeros(16, dtype=torch.bool)
     order = torch.sort(gains, descending=True, stable=True).indices
-    assert Spread([(4, 4)], 1.0).pick(order, 4).tolist()[:2] == [0, 5]
-    assert Spread([(4, 4)], 1.0, gains).pick(order, 4).tolist() == [0, 1, 2, 7]
+    assert Spread([(4, 4)], 1.0, gains).pick(order, 4).tolist()[:2] == [0, 5]
+    assert Spread([(4, 4)], 1.0, gains, none).pick(order, 4).tolist() == [0, 1, 2, 7]
     gains[8:] = 60.0  # more than twice the count comes near them: caps hold
     order = torch.sort(gains, descending=True, stable=True).indices
-    assert Spread([(4, 4)], 1.0, gains).pick(order, 4).tolist()[:2] == [0, 9]
-    assert len(Spread([(4, 4)], 1.0, gains).pick(order, 16)) == 16
+    assert Spread([(4, 4)], 1.0, gains, none).pick(order, 4).tolist()[:2] == [0, 9]
+    assert len(Spread([(4, 4)], 1.0, gains, none).pick(order, 16)) == 16
     agreed = gains > 100.0
     assert Spread([(4, 4)], 1.0, gains, agreed).pick(order, 4).tolist()[:3] == [0, 1, 2]
 

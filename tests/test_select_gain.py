@@ -91,3 +91,23 @@ def test_gain_needs_two_rows():
     with pytest.raises(ValueError, match='two rows or more for the mode gain.* mode="sketch"'):
         select(model, one, mode="gain")
     assert len(select(model, one, mode="sketch")["0"])
+
+
+@pytest.mark.parametrize("mode, spread", [("gain", "auto"), ("exact", 1.0), ("exact", None)])
+def test_layers_that_nothing_reaches_come_last(mode, spread):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.unused, self.b = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x):
+            return self.b(F.gelu(self.a(x)))
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 64), torch.randn(16, 64)) for _ in range(4)]
+    found = select(
+        Half(), batches, mode=mode, spread=spread, density=0.5, block=16,
+        loss_fn=lambda m, b: F.mse_loss(m(b[0]), b[1]),
+    )  # fmt: skip
+    assert "unused" not in found
+    assert sum(map(len, found.values())) == 24

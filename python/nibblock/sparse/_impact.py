@@ -422,10 +422,8 @@ def _choose_blocks(op, model, sites, scores, block, method, density, budget, cos
         step = _cost.StepCost(machine, layers, _parameters(model, sites), block)
     pick = None
     if spread is not None:
-        known = ()
-        if run.gain:
-            known = (flat, torch.cat([run.agreed[s.name].flatten() for s in targets]))
-        pick = Spread([s.grid(block) for s in targets], spread, *known).pick
+        agreed = torch.cat([run.agreed[s.name].flatten() for s in targets]) if run.gain else None
+        pick = Spread([s.grid(block) for s in targets], spread, flat, agreed).pick
     if budget is None:
         chosen = _best(flat, count, pick)
     else:

@@ -25,18 +25,21 @@ class Spread:
             row.
         share: a layer, a block row and a block column get at most `share` times their even share,
             rounded up, before any other is given more.
-        gains, agreed: of all blocks, or None. Caps turn no block away whose gain is 16 times that
-            of the block at twice the count that is picked, nor one that tokens agree on.
+        scores: of all blocks. A layer of zeros is one that no gradient reaches: its blocks come
+            after all others, whatever the caps.
+        agreed: bool, of all blocks, or None. Not None: scores are gains, and caps turn no block
+            away whose gain is 16 times that of the block at twice the count that is picked, nor
+            one that tokens agree on.
     """
 
     def __init__(
         self,
         grids: list[tuple[int, int]],
         share: float,
-        gains: Optional[torch.Tensor] = None,
+        scores: torch.Tensor,
         agreed: Optional[torch.Tensor] = None,
     ) -> None:
-        self.grids, self.share, self.gains, self.agreed = grids, share, gains, agreed
+        self.grids, self.share, self.scores, self.agreed = grids, share, scores, agreed
         layer, row, column = [], [], []
         rows = columns = 0
         for at, (r, c) in enumerate(grids):
@@ -48,6 +51,10 @@ class Spread:
         none = torch.zeros(0, dtype=torch.int64)
         self._places = torch.stack([torch.cat([none, *p]) for p in (layer, row, column)], 1)
         self._sizes = (len(grids), rows, columns)
+        parts = scores.split([r * c for r, c in grids])
+        self._idle = torch.cat(
+            [none.bool(), *(torch.full_like(p, not p.any()).bool() for p in parts)]
+        )
 
     def pick(self, order: torch.Tensor, count: int) -> torch.Tensor:
         """The `count` blocks to take of those in `order` (best first), in the order of taking.
@@ -61,10 +68,12 @@ class Spread:
         caps = [
             tuple(math.ceil(self.share * density * n) for n in (r * c, c, r)) for r, c in self.grids
         ]
-        free = self._free(order, count).tolist()
         used = [[0] * n for n in self._sizes]
         of_layer, of_row, of_column = used
         taken, left = [], []
+        idle = self._idle[order]
+        free = self._free(order, count)[~idle].tolist()
+        order, last = order[~idle], order[idle]
         for start in range(0, len(order), CHUNK):
             part = order[start : start + CHUNK]
             places = self._places[part].tolist()
@@ -81,7 +90,7 @@ class Spread:
                         return torch.tensor(taken)
                 elif len(left) < count:
                     left.append(block)
-        return torch.tensor((taken + left)[:count])
+        return torch.cat([torch.tensor(taken + left, dtype=torch.int64), last])[:count]
 
     def _free(self, order: torch.Tensor, count: int) -> torch.Tensor:
         """Which blocks of `order` no cap turns away.
@@ -91,10 +100,8 @@ class Spread:
         there caps help. Where a few blocks are all there is to train, the rest is noise.
         """
         free = torch.zeros(len(order), dtype=torch.bool)
-        if self.gains is not None:
-            gains = self.gains[order]
-            rest = gains[min(2 * count, len(order) - 1)].clamp_min(1.0)  # 1: mere noise
-            free |= gains >= DECISIVE * rest
         if self.agreed is not None:
-            free |= self.agreed[order]
+            gains = self.scores[order]
+            rest = gains[min(2 * count, len(order) - 1)].clamp_min(1.0)  # 1: mere noise
+            free |= (gains >= DECISIVE * rest) | self.agreed[order]
         return free
