@@ -414,6 +414,26 @@ def test_a_missing_model_is_one_line(place, tmp_path, here, capsys):
     error = capsys.readouterr().err
     assert error.startswith("finetune: --model must be a file or folder that exists")
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()  # the corrected command may use it
+    (tmp_path / "kept").mkdir()
+    assert cli.main(["--model", str(tmp_path / "none"), "--out", str(tmp_path / "kept")]) == 2
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_full_that_starts_at_its_best_gives_no_ratio():
+    """A target that full fine-tuning meets before its first step took it no time at all."""
+    results = [
+        {
+            "settings": {"method": method, "int4": False},
+            "evaluations": [{"loss": loss, "seconds": 0.0}],
+            "best": {"loss": loss},
+            "seconds": {"select": 0.0 if method == "full" else 1.0},
+            "peak_bytes": 1,
+            "state_bytes": 1,
+        }
+        for method, loss in (("masked", 2.0), ("full", 2.0))
+    ]
+    assert "none: full starts there" in report._ratios(results)[0]
 
 
 def test_two_runs_in_one_folder_are_refused(place, tmp_path, capsys):

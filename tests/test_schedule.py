@@ -12,6 +12,7 @@ from nibblock.sparse import (
     GroupLasso,
     ReselectSchedule,
     drop_idle_blocks,
+    even_blocks,
     idle_blocks,
     reselect,
     resize,
@@ -257,6 +258,21 @@ def test_resize_follows_a_schedule():
             assert done.count == max(1, int(density * total + 0.5))
             assert not (done.dropped and done.grown)
         assert done.count < 0.25 * total
+
+
+@pytest.mark.parametrize("density", [0.9, 1.0])
+def test_no_more_blocks_are_exchanged_than_are_free(density):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 48))
+    batches = [(torch.randn(16, 64), torch.randn(16, 48)) for _ in range(4)]
+    shapes = {"0": (96, 64), "2": (48, 96)}
+    blocks = {name: even_blocks(*shape, 16, density) for name, shape in shapes.items()}
+    nb.sparse_update(model, blocks, block=16)
+    before = sum(len(layer.values) for layer in (model[0], model[2]))
+    done = reselect(model, None, batches, lambda m, b: (m(b[0]) - b[1]).square().mean(), rate=0.5)
+    assert done.count == before
+    assert sum(len(layer.values) for layer in (model[0], model[2])) == before
+    assert (before == 42) == (density == 1.0)
 
 
 def test_reselection_refuses():

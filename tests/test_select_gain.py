@@ -111,3 +111,20 @@ def test_layers_that_nothing_reaches_come_last(mode, spread):
     )  # fmt: skip
     assert "unused" not in found
     assert sum(map(len, found.values())) == 24
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(where=5), "name patterns must be str or a list of them, got int"),
+        (dict(skip=3), "name patterns must be str or a list of them, got int"),
+        (dict(batches=5), "batches must be iterable or None, got int"),
+        (dict(budget="a"), "budget must be float, got str"),
+        (dict(samples=1.5), "samples must be int, got float"),
+        (dict(shards=1.5), "shards must be int, got float"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(change, message):
+    batches = change.pop("batches", data())
+    with pytest.raises(TypeError, match=f"select_blocks: {message}"):
+        select(mlp(), batches, **change)

@@ -40,7 +40,11 @@ def main(argv: list[str]) -> int:
         if sys.flags.dev_mode:
             raise
         text = str(error)
-        print(text if text.startswith("nibblock") else f"nibblock {name}: {text}", file=sys.stderr)
+        if not text.startswith("nibblock"):
+            text = (
+                f"nibblock {text}" if text.startswith(f"{name}: ") else f"nibblock {name}: {text}"
+            )
+        print(text, file=sys.stderr)
         return 1
 
 

@@ -26,7 +26,7 @@ from nibblock._finetune.settings import (
     Settings,
     parse_size,
 )
-from nibblock._finetune.worker import RESULT, SETTINGS
+from nibblock._finetune.worker import LOCK, RESULT, SETTINGS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -171,9 +171,29 @@ def run_child(settings: Settings, folder: Path, resume: bool, quiet: bool) -> in
             f"finetune: --resume must come with the run's own --{other.replace('_', '-')} "
             f"({found['settings'].get(other)}), got {settings.to_json()[other]}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    made = _make(folder)
     text = json.dumps(settings.to_json(), indent=1) + "\n"
     (folder / SETTINGS).write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "nibblock._finetune.worker", str(folder)]
     command += ["--resume"] * resume + ["--quiet"] * quiet
-    return subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        _leave_as_found(made)
+    return status
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes a folder; returns those that were not there, the innermost first."""
+    made = [place for place in (folder, folder.parent) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _leave_as_found(made: list[Path]) -> None:
+    """Takes away the folders of a run that could not even begin, so that the same --out will do
+    for the next. A folder with anything of a run in it stays."""
+    for place in made:
+        if {file.name for file in place.iterdir()} <= {SETTINGS, LOCK}:
+            for file in place.iterdir():
+                file.unlink()
+            place.rmdir()

@@ -76,7 +76,10 @@ def _ratios(results: list[dict[str, Any]]) -> list[str]:
         if result is full:
             continue
         ours = time_to(result, target)
-        reached = "not reached" if ours is None else f"{ours / max(theirs, 1e-9):.2f}x"
+        if ours is None:
+            reached = "not reached"
+        else:
+            reached = f"{ours / theirs:.2f}x" if theirs else "none: full starts there"
         same = [
             f"{name} {result[key] / full[key]:.2f}x"
             for name, key in (("peak", "peak_bytes"), ("state", "state_bytes"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any, Callable, Optional, Union
 
 import torch
@@ -135,6 +136,8 @@ def select_blocks(
     if not targets:
         raise ValueError(f"{op}: model must hold a linear to select from, got none")
     scored = method in ("impact", "movement")
+    if not isinstance(batches, (Iterable, type(None))):
+        raise TypeError(f"{op}: batches must be iterable or None, got {type(batches).__name__}")
     found = [] if batches is None else list(batches)
     if scored or budget is not None:
         if not found:
@@ -182,6 +185,15 @@ def _check_options(op, density, block, method, mode, samples, shards, robust, no
     ):
         if value not in known:
             raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
+    for name, value, kind in (
+        ("samples", samples, Integral),
+        ("shards", shards, Integral),
+        ("robust", robust, Real),
+        ("budget", 1 if budget is None else budget, Real),
+    ):
+        if not isinstance(value, kind):
+            need = "int" if kind is Integral else "float"
+            raise TypeError(f"{op}: {name} must be {need}, got {type(value).__name__}")
     if not 1 <= samples <= MOST_SAMPLES:
         raise ValueError(f"{op}: samples must be in 1 .. {MOST_SAMPLES}, got {samples}")
     if shards < 1:

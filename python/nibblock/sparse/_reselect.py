@@ -61,7 +61,8 @@ def reselect(
     """Exchanges a share of the trained blocks: the least changed for those with the most impact.
 
     All layers are compared with each other, so a layer's number of blocks may change; the number in
-    all does not. Survivors keep values, optimiser state and age.
+    all does not: no more are exchanged than are free. Survivors keep values, optimiser state and
+    age.
 
     Args:
         model: with `MaskedLinear`s or active `AdapterLinear`s, all of one block edge. No other
@@ -89,7 +90,7 @@ def reselect(
     layers = sparse_layers(op, model)
     _check(op, rate, dropped, layers)
     count = sum(len(layer.values) for layer in layers.values())
-    number = round(rate * count)
+    number = min(round(rate * count), _places(layers) - count)
     if number == 0:
         return Exchange(count=count)
     batches = list(batches) if batches is not None else []
@@ -132,8 +133,7 @@ def resize(
     _choose.check_density(op, density, zero=True)
     _check(op, 0.0, dropped, layers)
     have = sum(len(layer.values) for layer in layers.values())
-    total = sum(grid[0] * grid[1] for grid in map(_grid, layers.values()))
-    want = _choose.block_count(1, total, density)
+    want = _choose.block_count(1, _places(layers), density)
     if want <= have:
         lost = _least_changed(layers, have - want)
         return _exchange(model, optimizer, layers, lost, {}, 0, dropped, False, [], None, seed)
@@ -152,6 +152,11 @@ def resize(
 
 def _grid(layer: Sparse) -> tuple[int, int]:
     return Site("", layer).grid(layer.block)
+
+
+def _places(layers: dict[str, Sparse]) -> int:
+    """How many blocks there could be in all."""
+    return sum(rows * columns for rows, columns in map(_grid, layers.values()))
 
 
 def _check(op, rate, dropped, layers) -> None:
