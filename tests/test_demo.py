@@ -6,6 +6,7 @@ import importlib.util
 import json
 
 import nibblock as nb
+import numpy as np
 import pytest
 import torch
 from gguf_samples import Model
@@ -131,6 +132,29 @@ def test_convert_gguf(tmp_path, tied):
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"extra": {"rope_freqs.weight": np.linspace(1, 8, 32, dtype=np.float32)}},
+        {"bias": True},
+        {"meta": {"llama.rope.scaling.factor": 4.0}},
+    ],
+    ids=["rope divisors", "biases without one of o", "linear rope"],
+)
+def test_converted_configuration_says_it_all(tmp_path, options):
+    source, target = Model(**options).write(tmp_path / "m.gguf"), tmp_path / "m.safetensors"
+    assert _convert.main([str(source), str(target)]) == 0
+    model = nb.load_gguf(source)
+    model.config.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    other = transformers.AutoModelForCausalLM.from_config(config).eval()
+    nb.load(target, other)
+    for length in (12, 600):  # within the file's context, and beyond it
+        ids = torch.arange(length)[None] % 70
+        with torch.no_grad():
+            assert torch.equal(other(ids).logits, model(ids).logits)
 
 
 def test_convert_folder(folder, tmp_path, capsys):

@@ -280,6 +280,77 @@ def test_not_a_tensor(op):
             getattr(nb.ops, op)(*wrong, **arguments)
 
 
+@pytest.mark.parametrize("op, changed, error, sentence", [
+    ("int4_linear", {"out_features": 20.0}, TypeError, "out_features must be an int, got float"),
+    ("int4_linear", {"out_features": "20"}, TypeError, "out_features must be an int, got str"),
+    ("int4_linear", {"bits": 4.0}, TypeError, "bits must be an int, got float"),
+    ("int4_linear", {"group_size": 32.0}, TypeError, "group_size must be an int, got float"),
+    ("int4_linear", {"compute": None}, ValueError, 'compute must be "bf16" or "int8", got None'),
+    ("int4_linear_dx", {"in_features": 1e2}, TypeError, "in_features must be an int, got float"),
+    ("int4_linear_dx", {"compute": 8}, ValueError, 'compute must be "bf16" or "int8", got 8'),
+    ("int4_dequantize", {"in_features": 1e2}, TypeError, "in_features must be an int, got float"),
+    ("int4_embedding", {"embedding_dim": 1e2}, TypeError, "in_features must be an int, got float"),
+])  # fmt: skip
+def test_options_of_another_type(op, changed, error, sentence):
+    """The dispatcher refuses them in five lines; the typed function says it in one."""
+    typed = {**GOOD[op], **changed}
+    head = [typed.pop(k) for k in list(typed)[: 2 if op != "int4_dequantize" else 1]]
+    with pytest.raises(error) as caught:
+        getattr(nb.ops, op)(*head, **typed)
+    assert str(caught.value) == f"{op}: {sentence}"
+
+
+CODES = (torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 2), torch.ones(4, 2))
+PACK = {"in_features": 64, "group_size": 32}
+UNPACK = {"out_features": 20, "in_features": 100, **FORMAT}
+WIDE = torch.tensor([[0.0] * 32, [3e38, -3e38] * 16])
+META = "must hold data, got a tensor on the meta device"
+
+
+@pytest.mark.parametrize("call, error, text", [
+    (lambda: nb.ops.int4_pack(None, *CODES[1:], **PACK), TypeError,
+     "int4_pack: qweight must be a Tensor, got NoneType"),
+    (lambda: nb.ops.int4_pack(CODES[0], None, **PACK), TypeError,
+     "int4_pack: scales must be a Tensor, got NoneType"),
+    (lambda: nb.ops.int4_pack(*CODES[:2], [1.0], **PACK), TypeError,
+     "int4_pack: offsets must be a Tensor, got list"),
+    (lambda: nb.ops.int4_pack(*CODES, **{**PACK, "in_features": 64.0}), TypeError,
+     "int4_pack: in_features must be an int, got float"),
+    (lambda: nb.ops.int4_pack(*[t.to("meta") for t in CODES], **PACK), ValueError,
+     f"int4_pack: qweight {META}"),
+    (lambda: nb.ops.int4_unpack(PACKED.to("meta"), **UNPACK), ValueError,
+     f"int4_unpack: packed {META}"),
+    (lambda: nb.ops.int4_quantize(torch.ones(4, 64).to("meta"), group_size=32), ValueError,
+     f"int4_quantize: weight {META}"),
+    (lambda: nb.ops.int4_quantize(torch.ones(4, 64), group_size=32, importance=[1.0] * 64),
+     TypeError, "int4_quantize: importance must be a Tensor, got list"),
+    (lambda: nb.ops.int4_quantize(torch.full((4, 64), torch.inf), group_size=32), ValueError,
+     "int4_quantize: weight must be finite, got inf in row 0, column 0"),
+    (lambda: nb.ops.int4_quantize(torch.ones(4, 64), group_size=32, progress=3), TypeError,
+     "int4_quantize: progress must be None or a callable(done, total), got int"),
+    *[(lambda bits=bits, method=method: nb.ops.int4_quantize(
+        WIDE, group_size=32, bits=bits, method=method), ValueError,
+       "int4_quantize: weight must span at most 3.4e38 (float32's largest number) in every group, "
+       "got more in row 1, group 0; scale the weight")
+      for bits in (4, 8) for method in ("rtn", "mse")],
+])  # fmt: skip
+def test_packing_and_quantising_refuse_in_one_line(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_widest_weights_come_back_finite(bits):
+    for weight, symmetric in ((WIDE, True), (WIDE / 2, False)):
+        parts = nb.ops.int4_quantize(weight, group_size=32, bits=bits, symmetric=symmetric)
+        form = {"in_features": 32, "group_size": 32, "bits": bits}
+        packed = nb.ops.int4_pack(*parts, **form)
+        form.update(affine=not symmetric, scale_dtype=torch.float32)
+        back = nb.ops.int4_dequantize(packed, out_features=2, **form)
+        torch.testing.assert_close(back, weight, rtol=0.2, atol=0)
+
+
 def test_the_sentence_survives_compilation():
     """Under torch.compile(fullgraph=True) the fake's words reach the user."""
 

@@ -186,13 +186,13 @@ def test_config_and_generation(tmp_path):
 
 
 def test_llama_biases(tmp_path):
-    """Biases of q, k and v without one of o: q's and k's rows move with their weights."""
+    """Biases of q, k and v without one of o: q's and k's rows move with their weights; o gets
+    zeros, for the configuration gives all four a bias or none."""
     path = Model(bias=True).write(tmp_path / "m.gguf")
     model, dense = nb.load_gguf(path), load_gguf_dense(path)
     attention, other = model.model.layers[1].self_attn, dense.model.layers[1].self_attn
-    assert attention.o_proj.bias is None
-    assert other.o_proj.bias is None
-    for name in ("q_proj", "k_proj", "v_proj"):
+    assert not attention.o_proj.bias.any()
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         assert torch.equal(getattr(attention, name).bias, getattr(other, name).bias)
     assert_same_function(model, dense)
     x = torch.randn(3, 256)
@@ -232,6 +232,11 @@ def test_unknown_rope_factors_are_applied(tmp_path):
     assert not torch.allclose(first, logits(other, ids))
     assert torch.equal(first, logits(model, ids))  # the first call must not reset the frequencies
     assert "rope_freqs.weight" in str(model.nibblock_report)
+    rotary = model.model.rotary_emb
+    assert rotary.attention_scaling == 1
+    before = rotary.inv_freq.clone()
+    logits(model, torch.zeros(1, 520, dtype=torch.int64))  # longer than the file's context
+    assert torch.equal(rotary.inv_freq, before)
 
 
 def test_linear_and_yarn_rope(tmp_path):
@@ -239,6 +244,17 @@ def test_linear_and_yarn_rope(tmp_path):
     model = nb.load_gguf(Model(meta=scaling).write(tmp_path / "l.gguf"))
     plain = nb.load_gguf(Model().write(tmp_path / "p.gguf"))
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq / 4)
+    for keys, factor in (
+        ({"scaling.factor": 4.0}, 4.0),  # llama.cpp takes a missing type for linear
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.type": "linear", "scale_linear": 4.0}, 4.0),
+        ({"scaling.type": "linear", "scaling.factor": 2.0, "scale_linear": 4.0}, 2.0),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, 1.0),
+        ({"scaling.type": "none", "scale_linear": 4.0}, 1.0),
+    ):
+        meta = {f"llama.rope.{key}": value for key, value in keys.items()}
+        rope = nb.load_gguf(Model(meta=meta).write(tmp_path / "k.gguf")).config.rope_parameters
+        assert (rope["rope_type"] == "linear", rope.get("factor", 1.0)) == (factor != 1, factor)
     scaling = {
         "llama.rope.scaling.type": "yarn",
         "llama.rope.scaling.factor": 4.0,

@@ -17,8 +17,14 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from nibblock import _adapter_files, _sparse_files
-from nibblock.nn import BlockSparseLinear, Int4Embedding, Int4Linear
+from nibblock import _accelerate, _adapter_files, _sparse_files
+from nibblock.nn import (
+    BlockSparseLinear,
+    Int4Embedding,
+    Int4Linear,
+    fuse_linears,
+    unfuse_linears,
+)
 from nibblock.ops import _checks
 
 _KEY = "nibblock"
@@ -51,9 +57,10 @@ def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str]
         adapter: the name of the adapter to save; None for the active one. Every Parameter outside
             the adapters that asks for a gradient goes into the file too.
     Raises:
-        TypeError: model is not a module. ValueError: a tensor on the meta device (there is nothing
-        to save), no adapter of that name, none active, several active, or one that is merged;
-        adapters and `MaskedLinear`s in one model, or of the latter one without its original blocks.
+        TypeError: model is not a module, or has extra state that is not a tensor.
+        ValueError: a tensor on the meta device (there is nothing to save), no adapter of that name,
+        none active, several active, or one that is merged; adapters and `MaskedLinear`s in one
+        model, or of the latter one without its original blocks.
         ImportError: safetensors is not installed. OSError: as the file system says.
     Determinism: the same model gives the same bytes.
     Example:
@@ -92,6 +99,11 @@ def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str]
     tied: dict[str, str] = {}
     seen: dict[tuple, str] = {}
     for key, tensor in _state(model, shared).items():
+        if not isinstance(tensor, torch.Tensor):  # of get_extra_state, which may return anything
+            raise TypeError(
+                f"save: {key} must be a Tensor, the only thing that a safetensors file holds, got "
+                f"{type(tensor).__name__}; let get_extra_state return a Tensor"
+            )
         where = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and where in seen:
             tied[key] = seen[where]
@@ -115,7 +127,13 @@ def _pack(safetensors, tensors: dict[str, torch.Tensor], header: dict[str, Any])
 
 
 def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent or ".")
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent or ".")
+    except OSError as error:  # it names the temporary file, which nobody asked for
+        raise type(error)(
+            f"save: path must lie in a folder that exists and can be written to, got "
+            f"{str(path)!r} ({error.strerror})"
+        ) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -176,9 +194,11 @@ def load(
     """Restores a file of `save` into a model of the same architecture, in place.
 
     A model's file: layers that it holds in 4 or 8 bits or as blocks are replaced; everything else
-    is copied into the model's tensors (and takes the file's tensors where the model's are on the
-    meta device). An adapter's file: its layers become `AdapterLinear`s, or get one more adapter
-    (one of the same name is overwritten); it is active afterwards, on these layers and on no other.
+    and their biases are copied into the model's tensors (and take the file's tensors where the
+    model's are on the meta device). Hooks stay, what is one module or one Parameter in the model
+    stays one, and fused linears are fused again. An adapter's file: its layers become
+    `AdapterLinear`s, or get one more adapter (one of the same name is overwritten); it is active
+    afterwards, on these layers and on no other.
     A sparse update's file: its layers become `MaskedLinear`s and hold the trained blocks; other
     `MaskedLinear`s are reverted. What was not trained is frozen, as `add_adapters` does.
 
@@ -225,15 +245,30 @@ def load(
     modules = dict(model.named_modules(remove_duplicate=False))
     new = _build_layers(path, header, modules, tensors)
     rest = _match_rest(path, header, model, modules, tensors)
-    # Nothing above touched the model; nothing below can refuse.
+    extra = {key: rest.pop(key) for key in _extra_state(model, header["layers"])}
+    # Nothing above touched the model; nothing below can refuse (but a model's own extra state).
     for name, module in new.items():
+        _take_over(modules[name], module)
         parent, _, attribute = name.rpartition(".")
         modules[parent]._modules[attribute] = module
     _fill(model, rest)
-    from nibblock._accelerate import _rename_tied_keys
-
-    _rename_tied_keys(model)
+    for key, value in extra.items():
+        modules[key.rpartition(".")[0]].set_extra_state(value)
+    _accelerate._rename_tied_keys(model)
+    if any("_int4_groups" in module.__dict__ for module in model.modules()):
+        unfuse_linears(model)  # the groups hold the layers that were replaced
+        fuse_linears(model)
     return model
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Hooks and the bias Parameter, as `accelerate` does; `_fill` then fills the bias."""
+    for hooks in _accelerate._HOOKS:
+        if hooks in old.__dict__:
+            new.__dict__[hooks] = old.__dict__[hooks]
+    bias = old._parameters.get("bias")
+    if bias is not None:
+        new._parameters["bias"] = bias
 
 
 def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -255,6 +290,7 @@ def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 def _build_layers(path, header, modules, tensors) -> dict[str, nn.Module]:
     new: dict[str, nn.Module] = {}
+    first: dict[int, str] = {}  # a module of the model -> its first name
     # Tied layers last: they take the storage of the layer whose tensors the file holds.
     for name, record in sorted(
         header["layers"].items(), key=lambda item: item[0] in header["shared"]
@@ -281,10 +317,48 @@ def _build_layers(path, header, modules, tensors) -> dict[str, nn.Module]:
                 f"load: {name} must have {'a' if record['bias'] else 'no'} bias as in the file, "
                 f"got {have}"
             )
+        if linear and old.bias is not None and old.bias.dtype not in _checks.FLOATS:
+            raise ValueError(
+                f"load: {name}.bias must be float32, bfloat16 or float16 in the model, got "
+                f"{_checks.dtype_name(old.bias.dtype)}"
+            )
+        twin = first.setdefault(id(old), name)
+        if twin != name:
+            if not _same_layer(header, tensors, twin, name):
+                raise ValueError(_differ(name, twin, "module"))
+            new[name] = new[twin]
+            continue
         build = _build_sparse if record["kind"] == "block_sparse" else _build_layer
         new[name] = build(path, header, name, record, old, new, tensors)
         new[name].train(old.training)
+    for name, module in modules.items():
+        if id(module) in first and name not in header["layers"]:
+            raise ValueError(_differ(name, first[id(module)], "module"))
     return new
+
+
+def _differ(name: str, first: str, what: str) -> str:
+    return (
+        f"load: {name} must be as {first} in the file, for they are one {what} in the model, got "
+        f"another; untie them in the model"
+    )
+
+
+def _same_layer(header, tensors, first: str, second: str) -> bool:
+    """Whether the file holds the same layer under both names."""
+    layers, shared = header["layers"], header["shared"]
+    pairs = [(f"{first}.bias", f"{second}.bias")]
+    for part in ("qweight", "scales", "offsets", "values", "blocks"):
+        pairs.append(tuple(f"{shared.get(name, name)}.{part}" for name in (first, second)))
+    return layers[first] == layers[second] and all(
+        _same(tensors.get(a), tensors.get(b)) for a, b in pairs
+    )
+
+
+def _same(one: Optional[torch.Tensor], other: Optional[torch.Tensor]) -> bool:
+    if one is None or other is None or one is other:
+        return one is other
+    return torch.equal(one, other)
 
 
 def _build_sparse(path, header, name, record, old, new, tensors) -> BlockSparseLinear:
@@ -346,22 +420,33 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
 
 
 def _match_rest(path, header, model, modules, tensors) -> dict[str, torch.Tensor]:
-    """The dense tensors of the file, checked against the model's."""
+    """The dense tensors of the file and its layers' biases, checked against the model's."""
     inside = tuple(f"{name}." for name in header["layers"])
     rest = {k: t for k, t in tensors.items() if not k.startswith(inside)} if inside else tensors
-    have = {k: t for k, t in _dense_state(model, header["layers"]).items()}
-    for key, tensor in have.items():
+    have = _dense_state(model, header["layers"])
+    for name in header["layers"]:
+        bias = modules[name]._parameters.get("bias")
+        if bias is not None:
+            have[f"{name}.bias"] = bias
+            rest[f"{name}.bias"] = tensors[f"{name}.bias"]
+    extra = _extra_state(model, header["layers"])
+    for key in [*have, *extra]:
         if key not in rest:
             raise ValueError(
                 f"load: {path.name} must hold {key} of the model, got a file without it"
             )
+    first: dict[int, str] = {}
+    for key, tensor in have.items():
         if rest[key].shape != tensor.shape:
             raise ValueError(
                 f"load: {key} must have the file's shape {list(rest[key].shape)}, got "
                 f"{list(tensor.shape)}"
             )
+        twin = first.setdefault(id(tensor), key)
+        if not _same(rest[twin], rest[key]):
+            raise ValueError(_differ(key, twin, "tensor"))
     for key in rest:
-        if key not in have:
+        if key not in have and key not in extra:
             raise ValueError(f"load: model must hold {key} of {path.name}, got a model without it")
     return rest
 
@@ -384,10 +469,19 @@ def _dense_state(model: nn.Module, layers: dict) -> dict[str, torch.Tensor]:
     return out
 
 
+def _extra_state(model: nn.Module, layers: dict) -> list[str]:
+    """The keys under which modules keep state of their own, beyond tensors that torch knows."""
+    return [
+        f"{name}._extra_state" if name else "_extra_state"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name not in layers and type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
-    replaced: dict[int, nn.Parameter] = {}
+    replaced: dict[torch.Tensor, nn.Parameter] = {}  # (tensors hash by identity)
     for key, value in tensors.items():
         name, _, leaf = key.rpartition(".")
         module = modules[name]
@@ -396,9 +490,10 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if not old.is_meta:
             old.copy_(value)
         elif isinstance(old, nn.Parameter):
-            # What is tied in the file becomes one Parameter (`.to("meta")` unties).
-            place[leaf] = replaced.setdefault(
-                id(value), nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
-            )
+            # What is tied in the model or in the file becomes one Parameter (`.to("meta")`
+            # unties).
+            made = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
+            made = replaced.setdefault(old, replaced.get(value, made))
+            replaced[value] = place[leaf] = made
         else:
             place[leaf] = value.to(old.dtype)

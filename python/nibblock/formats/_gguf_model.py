@@ -107,10 +107,12 @@ def _rope(meta: _Metadata, context: int) -> dict[str, Any]:
         "rope_type": "default",
         "rope_theta": meta.real("rope.freq_base", 10000.0),
     }
-    kind = meta.text("rope.scaling.type", "none")
-    factor = meta.real("rope.scaling.factor", 1.0)
-    if kind == "none" and meta.get("rope.scale_linear") is not None:  # the key of older files
-        kind, factor = "linear", meta.real("rope.scale_linear")
+    # As llama.cpp reads them: a file without a type means linear, and the factor's name in older
+    # files stands in where the new one is absent.
+    kind = meta.text("rope.scaling.type", "linear")
+    old = "rope.scale_linear"
+    key = old if meta.get("rope.scaling.factor") is None else "rope.scaling.factor"
+    factor = meta.real(key, 1.0)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return rope
     if kind == "linear":
@@ -308,3 +310,20 @@ def llama3_scaling(factors: np.ndarray, theta: float, context: int) -> dict[str,
                 "original_max_position_embeddings": original,
             }
     return None
+
+
+def longrope_scaling(factors: np.ndarray, theta: float, context: int) -> dict[str, Any]:
+    """The rope parameters that give any frequency divisors: longrope with one list for all lengths.
+
+    Both factors are 1, so that cosines and sines are not scaled.
+    """
+    listed = [float(value) for value in factors]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": context,
+        "short_factor": listed,
+        "long_factor": list(listed),
+    }

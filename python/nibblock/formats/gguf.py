@@ -27,7 +27,14 @@ from torch import nn
 from nibblock._report import LayerReport, Report
 from nibblock.formats._ggml_types import EXACT_TYPES, Codes, decode, dequantize
 from nibblock.formats._gguf_file import GGUFFile
-from nibblock.formats._gguf_model import ModelPlan, Slot, llama3_scaling, plan, unpermute
+from nibblock.formats._gguf_model import (
+    ModelPlan,
+    Slot,
+    llama3_scaling,
+    longrope_scaling,
+    plan,
+    unpermute,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -259,7 +266,11 @@ class _Builder:
         return model
 
     def _rope_factors(self) -> np.ndarray | None:
-        """Divisors of the rotary frequencies; the configuration gets known scalings too."""
+        """Puts the file's divisors of the rotary frequencies into the configuration.
+
+        A converted model has nothing else to know them from. Returns those that the model must
+        still divide by, because the configuration's formula only comes close to them.
+        """
         name = self.layout.rope_factors
         if name is None:
             return None
@@ -271,22 +282,28 @@ class _Builder:
             raise self.file.fail(
                 f"hold either tensor {name} or rope scaling {rope['rope_type']}", "both"
             )
-        known = llama3_scaling(
-            factors, rope["rope_theta"], self.layout.config["max_position_embeddings"]
-        )
+        if (factors == 1).all():
+            return None
+        theta, context = rope["rope_theta"], self.layout.config["max_position_embeddings"]
+        known = llama3_scaling(factors, theta, context)
         if known is not None:
             self.layout.config["rope_parameters"] = known
-        elif (factors != 1).any():
-            self.report.notes.append(
-                f"rotary frequencies divided by {name}, which the configuration cannot express"
-            )
-        return factors
+            return factors
+        self.layout.config["rope_parameters"] = longrope_scaling(factors, theta, context)
+        self.report.notes.append(
+            f"rotary frequencies divided by {name}: the configuration's rope_type longrope"
+        )
+        return None
 
     def _dense_float32(self, name: str) -> np.ndarray:
         return dequantize(self.file.tensors[name].type, self.file.read(name)).reshape(-1)
 
     def _put_linear(self, model: PreTrainedModel, slot: Slot, bias: torch.Tensor | None) -> None:
         info = self.file.tensors[slot.tensor]
+        if bias is None and model.get_submodule(slot.module).bias is not None:
+            # The configuration has one switch for several linears. One that lacks a bias here gets
+            # zeros, so that a model made from the configuration takes this one's tensors.
+            bias = torch.zeros(info.shape[0], dtype=self.dtype)
         codes = self._codes(slot)
         if codes is None:
             module = nn.Linear(info.columns, info.shape[0], bias=False, device="meta")

@@ -7,6 +7,7 @@ never comes through here; the wrappers diagnose after an op has refused.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Optional
 
 import torch
@@ -71,10 +72,20 @@ def compact_scale_dtype(scales: torch.Tensor, offsets: Optional[torch.Tensor]) -
     return torch.float16 if bool(fits.all()) else torch.float32
 
 
+def check_int(op: str, name: str, value: object) -> None:
+    """Raises TypeError for what is no integer; symbolic ones and NumPy's are."""
+    torch._check_type(
+        isinstance(value, (Integral, torch.SymInt)),
+        lambda: f"{op}: {name} must be an int, got {type(value).__name__}",
+    )
+
+
 def check_format(
-    op: str, group_size: int, bits: int, scale_dtype: torch.dtype, compute: Optional[str] = None
+    op: str, group_size: int, bits: int, scale_dtype: torch.dtype, compute: str = "bf16"
 ) -> None:
     """Raises ValueError or TypeError for a weight format that does not exist."""
+    check_int(op, "bits", bits)
+    check_int(op, "group_size", group_size)
     torch._check_value(bits in (4, 8), lambda: f"{op}: bits must be 4 or 8, got {bits}")
     torch._check_value(
         group_size in GROUP_SIZES,
@@ -85,8 +96,11 @@ def check_format(
         lambda: f"{op}: scale_dtype must be float16 or float32, got {dtype_name(scale_dtype)}",
     )
     torch._check_value(
-        compute is None or compute in ("bf16", "int8"),
-        lambda: f'{op}: compute must be "bf16" or "int8", got "{compute}"',
+        compute in ("bf16", "int8"),
+        lambda: (
+            f'{op}: compute must be "bf16" or "int8", got '
+            + (f'"{compute}"' if isinstance(compute, str) else repr(compute))
+        ),
     )
 
 
@@ -94,6 +108,15 @@ def check_tensor(op: str, name: str, value: object) -> None:
     torch._check_type(
         isinstance(value, torch.Tensor),
         lambda: f"{op}: {name} must be a Tensor, got {type(value).__name__}",
+    )
+
+
+def check_data(op: str, name: str, value: object) -> None:
+    """Raises what is wrong with an argument whose numbers are read here and now."""
+    check_tensor(op, name, value)
+    torch._check_value(
+        not value.is_meta,
+        lambda: f"{op}: {name} must hold data, got a tensor on the meta device",
     )
 
 
@@ -118,6 +141,8 @@ def check_packed(
     scale_dtype: torch.dtype,
 ) -> None:
     check_tensor(op, "packed", packed)
+    check_int(op, "out_features", out_features)
+    check_int(op, "in_features", in_features)
     torch._check_value(
         out_features >= 0, lambda: f"{op}: out_features must be at least 0, got {out_features}"
     )

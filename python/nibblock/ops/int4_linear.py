@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Callable, Optional
 
+import numpy as np
 import torch
 
 from nibblock import _library
@@ -62,7 +63,9 @@ def int4_linear(
     Args:
         x: [..., K] float32 | bfloat16 | float16, any strides; any leading dimensions, none and
             empty ones included.
-        packed: [packed_bytes(N, K, ...)] uint8, from `int4_pack`.
+        packed: [packed_bytes(N, K, ...)] uint8, from `int4_pack`. It does not hold K, only its
+            size is compared: another K that gives the same size (95 for 96) is taken for the first
+            columns of the weight. `Int4Linear` knows its K and refuses.
         bias: [N] float32 | bfloat16 | float16, or None. Added in float32.
         out_features: N.
         group_size: G, one of 32, 64, 128, 256, or -1 for one group per row.
@@ -265,6 +268,7 @@ def int4_embedding(
 
 
 def _as_numpy(op: str, name: str, tensor: torch.Tensor, dtypes: tuple, ndim: int):
+    _checks.check_data(op, name, tensor)
     if tensor.dtype not in dtypes:
         wanted = " or ".join(_checks.dtype_name(d) for d in dtypes)
         raise TypeError(f"{op}: {name} must be {wanted}, got {_checks.dtype_name(tensor.dtype)}")
@@ -303,6 +307,9 @@ def int4_pack(
     Source: layout in csrc/int4_linear/int4_linear.h.
     """
     op = "int4_pack"
+    _checks.check_tensor(op, "qweight", qweight)
+    _checks.check_tensor(op, "scales", scales)
+    _checks.check_int(op, "in_features", in_features)
     _checks.check_format(op, group_size, bits, scales.dtype)
     q = _as_numpy(op, "qweight", qweight, (torch.uint8,), 2)
     s = _as_numpy(op, "scales", scales, _checks.SCALE_DTYPES, 2)
@@ -354,6 +361,7 @@ def int4_unpack(
     _checks.check_packed(
         op, packed, out_features, in_features, group_size, bits, affine, scale_dtype
     )
+    _checks.check_data(op, "packed", packed)
     q, s, o = _native.unpack(
         packed.detach().to("cpu").contiguous().numpy(),
         out_features,
@@ -370,6 +378,21 @@ def int4_unpack(
         torch.from_numpy(s).to(device),
         None if o is None else torch.from_numpy(o).to(device),
     )
+
+
+def _check_range(op: str, scales: np.ndarray, offsets: Optional[np.ndarray], bits: int) -> None:
+    """Refuses a group whose largest scale * code is beyond float32: it would come back infinite."""
+    steps = 2 ** (bits - 1) if offsets is None else 2**bits - 1
+    with np.errstate(over="ignore"):
+        good = np.isfinite(scales * np.float32(steps))
+    if offsets is not None:
+        good &= np.isfinite(offsets)
+    if not good.all():
+        row, group = (int(i) for i in np.argwhere(~good)[0])
+        raise ValueError(
+            f"{op}: weight must span at most 3.4e38 (float32's largest number) in every group, got "
+            f"more in row {row}, group {group}; scale the weight"
+        )
 
 
 def int4_quantize(
@@ -403,7 +426,7 @@ def int4_quantize(
         (qweight, scales, offsets) as `int4_pack` takes them, device of weight.
     Raises:
         TypeError: a dtype that is not listed. ValueError: a shape or option that does not fit, or a
-        weight that is not finite.
+        weight that is not finite or spans more than float32 can say within a group.
     Gradients: none. Determinism: bitwise at any number of threads.
     Numerics: float32.
     Source: csrc/native/quantize.cpp.
@@ -415,8 +438,7 @@ def int4_quantize(
         raise ValueError(f"{op}: weight must be 2-D, got {list(weight.shape)}")
     if method not in ("rtn", "mse"):
         raise ValueError(f'{op}: method must be "rtn" or "mse", got {method!r}')
-    if weight.is_meta:
-        raise ValueError(f"{op}: weight must hold data, got a tensor on the meta device")
+    _checks.check_data(op, "weight", weight)
     w = weight.detach().to("cpu", torch.float32).contiguous().numpy()
     if importance is not None:
         importance = _as_numpy(op, "importance", importance, (torch.float32,), 1)
@@ -424,16 +446,22 @@ def int4_quantize(
             raise ValueError(
                 f"{op}: importance must be [{w.shape[1]}], got {list(importance.shape)}"
             )
-    q, s, o = _native.quantize(
-        w,
-        group_size,
-        bits,
-        symmetric,
-        method=method,
-        importance=importance,
-        threads=torch.get_num_threads(),
-        progress=progress,
-    )
+    try:
+        q, s, o = _native.quantize(
+            w,
+            group_size,
+            bits,
+            symmetric,
+            method=method,
+            importance=importance,
+            threads=torch.get_num_threads(),
+            progress=progress,
+        )
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("quantize: "):  # the same sentence under this op's name
+            raise type(error)(f"int4_{error}") from None
+        raise
+    _check_range(op, s, o, bits)
     scales = torch.from_numpy(s).to(scale_dtype)
     offsets = None if o is None else torch.from_numpy(o).to(scale_dtype)
     for name, tensor in (("scales", scales), ("offsets", offsets)):
