@@ -5,6 +5,7 @@ from __future__ import annotations
 import nibblock as nb
 import pytest
 import torch
+from test_accelerate import TOKENS, Model, quiet
 from torch import nn
 
 pytest.importorskip("safetensors", reason="the safetensors package is not installed")
@@ -169,3 +170,116 @@ def test_a_missing_folder_is_named(tmp_path):
         nb.save(nn.Sequential(nn.Linear(4, 4)), path)
     assert repr(str(path)) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+pytest_safetensors = pytest.importorskip("safetensors", reason="needs the safetensors package")
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("target", ["dense", "accelerated", "other format", "meta"])
+def test_save_and_load(tmp_path, embeddings, target):
+    torch.manual_seed(1)
+    model = Model().eval()
+    quiet(model, nb.Int4Config(group_size=64, embeddings=embeddings, symmetric=True))
+    path = tmp_path / "model.safetensors"
+    nb.save(model, path)
+    torch.manual_seed(2)
+    other = Model().eval()
+    if target == "accelerated":
+        quiet(other, nb.Int4Config(group_size=64, embeddings=embeddings, symmetric=True))
+    elif target == "other format":
+        quiet(other, nb.Int4Config(group_size=32, bits=8, embeddings=embeddings))
+    elif target == "meta":
+        other = other.to("meta")
+    assert nb.load(path, other) is other
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    assert not any(p.is_meta for p in other.parameters())
+    tied = (
+        (other.head.packed, other.embed.packed)
+        if embeddings
+        else (other.head.weight, other.embed.weight)
+    )
+    assert tied[0] is tied[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    nb.save(other, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_tied_tensors_are_written_once(tmp_path):
+    model = Model()
+    quiet(model, nb.Int4Config(group_size=32, embeddings=True))
+    nb.save(model, tmp_path / "a.safetensors")
+    dense = tmp_path / "b.safetensors"
+    nb.save(Model(), dense)
+    total = sum(p.numel() * 4 for p in Model().parameters())
+    assert total < dense.stat().st_size < total + 4000
+    with pytest_safetensors.safe_open(str(tmp_path / "a.safetensors"), framework="pt") as file:
+        names = set(file.keys())
+    assert "embed.qweight" in names
+    assert "head.qweight" not in names
+
+
+def test_load_refuses_and_leaves_the_model_unchanged(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = Model(tied=False)
+    quiet(model)
+    nb.save(model, path)
+
+    def refused(other, text, file=path):
+        before = [
+            (id(m), {k: v.clone() for k, v in m._parameters.items() if v is not None})
+            for m in other.modules()
+        ]
+        with pytest.raises(ValueError, match=text):
+            nb.load(file, other)
+        for (key, parameters), m in zip(before, other.modules()):
+            assert key == id(m)
+            for name, value in parameters.items():
+                assert torch.equal(value, m._parameters[name])
+
+    refused(
+        Model(width=32, tied=False),
+        r"blocks\.0\.up must have the file's shape \[128, 64\], got \[64, 32\]",
+    )
+    refused(Model(vocabulary=50, tied=False), r"head must have the file's shape \[100, 64\]")
+    other = Model(tied=False)
+    other.blocks[1].down = nn.Linear(128, 64)
+    refused(other, r"blocks\.1\.down must have no bias as in the file, got a bias")
+    other = Model(tied=False)
+    other.blocks[1].down = nn.Identity()
+    refused(other, r"blocks\.1\.down must be an nn\.Linear in the model, got Identity")
+    other = Model(tied=False)
+    other.extra = nn.Parameter(torch.ones(3))
+    refused(other, "must hold extra of the model")
+    other = Model(tied=False)
+    other.norm = nn.Identity()
+    refused(other, r"model must hold norm\.\w+ of model")
+    other = Model(tied=False)
+    other.norm = nn.LayerNorm(32)
+    refused(other, r"norm\.\w+ must have the file's shape \[64\], got \[32\]")
+
+    data = path.read_bytes()
+    for cut in (0, 4, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "cut").write_bytes(data[:cut])
+        refused(Model(tied=False), "must be a whole safetensors file", tmp_path / "cut")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign")
+    refused(Model(tied=False), "must be written by nibblock.save", tmp_path / "foreign")
+    with pytest.raises(FileNotFoundError, match="load: path must name a file"):
+        nb.load(tmp_path / "missing", Model())
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    nb.save(Model(), path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        nb.save(Model(), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(ValueError, match="must hold data, got a tensor on the meta device"):
+        nb.save(Model().to("meta"), path)

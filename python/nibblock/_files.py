@@ -262,10 +262,8 @@ def load(
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Hooks and the bias Parameter, as `accelerate` does; `_fill` then fills the bias."""
-    for hooks in _accelerate._HOOKS:
-        if hooks in old.__dict__:
-            new.__dict__[hooks] = old.__dict__[hooks]
+    """Hooks, attributes and the bias Parameter, as `accelerate`; `_fill` then fills the bias."""
+    _accelerate._carry_over(old, new)
     bias = old._parameters.get("bias")
     if bias is not None:
         new._parameters["bias"] = bias
