@@ -384,6 +384,8 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
                     input, own["packed"], bias, *base._args, values, layout, adapter.block, a, c
                 )
         except (RuntimeError, AttributeError, IndexError):
+            if isinstance(base, Int4Linear) and base._follow_packed():
+                return self.forward(input)
             self._diagnose(input)
             raise
         self._diagnose(input)

@@ -90,8 +90,12 @@ class FusedInt4Group:
     # --- storage ---------------------------------------------------------------------------------
 
     def invalidate(self) -> None:
-        """Gather the siblings anew at the next call: one of them changed."""
+        """Gather the siblings anew at the next call: one of them changed.
+
+        Their formats may differ until the others have changed too; they run alone until then.
+        """
         self._bound = None
+        self.enabled = self._wasted < MAX_WASTED
 
     def _bind(self) -> Optional[tuple]:
         """Makes the siblings' packed weights views of one blob; None where they no longer fit."""

@@ -246,7 +246,7 @@ class Int4Linear(PackedWeight, nn.Linear):
     @compute.setter
     def compute(self, value: str) -> None:
         _checks.check_format(
-            type(self).__name__, self.group_size, self.bits, self.scale_dtype, value
+            type(self).__name__, self.group_size, self.bits, self._scale_dtype, value
         )
         self._compute = value
         self._args = (
@@ -254,7 +254,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             self.group_size,
             self.bits,
             self.affine,
-            self.scale_dtype,
+            self._scale_dtype,
             value,
         )
         self._code = _checks.format_code(*self._args)
@@ -285,6 +285,8 @@ class Int4Linear(PackedWeight, nn.Linear):
                         return shared
                 return _forward(input, parameters["packed"], bias, self._code)
         except (RuntimeError, AttributeError, IndexError):
+            if self._follow_packed():
+                return self.forward(input)
             self._diagnose(input)
             raise
         self._diagnose(input)
