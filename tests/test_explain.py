@@ -6,6 +6,7 @@ import nibblock as nb
 import pytest
 import torch
 from test_accelerate import TOKENS, Model, quiet
+from torch import nn
 
 
 def test_explain_names_the_kernel_and_the_refusals():
@@ -33,3 +34,18 @@ def test_explain_a_model():
         assert "blocks.0.up x3" in str(explanations)
         assert "[10, 64] float32 -> 128" in str(explanations)
     assert model.training
+
+
+def test_explain_sees_calls_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.up(input=x)
+
+    for config in (nb.Int4Config(), nb.BlockSparseConfig(density=0.5, block=16)):
+        model = ByKeyword()
+        quiet(model, config)
+        assert "[3, 64] float32 -> 32" in str(nb.explain(model, torch.ones(3, 64)))

@@ -64,6 +64,18 @@ def test_dequantize_dtypes():
         q.dequantize(torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_bias_is_float32_whatever_torch_makes_by_default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        q = nb.Int4Linear(64, 16)
+    finally:
+        torch.set_default_dtype(before)
+    assert q.bias.dtype == torch.float32
+    assert q(torch.ones(2, 64)).shape == (2, 16)
+
+
 def test_from_codes_keeps_scales():
     qweight = torch.randint(0, 256, (20, 40), dtype=torch.uint8)
     scales = torch.rand(20, 3).half()
@@ -259,7 +271,9 @@ def test_strict_load_reports_keys():
 
 
 def test_scale_dtype_of_the_file_is_converted_only_when_exact():
-    """While fused the siblings share one format, so a file's dtype is converted, not taken over."""
+    """Fused siblings keep their format where the file's values fit it (tests/test_packed_state.py
+    has the rest); scales and offsets of two dtypes must fit the module's.
+    """
     block = nn.Module()
     for name in ("gate_proj", "up_proj"):
         q = nb.Int4Linear.from_linear(nn.Linear(64, 16, bias=False), group_size=32)
@@ -402,6 +416,21 @@ def test_hooks_and_functional_call():
     y = torch.func.functional_call(q, {"bias": torch.zeros(48)}, (x,))
     assert calls == [y.shape]
     assert torch.allclose(y + q.bias, q(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int4", "sparse", "masked", "adapter"])
+def test_input_may_be_named_as_in_torch(kind):
+    model = nn.Sequential(nn.Linear(64, 32))
+    if kind == "sparse":
+        nb.accelerate(model, nb.BlockSparseConfig(density=0.5, block=16), progress=False)
+    elif kind == "masked":
+        model[0] = nb.nn.MaskedLinear.from_linear(model[0], 0.5, 16)
+    else:
+        nb.accelerate(model, nb.Int4Config(group_size=32), progress=False)
+    if kind == "adapter":
+        nb.add_adapters(model, nb.AdapterConfig(density=0.5, block=16))
+    x = torch.randn(3, 64)
+    assert torch.equal(model[0](input=x), model[0](x))
 
 
 def test_extra_repr():

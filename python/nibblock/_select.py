@@ -86,13 +86,13 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
         raise ValueError("explain: module must hold an Int4Linear, got none; accelerate it first")
     seen: dict[tuple, list[tuple[str, Layer, torch.Tensor]]] = {}
 
-    def note(layer, args):
-        value = args[0]
+    def note(layer, args, kwargs):
+        value = args[0] if args else kwargs["input"]
         rows = value.numel() // max(1, value.shape[-1])
         key = (rows, value.dtype, *shape_key(layer))
         seen.setdefault(key, []).append((layers[layer], layer, value.detach().to("meta")))
 
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     training = {m: m.training for m in module.modules()}
     try:
         module.eval()

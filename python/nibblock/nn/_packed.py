@@ -12,12 +12,17 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from nibblock import ops as _ops
 from nibblock.ops import _checks
 
 # __init__ of nn.Linear and nn.Embedding would allocate the dense weight; these classes never call
 # it.
+
+# By a Parameter that load_state_dict(assign=True) replaced: its successor. Modules that shared the
+# first then share the second.
+_successors = WeakIdKeyDictionary()
 
 
 class PackedWeight:
@@ -30,7 +35,7 @@ class PackedWeight:
     group_size: int
     bits: int
     affine: bool
-    scale_dtype: torch.dtype
+    _scale_dtype: torch.dtype
 
     def _init_format(
         self,
@@ -45,11 +50,12 @@ class PackedWeight:
         _checks.check_format(op, group_size, bits, scale_dtype)
         self._rows, self._columns = rows, columns
         self.group_size, self.bits = group_size, bits
-        self.affine, self.scale_dtype = affine, scale_dtype
+        self.affine, self._scale_dtype = affine, scale_dtype
 
     def _init_packed(self, packed: Optional[torch.Tensor], device: Any) -> None:
         if packed is None:
-            packed = torch.empty(self._packed_bytes(), dtype=torch.uint8, device=device)
+            size = self._packed_bytes(self._scale_dtype)
+            packed = torch.empty(size, dtype=torch.uint8, device=device)
             if not packed.is_meta:
                 packed.zero_()  # scales of 0: a weight of zeros, not of whatever the memory held
         else:
@@ -68,10 +74,31 @@ class PackedWeight:
             packed = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("packed", packed)
 
-    def _packed_bytes(self) -> int:
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """float32 or float16: how `packed` holds scales and offsets; follows what is loaded."""
+        self._follow_packed()
+        return self._scale_dtype
+
+    def _packed_bytes(self, scale_dtype: torch.dtype) -> int:
         return _checks.packed_bytes(
-            self._rows, self._columns, self.group_size, self.bits, self.affine, self.scale_dtype
+            self._rows, self._columns, self.group_size, self.bits, self.affine, scale_dtype
         )
+
+    def _follow_packed(self) -> bool:
+        """Whether `packed` holds another dtype of scales than this module knew; knows it then.
+
+        Another module that shares `packed` may have loaded a file. The size says which dtype it is.
+        """
+        packed = self._parameters.get("packed")
+        if packed is None or packed.numel() == self._packed_bytes(self._scale_dtype):
+            return False
+        for dtype in _checks.SCALE_DTYPES:
+            if packed.numel() == self._packed_bytes(dtype):
+                self._scale_dtype = dtype
+                self._format_changed()
+                return True
+        return False
 
     # --- the weight ------------------------------------------------------------------------------
 
@@ -125,7 +152,7 @@ class PackedWeight:
     def canonical(self) -> dict[str, torch.Tensor]:
         """The state dict's form of the weight: `qweight`, `scales` and, when affine, `offsets`."""
         if self.packed.is_meta:
-            shapes = self._canonical_shapes()
+            shapes = self._canonical_shapes(self.scale_dtype)
             return {k: torch.empty(s, dtype=d, device="meta") for k, (s, d) in shapes.items()}
         qweight, scales, offsets = _ops.int4_unpack(
             self.packed,
@@ -141,15 +168,17 @@ class PackedWeight:
             out["offsets"] = offsets
         return out
 
-    def _canonical_shapes(self) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    def _canonical_shapes(
+        self, scale_dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
         codes = -(-self._columns // 2) if self.bits == 4 else self._columns
         groups = _checks.groups_of(self._columns, self.group_size)
         shapes = {
             "qweight": ((self._rows, codes), torch.uint8),
-            "scales": ((self._rows, groups), self.scale_dtype),
+            "scales": ((self._rows, groups), scale_dtype),
         }
         if self.affine:
-            shapes["offsets"] = ((self._rows, groups), self.scale_dtype)
+            shapes["offsets"] = ((self._rows, groups), scale_dtype)
         return shapes
 
     # --- state dict ------------------------------------------------------------------------------
@@ -157,9 +186,9 @@ class PackedWeight:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name, tensor in self.canonical().items():
             destination[prefix + name] = tensor
-        bias = self._parameters.get("bias")
-        if bias is not None:
-            destination[prefix + "bias"] = bias if keep_vars else bias.detach()
+        # The bias, and whatever else was registered on this module.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "packed"]
 
     def _load_from_state_dict(
         self,
@@ -172,12 +201,12 @@ class PackedWeight:
         error_msgs,
     ):
         # nn.Module loads `packed` and `bias`; this turns what the file holds into `packed` first,
-        # and what nn.Module reports about `packed` back into the file's names.
-        self._adopt_scale_dtype(state_dict, prefix)
-        shapes = self._canonical_shapes()
+        # and what nn.Module reports about `packed` back into the file's names. Nothing changes
+        # before all of the weight is known to fit.
+        names = self._canonical_shapes(self.scale_dtype)
         local = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         dense = local.pop(prefix + "weight", None)
-        given = {name: local.pop(prefix + name, None) for name in shapes}
+        given = {name: local.pop(prefix + name, None) for name in names}
         if dense is not None and any(v is not None for v in given.values()):
             local[prefix + "weight"] = (
                 dense  # both forms at once: the canonical one, and report the other
@@ -186,13 +215,21 @@ class PackedWeight:
         absent = [name for name, value in given.items() if value is None]
         key = prefix + "packed"
         errors: list[str] = []
-        if dense is not None:
-            local[key] = self._pack_dense(prefix, dense, errors)
-        elif not absent:
-            local[key] = self._pack_canonical(prefix, given, shapes, errors)
-        if errors:
-            error_msgs.extend(errors)
-            local[key] = self._parameters["packed"]  # unchanged; the errors above say why
+        if dense is not None or not absent:
+            dtype = self.scale_dtype if absent else self._dtype_to_load(given)
+            packed = (
+                self._pack_dense(prefix, dense, errors)
+                if absent
+                else self._pack_canonical(prefix, given, dtype, errors)
+            )
+            absent = []
+            if errors:
+                error_msgs.extend(errors)
+            elif local_metadata.get("assign_to_params_buffers", False):
+                self._assign_packed(packed, dtype)
+            else:
+                self._make_room(dtype)
+                local[key] = packed
         missing: list[str] = []
         super()._load_from_state_dict(
             local, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
@@ -203,29 +240,41 @@ class PackedWeight:
             else:
                 missing_keys.append(name)
 
-    def _adopt_scale_dtype(self, state_dict, prefix):
-        """Takes over the file's dtype of scales, so that a state dict round trip changes nothing.
+    def _dtype_to_load(self, given: dict[str, torch.Tensor]) -> torch.dtype:
+        """The file's dtype of scales, so that a state dict round trip changes nothing.
 
-        Only when everything it holds fits (nothing may have changed if loading is refused), and not
-        while fused with siblings, which share one format.
+        Fused siblings share one format: they keep theirs where that changes no value.
         """
-        shapes = self._canonical_shapes()
-        given = {name: state_dict.get(prefix + name) for name in shapes}
-        if any(v is None or tuple(v.shape) != shapes[k][0] for k, v in given.items()):
-            return
-        dtypes = {v.dtype for k, v in given.items() if k != "qweight"}
-        dtype = dtypes.pop()
-        if (
-            dtypes
-            or dtype == self.scale_dtype
-            or dtype not in _checks.SCALE_DTYPES
-            or given["qweight"].dtype != torch.uint8
-            or getattr(self, "_fused", None) is not None
-        ):
-            return
-        self.scale_dtype = dtype
-        packed = self._parameters["packed"]
-        packed.data = torch.empty(self._packed_bytes(), dtype=torch.uint8, device=packed.device)
+        parts = [v for name, v in given.items() if name != "qweight"]
+        dtype = parts[0].dtype
+        if dtype not in _checks.SCALE_DTYPES or any(v.dtype != dtype for v in parts):
+            return self.scale_dtype
+        if getattr(self, "_fused", None) is not None:
+            if all(_exact(v, self.scale_dtype) for v in parts):
+                return self.scale_dtype
+        return dtype
+
+    def _make_room(self, scale_dtype: torch.dtype) -> None:
+        """Gives `packed` the size that this dtype of scales needs, in all modules that share it."""
+        if scale_dtype != self._scale_dtype:
+            packed = self._parameters["packed"]
+            size = self._packed_bytes(scale_dtype)
+            packed.data = torch.empty(size, dtype=torch.uint8, device=packed.device)
+            self._scale_dtype = scale_dtype
+            self._format_changed()
+
+    def _assign_packed(self, packed: torch.Tensor, scale_dtype: torch.dtype) -> None:
+        """Takes `packed` over as a new Parameter; modules that shared the old one share it too,
+        provided that the file holds the same weight for them.
+        """
+        old = self._parameters["packed"]
+        known = _successors.get(old)
+        new = None if known is None else known()
+        if new is None or not _same(new, packed):
+            new = nn.Parameter(packed, requires_grad=False)
+            _successors[old] = TensorWeakRef(new)
+        self.packed = new
+        self._scale_dtype = scale_dtype
         self._format_changed()
 
     def _format_changed(self) -> None:
@@ -236,7 +285,8 @@ class PackedWeight:
             errors.append(self._mismatch(prefix + "weight", dense, (self._rows, self._columns)))
             return None
         if dense.is_meta:
-            return torch.empty(self._packed_bytes(), dtype=torch.uint8, device="meta")
+            size = self._packed_bytes(self.scale_dtype)
+            return torch.empty(size, dtype=torch.uint8, device="meta")
         try:
             parts = _ops.int4_quantize(
                 dense,
@@ -252,8 +302,8 @@ class PackedWeight:
             errors.append(f"{prefix}weight: {error}")
             return None
 
-    def _pack_canonical(self, prefix, given, shapes, errors):
-        for name, (shape, dtype) in shapes.items():
+    def _pack_canonical(self, prefix, given, scale_dtype, errors):
+        for name, (shape, dtype) in self._canonical_shapes(scale_dtype).items():
             value = given[name]
             if tuple(value.shape) != shape:
                 errors.append(self._mismatch(prefix + name, value, shape))
@@ -263,26 +313,30 @@ class PackedWeight:
                 )
             elif value.dtype != dtype and not value.is_meta:
                 # float16 to float32 is exact; the other way only if no value changes.
-                cast = value.to(dtype)
-                if not torch.equal(cast.to(value.dtype), value):
+                if not _exact(value, dtype):
                     errors.append(
                         f"{prefix}{name} must be exact in {_checks.dtype_name(dtype)}, got "
                         f"{_checks.dtype_name(value.dtype)} values that are not; build the module "
                         f"with scale_dtype={value.dtype}"
                     )
-                given[name] = cast
+                given[name] = value.to(dtype)
         if errors:
             return None
         if any(value.is_meta for value in given.values()):
-            return torch.empty(self._packed_bytes(), dtype=torch.uint8, device="meta")
-        return _ops.int4_pack(
-            given["qweight"],
-            given["scales"],
-            given.get("offsets"),
-            in_features=self._columns,
-            group_size=self.group_size,
-            bits=self.bits,
-        )
+            size = self._packed_bytes(scale_dtype)
+            return torch.empty(size, dtype=torch.uint8, device="meta")
+        try:
+            return _ops.int4_pack(
+                given["qweight"],
+                given["scales"],
+                given.get("offsets"),
+                in_features=self._columns,
+                group_size=self.group_size,
+                bits=self.bits,
+            )
+        except (TypeError, ValueError) as error:
+            errors.append(f"{prefix}qweight: {error}")
+            return None
 
     @staticmethod
     def _mismatch(key: str, value: torch.Tensor, shape: tuple[int, int]) -> str:
@@ -300,6 +354,18 @@ class PackedWeight:
         if self.scale_dtype != torch.float32:
             parts.append(f"scale_dtype={_checks.dtype_name(self.scale_dtype)}")
         return ", ".join(parts)
+
+
+def _exact(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether dtype holds every number of value; taken for granted on the meta device."""
+    return value.is_meta or torch.equal(value.to(dtype).to(value.dtype), value)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two packed weights are equal; on the meta device their sizes must do."""
+    if a.device != b.device or a.shape != b.shape:
+        return False
+    return a.is_meta or torch.equal(a, b)
 
 
 def packed_from_codes(op, qweight, scales, offsets, columns, group_size, bits):

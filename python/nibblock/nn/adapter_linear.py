@@ -364,27 +364,31 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
 
     # --- running ---------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         base = self._modules["base"]
         if self._active is None or self._merged is not None:
-            return base(x)
+            return base(input)
         adapter = self._modules["adapters"]._modules[self._active]
         parameters, layout = adapter._parameters, adapter._buffers["layout"]
         values, a, c = parameters["values"], parameters["lora_a"], parameters["lora_c"]
         try:
-            if x.shape[-1] == self.in_features:
-                grad = torch.is_grad_enabled() and (x.requires_grad or adapter.trains())
+            if input.shape[-1] == self.in_features:
+                grad = torch.is_grad_enabled() and (input.requires_grad or adapter.trains())
                 if not isinstance(base, Int4Linear):
-                    return self._on_dense(base, adapter, x, grad)
+                    return self._on_dense(base, adapter, input, grad)
                 own = base._parameters
                 bias = own["bias"]
                 grad = grad or (torch.is_grad_enabled() and bias is not None and bias.requires_grad)
                 op = _fused if grad else _fused_forward
-                return op(x, own["packed"], bias, *base._args, values, layout, adapter.block, a, c)
+                return op(
+                    input, own["packed"], bias, *base._args, values, layout, adapter.block, a, c
+                )
         except (RuntimeError, AttributeError, IndexError):
-            self._diagnose(x)
+            if isinstance(base, Int4Linear) and base._follow_packed():
+                return self.forward(input)
+            self._diagnose(input)
             raise
-        self._diagnose(x)
+        self._diagnose(input)
         raise AssertionError("unreachable: the shape above was refused")
 
     def _on_dense(self, base: nn.Module, adapter: Adapter, x: torch.Tensor, grad: bool):

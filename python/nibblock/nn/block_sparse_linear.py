@@ -179,26 +179,26 @@ class BlockSparseLinear(ReadOnlyWeight, BlockValues, nn.Linear):
                 edge.narrow(axis + 1, inside, self.block - inside).zero_()
                 self.values[(self.blocks[:, axis] == last).nonzero().flatten()] = edge
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Straight from the dictionaries, and without autograd where nothing asks for a gradient:
         # see Int4Linear.forward.
         parameters = self._parameters
         values, bias = parameters["values"], parameters["bias"]
         try:
-            if x.shape[-1] == self.in_features:
+            if input.shape[-1] == self.in_features:
                 op = _forward
                 if torch.is_grad_enabled() and (
                     values.requires_grad
-                    or x.requires_grad
+                    or input.requires_grad
                     or (bias is not None and bias.requires_grad)
                 ):
                     op = _linear
                 layout = self._buffers["layout"]
-                return op(x, values, layout, bias, None, self.out_features, self.block)
+                return op(input, values, layout, bias, None, self.out_features, self.block)
         except (RuntimeError, AttributeError, IndexError):
-            self._diagnose(x)
+            self._diagnose(input)
             raise
-        self._diagnose(x)
+        self._diagnose(input)
         raise AssertionError("unreachable: the shape above was refused")
 
     def _diagnose(self, x: object) -> None:

@@ -15,6 +15,7 @@ sibling alone, exactly as before.
 
 from __future__ import annotations
 
+import copyreg
 import threading
 from typing import Optional
 
@@ -74,8 +75,7 @@ class FusedInt4Group:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._active: dict[int, Optional[list]] = {}
-        self._bound: Optional[tuple] = None  # (pointers, blob, spans, columns, format)
-        self._bias: tuple = ((), None)  # (state of the siblings' biases, all of them in one tensor)
+        self._bound: Optional[tuple] = None  # (pointers, blob, spans, padding of biases, format)
         self.enabled = True
         self._wasted = 0
 
@@ -90,8 +90,12 @@ class FusedInt4Group:
     # --- storage ---------------------------------------------------------------------------------
 
     def invalidate(self) -> None:
-        """Gather the siblings anew at the next call: one of them changed."""
+        """Gather the siblings anew at the next call: one of them changed.
+
+        Their formats may differ until the others have changed too; they run alone until then.
+        """
         self._bound = None
+        self.enabled = self._wasted < MAX_WASTED
 
     def _bind(self) -> Optional[tuple]:
         """Makes the siblings' packed weights views of one blob; None where they no longer fit."""
@@ -105,15 +109,20 @@ class FusedInt4Group:
             blob = torch.cat([p.detach() for p in parameters])
             at = columns = 0
             spans = []
+            padding = []  # what stands for a sibling's bias and behind it
             for sibling, parameter in zip(self.siblings, parameters):
                 parameter.data = blob[at : at + parameter.numel()]
                 at += parameter.numel()
-                spans.append((columns, columns + sibling.out_features))
-                columns += -(-sibling.out_features // PANEL_ROWS) * PANEL_ROWS
+                rows = sibling.out_features
+                spans.append((columns, columns + rows))
+                behind = -rows % PANEL_ROWS
+                columns += rows + behind
+                zeros = torch.zeros(rows + behind, dtype=torch.float32)
+                padding.append((zeros[:rows], zeros[rows:] if behind else None))
             pointers = [p.data_ptr() for p in parameters]
             code = format_code(columns, *self.siblings[0]._args[1:])
             # One assignment: other threads see the old state or the new one, never a mixture.
-            self._bound = bound = (pointers, blob, spans, columns, code)
+            self._bound = bound = (pointers, blob, spans, padding, code)
             return bound
 
     def _ready(self) -> Optional[tuple]:
@@ -124,18 +133,16 @@ class FusedInt4Group:
                 return bound
         return self._bind()
 
-    def _concatenated_bias(self, spans: list, columns: int) -> torch.Tensor:
-        biases = self._biases()
-        state = tuple([None if b is None else (b.data_ptr(), b._version, b.dtype) for b in biases])
-        known, bias = self._bias
-        if state != known:
-            # Biases may differ in dtype between siblings; float32 holds them all exactly.
-            bias = torch.zeros(columns, dtype=torch.float32)
-            for (start, end), b in zip(spans, biases):
-                if b is not None:
-                    bias[start:end] = b.detach()
-            self._bias = (state, bias)
-        return bias
+    def _concatenated_bias(self, padding: list) -> torch.Tensor:
+        # Every call anew: edits of `.data` or through numpy move no version counter. Where dtypes
+        # differ, cat takes one that holds them all exactly.
+        parts = []
+        for sibling, (none, behind) in zip(self.siblings, padding):
+            bias = sibling._parameters["bias"]
+            parts.append(none if bias is None else bias)
+            if behind is not None:
+                parts.append(behind)
+        return torch.cat(parts)
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -149,13 +156,11 @@ class FusedInt4Group:
         bound = self._ready() if self.enabled else None
         if bound is None:
             return None
-        _, blob, spans, columns, code = bound
+        _, blob, spans, padding, code = bound
         bias = None
         for sibling in self.siblings:
             if sibling._parameters["bias"] is not None:
-                if any(b is not None and b.is_inference() for b in self._biases()):
-                    return None  # (an inference tensor's changes cannot be seen)
-                bias = self._concatenated_bias(spans, columns)
+                bias = self._concatenated_bias(padding)
                 break
         return _forward(x, blob, bias, code), spans
 
@@ -196,6 +201,10 @@ class FusedInt4Group:
         rows = x.numel() // max(1, x.shape[-1])
         if rows == 0 or rows > MAX_SHARED_ROWS or self.asks_gradient():
             return None
+        # What runs before a sibling may change it: nothing is computed ahead of that.
+        for sibling in self.siblings:
+            if "forward" in sibling.__dict__ or sibling._forward_pre_hooks:
+                return None
         result = self.run(x)
         if result is None:
             return None
@@ -203,6 +212,10 @@ class FusedInt4Group:
         outputs = [y[..., start:end] for start, end in spans]
         if rows > 1:
             outputs = [part.contiguous() for part in outputs]
+        elif torch.is_grad_enabled():
+            # Views have one version counter: a change of one would spoil what autograd saved of
+            # the others. `.data` has its own.
+            outputs = [part.data for part in outputs]
         first, outputs[index] = outputs[index], None
         entry.extend((x, x._version, outputs))
         return first
@@ -224,14 +237,22 @@ class _Swapped:
     """What every replaced class has."""
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self)._nibblock_original,), self.__dict__
+        # What the original class decides about its copies holds (__getstate__, __reduce__).
+        make, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
+        original = type(self)._nibblock_original
+        if make is copyreg.__newobj__:
+            return (_rebuild, (original, *arguments[1:]), *rest)
+        if make is type(self):
+            make = original  # a copy by its constructor: nothing in it is fused
+        return (make, arguments, *rest)
 
 
 class _Shared(_Swapped):
     """A parent of siblings: its forward opens and closes their groups."""
 
     def forward(self, *args, **kwargs):
-        groups = self.__dict__["_int4_groups"]
+        # A copy made by the class's own __getstate__ may lack them.
+        groups = self.__dict__.get("_int4_groups", ())
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         before = [group.open() for group in groups]
@@ -264,8 +285,22 @@ def _swapped_class(cls: type) -> type:
     return _classes[cls]
 
 
-def _rebuild(cls: type) -> nn.Module:
-    return object.__new__(_swapped_class(cls))
+def _rebuild(cls: type, *arguments: object) -> nn.Module:
+    swapped = _swapped_class(cls)
+    return swapped.__new__(swapped, *arguments)
+
+
+def _swap(module: nn.Module) -> str:
+    """Gives the module its shared or shorter forward; why it keeps its own, empty if it does not.
+
+    A class may refuse subclasses (`__init_subclass__`, a metaclass) or a change of `__class__`.
+    """
+    try:
+        module.__class__ = _swapped_class(type(module))
+    except Exception as error:  # noqa: BLE001  (whatever the class's own code raises)
+        name = type(module).__name__
+        return f"{name} cannot be subclassed: {type(error).__name__}: {error}"
+    return ""
 
 
 def _find_groups(module: nn.Module) -> list[list[Int4Linear]]:
@@ -302,12 +337,25 @@ def fuse_linears(model: nn.Module) -> list[str]:
     Returns:
         The names of the siblings that share calls now, one "parent.(a|b)" per group.
     """
+    return fuse_where_possible(model)[0]
+
+
+def fuse_where_possible(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """`fuse_linears`, and why the parents that refused kept their own forward.
+
+    Args:
+        model: any module tree.
+    Returns:
+        The names of the siblings that share calls now, and a reason by the name of each group that
+        could have and does not.
+    """
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    out = []
+    out: list[str] = []
+    refused: dict[str, str] = {}
     for name, module in list(model.named_modules()):
         found = [
             layers
@@ -316,25 +364,28 @@ def fuse_linears(model: nn.Module) -> list[str]:
         ]
         if not found:
             continue
-        groups = []
+        names = []
         for layers in found:
-            group = FusedInt4Group(layers)
-            groups.append(group)
-            for index, layer in enumerate(layers):
-                layer._fused = (group, index)
             short = [key for key, child in module._modules.items() if child in layers]
-            out.append(f"{name}.({'|'.join(short)})" if name else "|".join(short))
-        module._int4_groups = groups
-        if not isinstance(module, _Shared):
-            module.__class__ = _swapped_class(type(module))
+            names.append(f"{name}.({'|'.join(short)})" if name else "|".join(short))
+        reason = "" if isinstance(module, _Shared) else _swap(module)
+        if reason:
+            refused.update(dict.fromkeys(names, reason))
+            continue
+        groups = [FusedInt4Group(layers) for layers in found]
+        for group in groups:
+            for index, layer in enumerate(group.siblings):
+                layer._fused = (group, index)
+        module.__dict__["_int4_groups"] = groups
+        out.extend(names)
     if out:
         for module in model.modules():
             cls = type(module)
             if issubclass(cls, _Swapped):
                 continue
             if _lean.lean_norm(cls) or _lean.lean_layer(cls):
-                module.__class__ = _swapped_class(cls)
-    return out
+                _swap(module)  # (shorter or as it was: both run)
+    return out, refused
 
 
 def unfuse_linears(model: nn.Module) -> None:

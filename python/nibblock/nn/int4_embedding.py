@@ -270,10 +270,12 @@ class Int4Embedding(PackedWeight, nn.Embedding):
                 self.group_size,
                 self.bits,
                 self.affine,
-                self.scale_dtype,
+                self._scale_dtype,
                 self._dtype,
             )
         except RuntimeError:
+            if self._follow_packed():
+                return self.forward(input)
             self._diagnose(input)
             raise
 

@@ -55,7 +55,9 @@ class Int4Linear(PackedWeight, nn.Linear):
         self._build(
             in_features,
             out_features,
-            nn.Parameter(torch.zeros(out_features, device=device)) if bias else None,
+            nn.Parameter(torch.zeros(out_features, dtype=torch.float32, device=device))
+            if bias
+            else None,
             group_size,
             bits,
             not symmetric,
@@ -244,7 +246,7 @@ class Int4Linear(PackedWeight, nn.Linear):
     @compute.setter
     def compute(self, value: str) -> None:
         _checks.check_format(
-            type(self).__name__, self.group_size, self.bits, self.scale_dtype, value
+            type(self).__name__, self.group_size, self.bits, self._scale_dtype, value
         )
         self._compute = value
         self._args = (
@@ -252,7 +254,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             self.group_size,
             self.bits,
             self.affine,
-            self.scale_dtype,
+            self._scale_dtype,
             value,
         )
         self._code = _checks.format_code(*self._args)
@@ -263,7 +265,7 @@ class Int4Linear(PackedWeight, nn.Linear):
     def _format_changed(self) -> None:
         self.compute = self._compute
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         # The lean path: Parameters straight from their dictionary (a third of
         # nn.Module.__getattr__'s time), the autograd-free twin of the op when nothing asks for a
         # gradient, and no check that the op does not make itself. Only in_features is not among the
@@ -271,21 +273,23 @@ class Int4Linear(PackedWeight, nn.Linear):
         parameters = self._parameters
         bias = parameters["bias"]
         try:
-            if x.shape[-1] == self.in_features:
+            if input.shape[-1] == self.in_features:
                 if torch.is_grad_enabled() and (
-                    x.requires_grad or (bias is not None and bias.requires_grad)
+                    input.requires_grad or (bias is not None and bias.requires_grad)
                 ):
-                    return _linear(x, parameters["packed"], bias, *self._args)
+                    return _linear(input, parameters["packed"], bias, *self._args)
                 if self._fused is not None and not torch.compiler.is_compiling():
                     group, index = self._fused
-                    shared = group.take(index, x)
+                    shared = group.take(index, input)
                     if shared is not None:
                         return shared
-                return _forward(x, parameters["packed"], bias, self._code)
+                return _forward(input, parameters["packed"], bias, self._code)
         except (RuntimeError, AttributeError, IndexError):
-            self._diagnose(x)
+            if self._follow_packed():
+                return self.forward(input)
+            self._diagnose(input)
             raise
-        self._diagnose(x)
+        self._diagnose(input)
         raise AssertionError("unreachable: the shape above was refused")
 
     def _diagnose(self, x: object) -> None:

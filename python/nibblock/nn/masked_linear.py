@@ -267,7 +267,7 @@ class MaskedLinear(BlockValues, nn.Linear):
 
     # --- running ------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         parameters = self._parameters
         values, weight, bias = parameters["values"], parameters["weight"], parameters["bias"]
         try:
@@ -275,21 +275,21 @@ class MaskedLinear(BlockValues, nn.Linear):
                 values is not self._home or version(values) != self._synced
             ):
                 weight = self._live(values, weight)
-            device = x.device.type
+            device = input.device.type
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
                 weight = self._casted(weight, dtype)
-                if x.dtype in _checks.FLOATS:
-                    x = x.to(dtype)
+                if input.dtype in _checks.FLOATS:
+                    input = input.to(dtype)
                 if bias is not None and bias.dtype in _checks.FLOATS:
                     bias = bias.to(dtype)
             if values.requires_grad and torch.is_grad_enabled():
                 runs = self._runs
                 layout = self._buffers["layout" if runs is None else "_compact"]
-                return MaskedProduct.apply(x, values, weight, bias, layout, self.block, runs)
-            return F.linear(x, weight, bias)
+                return MaskedProduct.apply(input, values, weight, bias, layout, self.block, runs)
+            return F.linear(input, weight, bias)
         except (RuntimeError, AttributeError, IndexError):
-            self._diagnose(x)
+            self._diagnose(input)
             raise
 
     def _diagnose(self, x: object) -> None:
