@@ -44,7 +44,7 @@ def test_computes_the_linear_of_its_dequantised_weight(options, dtype):
         y = q(x)
         assert y.dtype == dtype
         assert y.shape == (*shape[:-1], 48)
-        assert close(y, F.linear(x.float(), q.weight, q.bias.float()))
+        assert close(y, F.linear(x.float(), q.dequantize(), q.bias.float()))
 
 
 def test_better_method_is_better():
@@ -250,6 +250,22 @@ def test_constant_groups_stay_exact(value, compact):
     assert torch.equal(q.dequantize(), dense.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_has_the_dense_weights_dtype(dtype, tmp_path):
+    """Models compute with `.weight` themselves (Mamba's dt_proj) or ask for its dtype."""
+    model = nn.Sequential(nn.Linear(64, 8)).to(dtype)
+    fresh = copy.deepcopy(model)
+    nb.accelerate(model, nb.Int4Config(group_size=32), progress=False)
+    assert (model[0].weight @ torch.ones(64, dtype=dtype)).dtype == dtype
+    assert torch.equal(model[0].weight, model[0].dequantize(dtype))
+    assert copy.deepcopy(model)[0].weight.dtype == dtype
+    nb.save(model, tmp_path / "model.safetensors")
+    nb.load(tmp_path / "model.safetensors", fresh)
+    assert fresh[0].weight.dtype == dtype
+    assert model.half()[0].weight.dtype == torch.float16
+    assert model.double()[0].weight.dtype == torch.float16  # kernels know no float64
+
+
 def test_strict_load_reports_keys():
     q = layer()
     state = q.state_dict()
@@ -326,11 +342,11 @@ def test_copies():
 
 def test_to_dtype_leaves_the_weight_alone():
     q = layer()
-    weight = q.weight
+    weight = q.dequantize()
     for move in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.float()):
         move(q)
         assert q.packed.dtype == torch.uint8
-        assert torch.equal(q.weight, weight)
+        assert torch.equal(q.dequantize(), weight)
     q.bfloat16()
     assert q.bias.dtype == torch.bfloat16
     assert q(torch.randn(2, 130, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -383,7 +399,7 @@ def test_gradients(dtype):
     grad = torch.randn(2, 5, 48, dtype=dtype)
     dx, db = torch.autograd.grad(q(x), [x, q.bias], grad)
     assert dx.dtype == dtype
-    assert torch.allclose(dx.float(), grad.float() @ q.weight, rtol=3e-2, atol=3e-2)
+    assert torch.allclose(dx.float(), grad.float() @ q.dequantize(), rtol=3e-2, atol=3e-2)
     assert torch.allclose(db.float(), grad.float().sum((0, 1)), rtol=2e-2, atol=2e-2)
     q.requires_grad_(False)
     assert not q(x.detach()).requires_grad
@@ -394,7 +410,7 @@ def test_second_derivatives():
     x = torch.randn(3, 130, requires_grad=True)
     (dx,) = torch.autograd.grad(q(x).pow(2).sum(), x, create_graph=True)
     (ddx,) = torch.autograd.grad(dx.sum(), x)
-    w = q.weight
+    w = q.dequantize()
     assert torch.allclose(ddx, (2 * w.T @ w).sum(0).expand_as(ddx), rtol=2e-2, atol=2e-1)
 
 
@@ -437,56 +453,3 @@ def test_extra_repr():
     text = repr(nb.Int4Linear(64, 32, bias=False, symmetric=True, scale_dtype=torch.float16))
     assert "in_features=64, out_features=32, bias=False" in text
     assert "bits=4, group_size=128, symmetric=True, scale_dtype=float16" in text
-
-
-# --- embedding ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits, group_size, symmetric", [(8, 32, True), (4, 64, False)])
-def test_embedding(bits, group_size, symmetric):
-    dense = nn.Embedding(50, 70, padding_idx=-1)
-    q = nb.Int4Embedding.from_embedding(
-        dense, group_size=group_size, symmetric=symmetric, bits=bits
-    )
-    assert isinstance(q, nn.Embedding)
-    assert q.padding_idx == dense.padding_idx == 49
-    for indices in (torch.tensor(3), torch.tensor([[0, 49], [7, 7]]), torch.empty(0, 2).long()):
-        assert torch.equal(q(indices), q.weight[indices])
-        assert torch.equal(q(indices.int()), q.weight[indices])
-    assert (q.weight - dense.weight).abs().max() < (0.03 if bits == 8 else 0.5)
-
-
-def test_embedding_follows_dtype_and_state_dict():
-    q = nb.Int4Embedding.from_embedding(nn.Embedding(50, 64))
-    index = torch.tensor([1, 2])
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        q.to(dtype)
-        assert q(index).dtype == q.weight.dtype == dtype
-    fresh = nb.Int4Embedding(50, 64)
-    fresh.load_state_dict(q.state_dict())
-    assert torch.equal(fresh(index), q(index))
-    assert torch.equal(pickle.loads(pickle.dumps(q))(index), q(index))
-    assert nb.Int4Embedding(50, 64, device="meta")(index.to("meta")).shape == (2, 64)
-
-
-def test_embedding_errors():
-    q = nb.Int4Embedding.from_embedding(nn.Embedding(50, 64))
-    with pytest.raises(ValueError, match=r"int4_embedding: indices must be in \[0, 50\), got 50"):
-        q(torch.tensor([1, 50]))
-    with pytest.raises(ValueError, match=r"got -1"):
-        q(torch.tensor([-1]))
-    with pytest.raises(TypeError, match="indices must be int64 or int32, got float32"):
-        q(torch.tensor([1.0]))
-    with pytest.raises(ValueError, match="max_norm must be None, got 1.0"):
-        nb.Int4Embedding.from_embedding(nn.Embedding(5, 5, max_norm=1.0))
-
-
-def test_tied_head_shares_storage():
-    q = nb.Int4Embedding.from_embedding(nn.Embedding(50, 64))
-    head = q.linear()
-    assert head.packed is q.packed
-    x = torch.randn(2, 64)
-    assert close(head(x), x @ q.weight.T)
-    pair = copy.deepcopy(nn.ModuleDict({"embed": q, "head": head}))
-    assert pair["embed"].packed is pair["head"].packed
-    assert len(list(pair.parameters())) == 1

@@ -22,6 +22,7 @@ from nibblock.nn import (
     Int4Embedding,
     Int4Linear,
 )
+from nibblock.nn._packed import PackedWeight
 from nibblock.nn.fused import fuse_where_possible
 from nibblock.ops import _checks
 
@@ -266,7 +267,9 @@ def _added(kind: type, base: type) -> str:
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Hooks, and attributes that somebody set on the module."""
+    """Hooks, attributes that somebody set on the module, and what dtype it shows."""
+    if isinstance(new, PackedWeight):
+        new._dtype = old._dtype if isinstance(old, PackedWeight) else old.weight.dtype
     for name, value in old.__dict__.items():
         if name in _HOOKS or not (name in new.__dict__ or hasattr(type(new), name)):
             new.__dict__[name] = value

@@ -320,7 +320,7 @@ class _Builder:
                 group_size=codes.group,
                 bits=codes.bits,
                 compute=self.compute,
-            )
+            ).to(self.dtype)
         model.set_submodule(slot.module, module)
         self._record(slot, module, codes)
 

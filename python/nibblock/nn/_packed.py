@@ -36,6 +36,7 @@ class PackedWeight:
     bits: int
     affine: bool
     _scale_dtype: torch.dtype
+    _dtype: torch.dtype = torch.float32  # of `weight`: what a dense layer's would have
 
     def _init_format(
         self,
@@ -104,8 +105,18 @@ class PackedWeight:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantised weight, computed anew at every access; read-only."""
-        return self.dequantize()
+        """The dequantised weight, computed anew at every access; read-only.
+
+        Its dtype is that of the dense weight it stands for, and follows `.to(dtype)` likewise.
+        """
+        return self.dequantize(self._dtype)
+
+    def _apply(self, fn, recurse=True):
+        # `.to(dtype)` cannot be seen on a uint8 Parameter; a probe shows what fn does to floats.
+        probe = fn(torch.empty(1, dtype=self._dtype, device=self.packed.device))
+        if probe.dtype in _checks.FLOATS:
+            self._dtype = probe.dtype
+        return super()._apply(fn, recurse)
 
     @weight.setter
     def weight(self, value: object) -> None:

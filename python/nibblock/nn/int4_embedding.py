@@ -246,19 +246,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             affine=self.affine,
             scale_dtype=self.scale_dtype,
             compute=compute,
+            dtype=self._dtype,
         )
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The dequantised table in the output's dtype, computed anew at every access; read-only."""
-        return self.dequantize(self._dtype)
-
-    def _apply(self, fn, recurse=True):
-        # `.to(dtype)` cannot be seen on a uint8 Parameter; a probe shows what fn does to floats.
-        probe = fn(torch.empty(1, dtype=self._dtype, device=self.packed.device))
-        if probe.dtype in _checks.FLOATS:
-            self._dtype = probe.dtype
-        return super()._apply(fn, recurse)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         try:

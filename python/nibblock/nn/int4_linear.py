@@ -147,6 +147,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             bits=bits,
             compute=compute,
         )
+        out._dtype = weight.dtype
         return out.train(linear.training)
 
     @classmethod
@@ -203,6 +204,7 @@ class Int4Linear(PackedWeight, nn.Linear):
         affine: bool,
         scale_dtype: torch.dtype = torch.float32,
         compute: str = "bf16",
+        dtype: torch.dtype = torch.float32,
     ) -> Int4Linear:
         """Wraps an already packed weight; a Parameter is shared, not copied (tied heads).
 
@@ -211,6 +213,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             bias: [N] or None.
             in_features, out_features, group_size, bits, affine, scale_dtype, compute: the weight's
             format.
+            dtype: float32 | bfloat16 | float16 of `weight`, for code that reads it.
         Returns:
             A new module.
         Raises:
@@ -234,6 +237,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             compute,
             packed,
         )
+        out._dtype = dtype
         return out
 
     # --- running ---------------------------------------------------------------------------------
