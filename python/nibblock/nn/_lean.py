@@ -105,8 +105,10 @@ def _plain_step(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _bare(module: nn.Module) -> bool:
-    """Whether calling the module is calling its forward."""
-    return not (module._forward_hooks or module._forward_pre_hooks)
+    """Whether calling the module is calling its class's forward."""
+    own = module.__dict__
+    # (a forward of its own: wrappers put one on the instance)
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def _shared_product(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> Optional[tuple]:
@@ -117,7 +119,10 @@ def _shared_product(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) ->
         or _torch_module._has_any_global_hook()
     ):
         return None
-    group = self.__dict__["_int4_groups"][0]
+    groups = self.__dict__.get("_int4_groups")
+    if not groups:
+        return None
+    group = groups[0]
     siblings = group.siblings
     if x.shape[-1] != siblings[0].in_features or x.numel() > _MAX_ROWS * siblings[0].in_features:
         return None
@@ -125,7 +130,13 @@ def _shared_product(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) ->
     if len(siblings) != len(names):
         return None
     for name, sibling in zip(names, siblings):
-        if modules[name] is not sibling or sibling._forward_hooks or sibling._forward_pre_hooks:
+        own = sibling.__dict__  # (_bare, without its call)
+        if (
+            modules[name] is not sibling
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or "forward" in own
+        ):
             return None
     if group.asks_gradient():
         return None

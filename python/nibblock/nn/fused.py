@@ -74,8 +74,7 @@ class FusedInt4Group:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._active: dict[int, Optional[list]] = {}
-        self._bound: Optional[tuple] = None  # (pointers, blob, spans, columns, format)
-        self._bias: tuple = ((), None)  # (state of the siblings' biases, all of them in one tensor)
+        self._bound: Optional[tuple] = None  # (pointers, blob, spans, padding of biases, format)
         self.enabled = True
         self._wasted = 0
 
@@ -109,15 +108,20 @@ class FusedInt4Group:
             blob = torch.cat([p.detach() for p in parameters])
             at = columns = 0
             spans = []
+            padding = []  # what stands for a sibling's bias and behind it
             for sibling, parameter in zip(self.siblings, parameters):
                 parameter.data = blob[at : at + parameter.numel()]
                 at += parameter.numel()
-                spans.append((columns, columns + sibling.out_features))
-                columns += -(-sibling.out_features // PANEL_ROWS) * PANEL_ROWS
+                rows = sibling.out_features
+                spans.append((columns, columns + rows))
+                behind = -rows % PANEL_ROWS
+                columns += rows + behind
+                zeros = torch.zeros(rows + behind, dtype=torch.float32)
+                padding.append((zeros[:rows], zeros[rows:] if behind else None))
             pointers = [p.data_ptr() for p in parameters]
             code = format_code(columns, *self.siblings[0]._args[1:])
             # One assignment: other threads see the old state or the new one, never a mixture.
-            self._bound = bound = (pointers, blob, spans, columns, code)
+            self._bound = bound = (pointers, blob, spans, padding, code)
             return bound
 
     def _ready(self) -> Optional[tuple]:
@@ -128,18 +132,16 @@ class FusedInt4Group:
                 return bound
         return self._bind()
 
-    def _concatenated_bias(self, spans: list, columns: int) -> torch.Tensor:
-        biases = self._biases()
-        state = tuple([None if b is None else (b.data_ptr(), b._version, b.dtype) for b in biases])
-        known, bias = self._bias
-        if state != known:
-            # Biases may differ in dtype between siblings; float32 holds them all exactly.
-            bias = torch.zeros(columns, dtype=torch.float32)
-            for (start, end), b in zip(spans, biases):
-                if b is not None:
-                    bias[start:end] = b.detach()
-            self._bias = (state, bias)
-        return bias
+    def _concatenated_bias(self, padding: list) -> torch.Tensor:
+        # Every call anew: edits of `.data` or through numpy move no version counter. Where dtypes
+        # differ, cat takes one that holds them all exactly.
+        parts = []
+        for sibling, (none, behind) in zip(self.siblings, padding):
+            bias = sibling._parameters["bias"]
+            parts.append(none if bias is None else bias)
+            if behind is not None:
+                parts.append(behind)
+        return torch.cat(parts)
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -153,13 +155,11 @@ class FusedInt4Group:
         bound = self._ready() if self.enabled else None
         if bound is None:
             return None
-        _, blob, spans, columns, code = bound
+        _, blob, spans, padding, code = bound
         bias = None
         for sibling in self.siblings:
             if sibling._parameters["bias"] is not None:
-                if any(b is not None and b.is_inference() for b in self._biases()):
-                    return None  # (an inference tensor's changes cannot be seen)
-                bias = self._concatenated_bias(spans, columns)
+                bias = self._concatenated_bias(padding)
                 break
         return _forward(x, blob, bias, code), spans
 
@@ -200,6 +200,11 @@ class FusedInt4Group:
         rows = x.numel() // max(1, x.shape[-1])
         if rows == 0 or rows > MAX_SHARED_ROWS or self.asks_gradient():
             return None
+        # What runs before a sibling may change it: nothing is computed ahead of that.
+        for sibling in self.siblings:
+            own = sibling.__dict__
+            if "forward" in own or own["_forward_pre_hooks"]:
+                return None
         result = self.run(x)
         if result is None:
             return None
@@ -207,6 +212,10 @@ class FusedInt4Group:
         outputs = [y[..., start:end] for start, end in spans]
         if rows > 1:
             outputs = [part.contiguous() for part in outputs]
+        elif torch.is_grad_enabled():
+            # Views have one version counter: a change of one would spoil what autograd saved of
+            # the others. `.data` has its own.
+            outputs = [part.data for part in outputs]
         first, outputs[index] = outputs[index], None
         entry.extend((x, x._version, outputs))
         return first
