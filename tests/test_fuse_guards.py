@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 
 import nibblock as nb
 import pytest
 import torch
 from nibblock.nn import fuse_linears
-from test_fuse import CONFIG, calls, count_ops, equal, family, near, pair
+from test_fuse import CONFIG, Attention, GatedMLP, calls, count_ops, equal, family, near, pair
 from torch import nn
 
 # --- biases ---------------------------------------------------------------------------------------
@@ -153,3 +155,81 @@ def test_outputs_may_be_changed_in_place(rows):
         module(x).sum().backward()
     assert torch.equal(fused.gain.grad, plain.gain.grad)
     assert calls(fused, x)[0] == 1
+
+
+# --- classes that decide for themselves -----------------------------------------------------------
+
+
+class Locked(Attention):
+    """A module that cannot be copied as it is, and knows how to be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        del state["lock"]
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+class Few(Attention):
+    """Copies only what it knows of."""
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_int4")}
+
+
+class Remade(Attention):
+    """Copied by a call of its class."""
+
+    def __reduce__(self):
+        return type(self), (), self.__dict__
+
+
+@pytest.mark.parametrize("make", [Locked, Few, Remade])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_made_as_the_class_wants(make, how):
+    plain, fused = pair(make)
+    other = how(fused)
+    assert isinstance(other, make)
+    x = torch.randn(1, 64)
+    count, got = calls(other, x)
+    assert equal(got, plain(x))
+    assert count == (1 if make is Locked else 3)
+
+
+def refusing(how):
+    """A class without subclasses."""
+
+    class Final(Attention):
+        def __init_subclass__(cls, **kwargs):
+            raise TypeError("Final must stay as it is")
+
+    class Meta(type):
+        def __new__(mcs, name, bases, body):
+            if any(type(base) is mcs for base in bases):
+                raise RuntimeError("sealed")
+            return super().__new__(mcs, name, bases, body)
+
+    class Sealed(Attention, metaclass=Meta):
+        pass
+
+    return Final if how == "init_subclass" else Sealed
+
+
+@pytest.mark.parametrize("how", ["init_subclass", "metaclass"])
+def test_a_class_that_refuses_subclasses_is_not_fused(how):
+    model = nn.ModuleDict({"a": refusing(how)(), "mlp": GatedMLP()})
+    report = nb.accelerate(model, CONFIG, fuse=True, progress=False)
+    assert report.fused == ["mlp.(gate_proj|up_proj)"]
+    assert list(report.not_fused) == ["a.(q_proj|k_proj|v_proj)"]
+    assert "not fused: a.(q_proj|k_proj|v_proj): " in str(report)
+    assert "cannot be subclassed: " in str(report)
+    assert report.to_dict()["not_fused"] == report.not_fused
+    assert model["a"].q_proj._fused is None
+    assert calls(model["a"], torch.randn(1, 64))[0] == 3

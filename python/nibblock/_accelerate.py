@@ -19,8 +19,8 @@ from nibblock.nn import (
     BlockSparseLinear,
     Int4Embedding,
     Int4Linear,
-    fuse_linears,
 )
+from nibblock.nn.fused import fuse_where_possible
 from nibblock.ops import _checks
 
 Config = Union[Int4Config, BlockSparseConfig]
@@ -66,7 +66,8 @@ def accelerate(
             (name, module) -> bool.
         skip: names or name patterns that are left alone ("lm_head", "*.router").
         fuse: True also lets sibling int4 linears that read the same input (q/k/v, gate/up) run as
-            one call; names and state dict stay as they are.
+            one call; names and state dict stay as they are. A parent whose class refuses subclasses
+            keeps its own forward; the report says so.
         progress: None for a bar on a terminal and one line elsewhere (standard error), False for
             silence, or a callable (layers done, layers).
     Returns:
@@ -116,7 +117,7 @@ def accelerate(
             parent._modules[attribute] = new
     _rename_tied_keys(model)
     if fuse:
-        report.fused = fuse_linears(model)
+        report.fused, report.not_fused = fuse_where_possible(model)
     report.model_bytes_after = model_bytes(model)
     report.rows = [_row(layer, before[id(layer)], replacements) for layer in layers]
     return report

@@ -32,6 +32,7 @@ class Report:
         model_bytes_before, model_bytes_after: all Parameters and buffers, each storage counted
             once.
         fused: names of the siblings that run as one call, "parent.(a|b)".
+        not_fused: by the same names, why siblings that could share a call do not.
         trainable: numbers that ask for a gradient after `add_adapters`; 0 after `accelerate`.
     """
 
@@ -40,6 +41,7 @@ class Report:
     model_bytes_after: int = 0
     fused: list[str] = field(default_factory=list)
     trainable: int = 0
+    not_fused: dict[str, str] = field(default_factory=dict)
 
     @property
     def replaced(self) -> list[LayerReport]:
@@ -68,6 +70,7 @@ class Report:
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,
             "fused": list(self.fused),
+            "not_fused": dict(self.not_fused),
             "trainable": self.trainable,
         }
 
@@ -116,7 +119,8 @@ class Report:
             total += f"; {self.trainable} trainable values"
         elif self.model_bytes_after:
             total += f" ({self.model_bytes_before / self.model_bytes_after:.2f}x smaller)"
-        return "\n".join([*table, total])
+        notes = [f"not fused: {name}: {reason}" for name, reason in self.not_fused.items()]
+        return "\n".join([*table, *notes, total])
 
     def __repr__(self) -> str:
         return f"<nibblock report: {len(self.replaced)} replaced, {len(self.kept)} kept>"

@@ -77,9 +77,10 @@ def load_gguf(
     """
     model, builder = _load(path, dtype, quantised=True, compute=compute, requantize=requantize)
     if fuse:
-        from nibblock.nn import fuse_linears
+        from nibblock.nn.fused import fuse_where_possible
 
-        builder.report.fused = fuse_linears(model)
+        report = builder.report
+        report.fused, report.not_fused = fuse_where_possible(model)
     model.nibblock_report = builder.report
     return model
 

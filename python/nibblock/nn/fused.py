@@ -15,6 +15,7 @@ sibling alone, exactly as before.
 
 from __future__ import annotations
 
+import copyreg
 import threading
 from typing import Optional
 
@@ -237,14 +238,22 @@ class _Swapped:
     """What every replaced class has."""
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self)._nibblock_original,), self.__dict__
+        # What the original class decides about its copies holds (__getstate__, __reduce__).
+        make, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
+        original = type(self)._nibblock_original
+        if make is copyreg.__newobj__:
+            return (_rebuild, (original, *arguments[1:]), *rest)
+        if make is type(self):
+            make = original  # a copy by its constructor: nothing in it is fused
+        return (make, arguments, *rest)
 
 
 class _Shared(_Swapped):
     """A parent of siblings: its forward opens and closes their groups."""
 
     def forward(self, *args, **kwargs):
-        groups = self.__dict__["_int4_groups"]
+        # A copy made by the class's own __getstate__ may lack them.
+        groups = self.__dict__.get("_int4_groups", ())
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         before = [group.open() for group in groups]
@@ -277,8 +286,22 @@ def _swapped_class(cls: type) -> type:
     return _classes[cls]
 
 
-def _rebuild(cls: type) -> nn.Module:
-    return object.__new__(_swapped_class(cls))
+def _rebuild(cls: type, *arguments: object) -> nn.Module:
+    swapped = _swapped_class(cls)
+    return swapped.__new__(swapped, *arguments)
+
+
+def _swap(module: nn.Module) -> str:
+    """Gives the module its shared or shorter forward; why it keeps its own, empty if it does not.
+
+    A class may refuse subclasses (`__init_subclass__`, a metaclass) or a change of `__class__`.
+    """
+    try:
+        module.__class__ = _swapped_class(type(module))
+    except Exception as error:  # noqa: BLE001  (whatever the class's own code raises)
+        name = type(module).__name__
+        return f"{name} cannot be subclassed: {type(error).__name__}: {error}"
+    return ""
 
 
 def _find_groups(module: nn.Module) -> list[list[Int4Linear]]:
@@ -315,12 +338,25 @@ def fuse_linears(model: nn.Module) -> list[str]:
     Returns:
         The names of the siblings that share calls now, one "parent.(a|b)" per group.
     """
+    return fuse_where_possible(model)[0]
+
+
+def fuse_where_possible(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """`fuse_linears`, and why the parents that refused kept their own forward.
+
+    Args:
+        model: any module tree.
+    Returns:
+        The names of the siblings that share calls now, and a reason by the name of each group that
+        could have and does not.
+    """
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    out = []
+    out: list[str] = []
+    refused: dict[str, str] = {}
     for name, module in list(model.named_modules()):
         found = [
             layers
@@ -329,25 +365,28 @@ def fuse_linears(model: nn.Module) -> list[str]:
         ]
         if not found:
             continue
-        groups = []
+        names = []
         for layers in found:
-            group = FusedInt4Group(layers)
-            groups.append(group)
-            for index, layer in enumerate(layers):
-                layer._fused = (group, index)
             short = [key for key, child in module._modules.items() if child in layers]
-            out.append(f"{name}.({'|'.join(short)})" if name else "|".join(short))
-        module._int4_groups = groups
-        if not isinstance(module, _Shared):
-            module.__class__ = _swapped_class(type(module))
+            names.append(f"{name}.({'|'.join(short)})" if name else "|".join(short))
+        reason = "" if isinstance(module, _Shared) else _swap(module)
+        if reason:
+            refused.update(dict.fromkeys(names, reason))
+            continue
+        groups = [FusedInt4Group(layers) for layers in found]
+        for group in groups:
+            for index, layer in enumerate(group.siblings):
+                layer._fused = (group, index)
+        module.__dict__["_int4_groups"] = groups
+        out.extend(names)
     if out:
         for module in model.modules():
             cls = type(module)
             if issubclass(cls, _Swapped):
                 continue
             if _lean.lean_norm(cls) or _lean.lean_layer(cls):
-                module.__class__ = _swapped_class(cls)
-    return out
+                _swap(module)  # (shorter or as it was: both run)
+    return out, refused
 
 
 def unfuse_linears(model: nn.Module) -> None:
