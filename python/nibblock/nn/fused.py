@@ -203,7 +203,8 @@ class FusedInt4Group:
             return None
         # What runs before a sibling may change it: nothing is computed ahead of that.
         for sibling in self.siblings:
-            if "forward" in sibling.__dict__ or sibling._forward_pre_hooks:
+            own = sibling.__dict__
+            if "forward" in own or own["_forward_pre_hooks"]:
                 return None
         result = self.run(x)
         if result is None:
