@@ -135,6 +135,9 @@ def test_refusals():
     refuse(ValueError, "sparse_update: down: .*blocks must lie in",
            {"up": [[0, 0]], "down": [[7, 7]]})  # fmt: skip
     refuse(TypeError, "selection must map layer names, got list", [[0, 0]])
+    refuse(ValueError, "must leave a layer to train, got none of 1 for where='zz'",
+           {"up": [[0, 0]]}, where="zz")  # fmt: skip
+    refuse(ValueError, "must leave a layer to train, got an empty selection", {})
     refuse(TypeError, "model must be an nn.Module, got int", {}, of=3)
     refuse(ValueError, "got a single Linear; use MaskedLinear.from_linear", {}, of=model.up)
     assert same(digest(model), before)

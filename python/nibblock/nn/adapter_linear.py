@@ -377,7 +377,8 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
 
     # --- running ---------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input  # nn.Linear's name for it
         base = self._modules["base"]
         if self._active is None or self._merged is not None:
             return base(x)

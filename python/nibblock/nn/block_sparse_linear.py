@@ -179,7 +179,8 @@ class BlockSparseLinear(ReadOnlyWeight, BlockValues, nn.Linear):
                 edge.narrow(axis + 1, inside, self.block - inside).zero_()
                 self.values[(self.blocks[:, axis] == last).nonzero().flatten()] = edge
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input  # nn.Linear's name for it
         # Straight from the dictionaries, and without autograd where nothing asks for a gradient:
         # see Int4Linear.forward.
         parameters = self._parameters

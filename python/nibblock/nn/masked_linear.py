@@ -186,7 +186,8 @@ class MaskedLinear(WrittenThrough, BlockValues, nn.Linear):
 
     # --- running ------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input  # nn.Linear's name for it
         parameters = self._parameters
         values, weight, bias = parameters["values"], parameters["weight"], parameters["bias"]
         try:
