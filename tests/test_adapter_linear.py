@@ -229,6 +229,8 @@ def test_constructors_refuse():
         nb.AdapterLinear(nn.Embedding(4, 4))
     with pytest.raises(TypeError, match="got BlockSparseLinear"):
         nb.AdapterLinear(nb.BlockSparseLinear(64, 64))
+    with pytest.raises(TypeError, match="got MaskedLinear"):
+        nb.AdapterLinear(nb.MaskedLinear(64, 64))
     with pytest.raises(ValueError, match="rank must be at least 0, got -1"):
         nb.AdapterLinear(nn.Linear(8, 8), rank=-1)
     with pytest.raises(ValueError, match="name must be a word without dots, got 'a.b'"):
@@ -429,6 +431,17 @@ def test_state_dict_and_pickle(kind):
         layer.merge()
         with pytest.raises(ValueError, match="must be unmerged for a state dict, got 'default'"):
             nn.Sequential(layer).state_dict()
+        before = bits(layer.base.weight).clone(), layer.values.detach().clone()
+        new = {f"0.{key}": torch.zeros_like(tensor) for key, tensor in state.items()}
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="0 must be unmerged to load a state dict, got 'd"):
+                nn.Sequential(layer).load_state_dict(new, strict=strict)
+        assert torch.equal(bits(layer.base.weight), before[0])
+        assert torch.equal(layer.values, before[1])
+        nn.Sequential(layer).load_state_dict({}, strict=False)  # nothing for this layer
+        layer.unmerge()
+        layer.load_state_dict(state)
+        assert torch.equal(other(x), layer(x))
 
 
 def test_functional_call():

@@ -191,6 +191,44 @@ def test_names_and_activation(tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+@pytest.mark.parametrize("make", [Model, adapted])
+@pytest.mark.parametrize("name", ["z.y", ""])
+def test_names_are_words(tmp_path, make, name):
+    nb.save(adapted(), tmp_path / "a.safetensors")
+    model = make()
+    names = [n for n, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=f"adapter must be a word without dots, got '{name}'"):
+        nb.load(tmp_path / "a.safetensors", model, adapter=name)
+    assert [n for n, _ in model.named_modules()] == names
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(64, 64)
+        self.head = nn.Linear(64, 64, bias=False)
+        self.head.weight = self.emb.weight
+
+
+def test_a_loaded_adapter_is_not_merged_into_a_tied_weight(tmp_path):
+    model = Tied()
+    bare = copy.deepcopy(model)
+    nb.add_adapters(model, nb.AdapterConfig(density=1.0))
+    nb.save(model, tmp_path / "a.safetensors")
+    nb.load(tmp_path / "a.safetensors", bare)
+    for layer in (model.head, copy.deepcopy(bare).head, bare.head):
+        with pytest.raises(ValueError, match="base must own its weight, got one tied to emb.weigh"):
+            layer.merge()
+
+
+def test_masked_layers_take_no_adapter(tmp_path):
+    nb.save(adapted(), tmp_path / "a.safetensors")
+    model = nb.sparse_update(Model(), {"up": [[0, 0]]})
+    with pytest.raises(ValueError, match="load: up must be a linear of the model, got MaskedLin"):
+        nb.load(tmp_path / "a.safetensors", model)
+    assert type(model.down) is nn.Linear
+
+
 def test_layers_outside_the_file_run_bare(tmp_path):
     only_up = Model()
     nb.add_adapters(only_up, nb.AdapterConfig(where="up", density=0.5, name="small"))
@@ -247,6 +285,10 @@ def test_damaged_files(tmp_path):
         (lambda h, t: h.update(version=2), "must be an adapter file of version 1, got 2; update"),
         (lambda h, t: h["layers"]["up"].pop("base"), "must have whole metadata"),
         (lambda h, t: h.update(layers=[]), "must have whole metadata"),
+        (lambda h, t: h.pop("name"), "must have whole metadata, got: KeyError\\('name'"),
+        (lambda h, t: h["layers"]["up"].update(base=3), "base of up must be str, got int"),
+        (lambda h, t: h["layers"]["up"].update(rank="2"), "rank of up must be int, got str"),
+        (lambda h, t: h["trained"].update({"up.bias": [1]}), "a.safetensors must hold up.bias"),
         (
             lambda h, t: t.update({"up.blocks": t["up.blocks"] + 9}),
             "load: up: blocks: blocks must lie",

@@ -239,6 +239,15 @@ def test_errors_in_all_three_places():
         meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         with pytest.raises(error, match=text):
             op(**meta)
+    # What torch itself refuses, in several lines.
+    for name, wrong in (("out_features", 70.0), ("block", 16.0), ("block", "16")):
+        kind = type(wrong).__name__
+        with pytest.raises(
+            TypeError, match=f"^block_sparse_linear: {name} must be int, got {kind}$"
+        ):
+            nb.ops.block_sparse_linear(**{**given, "out_features": 70, name: wrong})
+    with pytest.raises(TypeError, match="block_layout: in_features must be int, got float"):
+        nb.ops.block_layout(torch.tensor([[0, 0]]), 64, 64.0, 32)
 
 
 def test_errors_of_the_gradients():

@@ -175,6 +175,70 @@ def test_any_change_of_values_is_seen(dtype, wide):
     assert not held(layer).any()
 
 
+class ByData(torch.optim.Optimizer):
+    """Writes through `.data`, which bumps no version."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.add_(p.grad.sign(), alpha=-0.1)
+
+
+def replace_data(layer):
+    layer.values.data = layer.values.data + 1
+
+
+def replace_from_a_vector(layer):
+    vector = torch.nn.utils.parameters_to_vector([layer.values]) + 1
+    torch.nn.utils.vector_to_parameters(vector, [layer.values])
+
+
+def change_data_in_place(layer):
+    layer.values.data.add_(1)
+    layer.sync(always=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: ByData([layer.values]).step(),
+        replace_data,
+        replace_from_a_vector,
+        change_data_in_place,
+    ],
+    ids=["optimizer", "replaced", "vector", "in place"],
+)
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("cast", [False, True])
+def test_values_written_through_data(change, ours, cast):
+    layer, x = masked(), torch.randn(3, 100)
+    optimizer = nb.optim.MaskedAdamW([layer.values], lr=0.1)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return layer(x)
+
+    for _ in range(3):
+        run().float().square().sum().backward()
+        if ours:  # who counts steps must not take the change for one of them
+            optimizer.step()
+        before, was = run(), layer.values.detach().clone()
+        change(layer)
+        assert not torch.equal(layer.values, was)
+        assert not torch.equal(run(), before)
+        assert torch.equal(held_inside(layer), inside(layer, layer.values))
+
+
+def test_other_optimisers_leave_other_layers_alone():
+    layer, other = masked(), masked()
+    other.weight.fill_(3)  # a copy of the values would show
+    layer.values.grad = torch.ones_like(layer.values)
+    ByData([layer.values]).step()
+    assert (other.weight == 3).all()
+
+
 def test_untouched_numbers_keep_their_payload():
     linear = linear_of()
     nan = torch.tensor([0x7FA12345, -0x5EDCBB], dtype=torch.int32).view(torch.float32)

@@ -439,7 +439,10 @@ def test_refusals():
                 make(*args, **more)
 
         refuse(ValueError, "lr must be at least 0, got -1", [p], lr=-1.0)
+        refuse(ValueError, "lr must be finite, got inf", [p], lr=float("inf"))
+        refuse(TypeError, "lr must be a number, got str", [p], lr="a")
         refuse(ValueError, "max_norm must be above 0 or None, got 0", [p], max_norm=0)
+        refuse(TypeError, "max_norm must be a number, got str", [p], max_norm="a")
         refuse(TypeError, "params must be float32 or bfloat16, got float16",
                [nn.Parameter(torch.ones(3).half())])  # fmt: skip
         refuse(ValueError, "params must be contiguous", [nn.Parameter(torch.ones(3, 4).t())])
@@ -458,13 +461,23 @@ def test_refusals():
                [layer.values], masks={p: torch.tensor([0])})  # fmt: skip
     with pytest.raises(ValueError, match=r"beta1 must be in \[0, 1\), got 1.0"):
         MaskedAdamW([p], betas=(1.0, 0.9))
+    with pytest.raises(TypeError, match=r"betas must be a pair of numbers, got 0.9"):
+        MaskedAdamW([p], betas=0.9)
+    with pytest.raises(ValueError, match="MaskedSGD: dampening must be finite, got nan"):
+        MaskedSGD([p], momentum=0.9, dampening=float("nan"))
     with pytest.raises(ValueError, match="nesterov must be False without momentum"):
         MaskedSGD([p], nesterov=True)
     MaskedAdamW([p, nn.Parameter(torch.ones(3).half(), requires_grad=False)])
     optimizer = MaskedAdamW([p])
     with pytest.raises(ValueError, match="lr must be at least 0"):
         optimizer.add_param_group({"params": [layer.values], "lr": -1.0})
+    other = nn.Parameter(torch.randn(4))
+    with pytest.raises(ValueError, match=r"masks must belong to Parameters of params, .* \[4, 5\]"):
+        optimizer.add_param_group(
+            {"params": [other], "masks": {p: torch.ones(4, 5, dtype=torch.bool)}}
+        )
     assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [other], "masks": {other: torch.tensor([1])}})
     p.grad = torch.ones(4, 5).to_sparse()
     with pytest.raises(TypeError, match="gradients must be dense tensors, got torch.sparse_coo"):
         optimizer.step()

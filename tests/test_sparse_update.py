@@ -135,6 +135,9 @@ def test_refusals():
     refuse(ValueError, "sparse_update: down: .*blocks must lie in",
            {"up": [[0, 0]], "down": [[7, 7]]})  # fmt: skip
     refuse(TypeError, "selection must map layer names, got list", [[0, 0]])
+    refuse(ValueError, "must leave a layer to train, got none of 1 for where='zz'",
+           {"up": [[0, 0]]}, where="zz")  # fmt: skip
+    refuse(ValueError, "must leave a layer to train, got an empty selection", {})
     refuse(TypeError, "model must be an nn.Module, got int", {}, of=3)
     refuse(ValueError, "got a single Linear; use MaskedLinear.from_linear", {}, of=model.up)
     assert same(digest(model), before)
@@ -244,10 +247,11 @@ def test_file_refusals(tmp_path):
     nb.save(model, path)
 
     def refuse(target, text, file=path, **more):
-        before = digest(target)
+        before, asked = digest(target), [p.requires_grad for p in target.parameters()]
         with pytest.raises(ValueError, match=text):
             nb.load(file, target, **more)
         assert same(digest(target), before)
+        assert [p.requires_grad for p in target.parameters()] == asked
 
     refuse(Model(seed=1), "load: up must be the layer that the update of u.safetensors was trained")
     refuse(Model(dtype=torch.bfloat16), r"up must be \[100, 64, 'float32'\] as in the file, got")
@@ -278,6 +282,15 @@ def test_file_refusals(tmp_path):
     rewrite("must hold up.blocks, got a file without it", drop="up.blocks")
     rewrite("must be a sparse update of version 1, got 2; update nibblock", version=2)
     rewrite("must have whole metadata", layers={"up": {}})
+    for field, value, text in [
+        ("values_dtype", "banana", "values of up in float32 or the weight's dtype, got 'banana'; "),
+        ("values_dtype", "bfloat16", "got 'bfloat16'; the file is damaged"),
+        ("values_dtype", 3, "values_dtype of up must be str, got int"),
+        ("base", 3, "base of up must be str, got int"),
+    ]:
+        layers = copy.deepcopy(header["layers"])
+        layers["up"][field] = value
+        rewrite(text, layers=layers)
     rewrite("must hold side", trained={"side": "trained.side"})
     tensors["up.blocks"] = tensors["up.blocks"] + 5
     rewrite("load: up: blocks: blocks must lie in")

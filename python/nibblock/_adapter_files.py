@@ -17,12 +17,13 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from nibblock._file_checks import check_bases, check_trained
-from nibblock.nn import Adapter, AdapterLinear, BlockSparseLinear, Int4Linear
+from nibblock._file_checks import check_bases, check_fields, check_trained
+from nibblock.nn import Adapter, AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
 from nibblock.ops import _block_checks, _checks
 
 VERSION = 1
 KIND = "adapters"
+_FIELDS = {"out_features": int, "in_features": int, "block": int, "rank": int, "base": str}
 _PARTS = ("values", "blocks", "lora_a", "lora_c")
 
 
@@ -135,8 +136,13 @@ def restore(
     name: Optional[str],
 ) -> None:
     """Puts the file's adapter on the model and activates it; refuses before it changes anything."""
+    from nibblock import _accelerate as _tree
+    from nibblock._adapters import rename_tied_keys, tied_to
+
     records, trained = _read(path, header)
     name = header["name"] if name is None else name
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"load: adapter must be a word without dots, got {name!r}")
     modules = dict(model.named_modules(remove_duplicate=False))
     bases = {key: _base(key, record, modules) for key, record in records.items()}
     for key, layer in adapter_layers(model).items():
@@ -148,6 +154,10 @@ def restore(
     made = {key: _adapter(path, key, records[key], tensors, bases[key]) for key in records}
     fresh = {key: _wrap(modules[key], name, made[key], key) for key in records}
     parameters = check_trained(path, model, trained, tensors)
+    owners = _tree._parameter_owners(model)
+    for key, new in fresh.items():
+        if new is not None:
+            new._tied = tied_to(modules[key], owners)
     # Nothing above touched the model; nothing below can refuse.
     own = {id(p) for m in adapter_layers(model).values() for p in m.adapters.parameters()}
     with torch.no_grad():
@@ -169,8 +179,6 @@ def restore(
             if module is old:
                 parent, _, attribute = other.rpartition(".")
                 modules[parent]._modules[attribute] = new
-    from nibblock._adapters import rename_tied_keys
-
     rename_tied_keys(model)
 
 
@@ -182,12 +190,12 @@ def _read(path: Path, header: dict[str, Any]):
         )
     try:
         records = {
-            key: {
-                part: record[part]
-                for part in ("out_features", "in_features", "block", "rank", "base")
-            }
+            key: {part: record[part] for part in _FIELDS}
             for key, record in header["layers"].items()
         }
+        if not isinstance(header["name"], str):
+            raise TypeError("name must be str")
+        check_fields(records, **_FIELDS)
         return records, dict(header["trained"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: {path.name} must have whole metadata, got: {error!r}") from error
@@ -196,9 +204,10 @@ def _read(path: Path, header: dict[str, Any]):
 def _base(key: str, record: dict[str, Any], modules: dict[str, nn.Module]) -> nn.Linear:
     module = modules.get(key)
     base = module.base if isinstance(module, AdapterLinear) else module
-    if not isinstance(base, nn.Linear) or isinstance(base, BlockSparseLinear):
+    if not isinstance(base, nn.Linear) or isinstance(base, (BlockSparseLinear, MaskedLinear)):
         got = "none" if module is None else type(module).__name__
-        raise ValueError(f"load: {key} must be a linear of the model, got {got}")
+        hint = "; call unmask(model) first" if isinstance(base, MaskedLinear) else ""
+        raise ValueError(f"load: {key} must be a linear of the model, got {got}{hint}")
     shape, need = (
         [base.out_features, base.in_features],
         [record["out_features"], record["in_features"]],

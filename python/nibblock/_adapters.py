@@ -83,7 +83,7 @@ def add_adapters(
             continue
         new.requires_grad_(False)
         new.adapter().requires_grad_()
-        new._tied = _tied_to(layer.module, owners)
+        new._tied = tied_to(layer.module, owners)
         for parent, attribute in layer.places:
             parent._modules[attribute] = new
     rename_tied_keys(model)
@@ -184,7 +184,8 @@ def _make(op: str, layer, config: AdapterConfig, blocks) -> AdapterLinear:
             parameter.requires_grad_(asked[id(parameter)])
 
 
-def _tied_to(module: nn.Module, owners) -> str:
+def tied_to(module: nn.Module, owners) -> str:
+    """The other Parameter of the model that is this linear's weight; empty if there is none."""
     if isinstance(module, Int4Linear):
         return ""
     for name, other, key in owners[id(module.weight)]:

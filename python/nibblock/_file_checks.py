@@ -19,13 +19,22 @@ def check_bases(path: Path, what: str, records: dict[str, Any], prints: dict[str
             )
 
 
+def check_fields(records: dict[str, Any], **kinds: type) -> None:
+    """Refuses, by a TypeError, a layer's field of another type than `save` writes."""
+    for key, record in records.items():
+        for field, kind in kinds.items():
+            if type(record[field]) is not kind:
+                got = type(record[field]).__name__
+                raise TypeError(f"{field} of {key} must be {kind.__name__}, got {got}")
+
+
 def check_trained(
     path: Path, model: nn.Module, trained: dict[str, str], tensors: dict[str, torch.Tensor]
 ) -> dict[str, nn.Parameter]:
     """The model's Parameters by every name, those of `trained` (name -> tensor) checked."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, source in trained.items():
-        if key not in parameters or source not in tensors:
+        if key not in parameters or not isinstance(source, str) or source not in tensors:
             where = "model" if key not in parameters else path.name
             raise ValueError(f"load: {where} must hold {key}, got one without it")
         if parameters[key].shape != tensors[source].shape:

@@ -21,14 +21,22 @@ from torch import nn
 
 from nibblock import _accelerate as _tree
 from nibblock import _sparse_update
-from nibblock._file_checks import check_bases, check_trained
+from nibblock._file_checks import check_bases, check_fields, check_trained
 from nibblock.nn import MaskedLinear
 from nibblock.ops import _block_checks, _checks
 from nibblock.sparse import _choose
 
 VERSION = 1
 KIND = "sparse_update"
-_FIELDS = ("out_features", "in_features", "block", "dtype", "values_dtype", "base")
+_VALUES = {_checks.dtype_name(dtype): dtype for dtype in _block_checks.VALUES}
+_FIELDS = {
+    "out_features": int,
+    "in_features": int,
+    "block": int,
+    "dtype": str,
+    "values_dtype": str,
+    "base": str,
+}
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
@@ -145,6 +153,7 @@ def _read(path: Path, header: dict[str, Any]):
             key: {part: record[part] for part in _FIELDS}
             for key, record in header["layers"].items()
         }
+        check_fields(records, **_FIELDS)
         return records, dict(header["trained"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: {path.name} must have whole metadata, got: {error!r}") from error
@@ -159,6 +168,11 @@ def _check_layer(path, key, record, tensors, layer, owners) -> None:
     have = [module.out_features, module.in_features, _checks.dtype_name(module.weight.dtype)]
     if have != need:
         raise ValueError(f"load: {key} must be {need} as in the file, got {have}")
+    if record["values_dtype"] not in {"float32", need[2]} & _VALUES.keys():
+        raise ValueError(
+            f"load: {path.name} must hold values of {key} in float32 or the weight's dtype, got "
+            f"{record['values_dtype']!r}; the file is damaged"
+        )
     if isinstance(module, MaskedLinear) and module._origin is None:
         raise ValueError(
             f"load: {key} must have kept its original blocks, got none; pass keep_original=True"
@@ -180,7 +194,7 @@ def _check_layer(path, key, record, tensors, layer, owners) -> None:
 @torch.no_grad()
 def _apply(layer: _tree._Layer, record: dict, blocks: torch.Tensor, held: torch.Tensor) -> None:
     """Puts the file's blocks over the original ones, in a MaskedLinear with the file's list."""
-    module, dtype = layer.module, getattr(torch, record["values_dtype"])
+    module, dtype = layer.module, _VALUES[record["values_dtype"]]
     fits = (
         isinstance(module, MaskedLinear)
         and module.block == record["block"]

@@ -44,10 +44,11 @@ def sparse_update(
         model.
     Raises:
         TypeError: model is not a module, or selection not a mapping; a list of another dtype.
-        ValueError: selection names something else than a dense linear of the model, a weight that
-        is tied to another module's (it would change there as well), an `Int4Linear` (use
-        `add_adapters`), a linear whose class has a forward or parameters of its own, or blocks that
-        do not fit. The model is unchanged then.
+        ValueError: nothing is left to train (an empty selection, or where takes none of it);
+        selection names something else than a dense linear of the model, a weight that is tied to
+        another module's (it would change there as well), an `Int4Linear` (use `add_adapters`), a
+        linear whose class has a forward or parameters of its own, or blocks that do not fit. The
+        model is unchanged then.
     Gradients: the selected blocks, packed [Z, B, B]. Determinism: the same arguments give the same
         model.
     Example:
@@ -81,6 +82,9 @@ def sparse_update(
             raise ValueError(f"{op}: selection must name each layer once, got {name!r} again")
         if wanted(name, layer.module):
             chosen[name] = layer
+    if not chosen:
+        got = f"none of {len(selection)} for where={where!r}" if selection else "an empty selection"
+        raise ValueError(f"{op}: selection and where must leave a layer to train, got {got}")
     made = {}
     for name, layer in chosen.items():
         made[name] = _make(op, layer, selection[name], block, dtype, keep_original)

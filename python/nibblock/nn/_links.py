@@ -35,6 +35,14 @@ def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def address(tensor: torch.Tensor) -> int:
+    """Where the data lie; 0 of subclasses (sharded, fake), which may hold none of their own."""
+    return tensor.data_ptr() if type(tensor) in _PLAIN else 0
+
+
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
+
+
 class Counter:
     """A number that several hold: how often something has happened."""
 
@@ -53,9 +61,12 @@ _followers: weakref.WeakSet = weakref.WeakSet()
 
 @_disable_dynamo  # a compiled step runs it too, as it is
 def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    if not getattr(optimizer, "_writes_through", False):
-        for module in list(_followers):
-            module.sync()
+    if getattr(optimizer, "_writes_through", False):
+        return
+    # Of what an optimiser holds nothing tells whether it has changed: `p.data` has no version.
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for module in list(_followers):
+        module.sync(always=id(module._home) in held)
 
 
 @functools.cache

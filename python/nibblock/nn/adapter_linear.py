@@ -12,6 +12,7 @@ from torch import nn
 from nibblock.nn._blocks import BlockValues, ReadOnlyWeight
 from nibblock.nn.block_sparse_linear import BlockSparseLinear, check_input
 from nibblock.nn.int4_linear import Int4Linear
+from nibblock.nn.masked_linear import MaskedLinear
 from nibblock.ops import _block_checks, _block_register, _checks
 from nibblock.sparse import _choose
 
@@ -84,8 +85,8 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
         y = x W^T + bias + x S^T (+ (x A^T) C^T)        W frozen, S in blocks, A [r, K], C [N, r]
 
     Args:
-        base: an `nn.Linear` (not a `BlockSparseLinear`) or `Int4Linear` in float32, bfloat16 or
-            float16. Its Parameters are frozen.
+        base: an `nn.Linear` (not a `BlockSparseLinear` or `MaskedLinear`) or `Int4Linear` in
+            float32, bfloat16 or float16. Its Parameters are frozen.
         block: B, one of 16, 32, 64, 128.
         blocks: which blocks of W the adapter holds: int [Z, 2] (row block, column block), sorted by
             row block, then column block; a bool mask [ceil(N/B), ceil(K/B)]; or a float, that share
@@ -97,7 +98,8 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
     Values and C start at zero, and adding zeros changes no bit of the base's (finite) result. A
     layer may hold several adapters; one of them, or none, is active: `activate` only changes which
     one the next call reads. `merge` writes the active one into a dense base and keeps the blocks
-    that were there; `unmerge` puts those back, byte for byte.
+    that were there; `unmerge` puts those back, byte for byte. While merged, the layer neither gives
+    nor takes a state dict (ValueError; modules before it may have loaded theirs by then).
 
     Attributes (of the active adapter; ValueError while none is):
         values: Parameter [Z, B, B]. blocks: int32 [Z, 2]. lora_a, lora_c: Parameters or None.
@@ -126,7 +128,8 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear) or isinstance(base, BlockSparseLinear):
+        # A MaskedLinear would write its own values over what `merge` puts into the weight.
+        if not isinstance(base, nn.Linear) or isinstance(base, (BlockSparseLinear, MaskedLinear)):
             raise TypeError(
                 f"AdapterLinear: base must be an nn.Linear or Int4Linear, got {type(base).__name__}"
             )
@@ -137,7 +140,7 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
         self.adapters = nn.Module()
         self._active: Optional[str] = None
         self._merged: Optional[str] = None
-        self._tied = ""  # the module that shares the base's weight, where add_adapters found one
+        self._tied = ""  # who shares the base's weight, as far as add_adapters or load saw it
         self.register_buffer("_saved", None, persistent=False)
         self.add(name, block=block, blocks=blocks, rank=rank, dtype=dtype)
         base.requires_grad_(False)
@@ -361,6 +364,16 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
                 f"got {self._merged!r} merged; call unmerge(), or keep base alone"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # `unmerge` would write the old bytes over the new base. Raised at once, unlike what torch
+        # gathers for the end: base and adapters, which come next, must not take anything.
+        if self._merged is not None and any(key.startswith(prefix) for key in state_dict):
+            raise ValueError(
+                f"AdapterLinear: {prefix[:-1] or 'the layer'} must be unmerged to load a state "
+                f"dict, got {self._merged!r} merged; call unmerge() first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # --- running ---------------------------------------------------------------------------------
 

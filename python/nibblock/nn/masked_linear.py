@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from nibblock.nn._blocks import BlockValues
-from nibblock.nn._links import Counter, Link, changes, follow, places_in, version
+from nibblock.nn._links import changes, places_in
 from nibblock.nn._masked_product import MaskedProduct, plan_columns
+from nibblock.nn._masked_weight import WrittenThrough
 from nibblock.nn.block_sparse_linear import BlockSparseLinear, check_input
 from nibblock.nn.int4_linear import Int4Linear
 from nibblock.ops import _block_checks, _checks
 from nibblock.sparse import _choose
 
 
-class MaskedLinear(BlockValues, nn.Linear):
+class MaskedLinear(WrittenThrough, BlockValues, nn.Linear):
     """A dense linear layer whose weight is updated in place, on listed blocks only.
 
         y = x W^T + bias         W [N, K] frozen, but for its blocks, which are `values`
@@ -41,12 +42,14 @@ class MaskedLinear(BlockValues, nn.Linear):
             where it was not kept.
 
     The two stay one: `nibblock.optim` writes every new value into W as it computes it
-    (`mark_synced`); after any other change of `values` (an optimiser of torch, `load_state_dict`,
-    DistributedDataParallel's broadcast, arithmetic in place) the next forward copies them, which
-    `values._version` tells. A compiled forward cannot look at versions: there, any
-    `torch.optim.Optimizer`'s step is followed by the copy; after other changes call `sync`. Where
-    another tensor stands in for `values` during a call (`functional_call`, `fully_shard`), that
-    call works on a private copy of W.
+    (`mark_synced`); after any other change of `values` (`load_state_dict`, arithmetic in place,
+    DistributedDataParallel's broadcast, a new `.data`) the next forward copies them, which
+    `values._version` and its address tell. A step of any other `torch.optim.Optimizer` that holds
+    `values` is followed by the copy at once, also where it writes through `.data`. Nothing tells of
+    numbers that are changed in place through `values.data` outside an optimiser's step: after those
+    call `sync(always=True)`. A compiled forward looks at nothing: there, call it after every change
+    but a step. Where another tensor stands in for `values` during a call (`functional_call`,
+    `fully_shard`), that call works on a private copy of W.
 
     The state dict holds `weight`, `values`, `blocks` and `bias`. Loading other blocks than the
     module's replaces them; where a file has a weight but no values, those are read from it.
@@ -156,58 +159,12 @@ class MaskedLinear(BlockValues, nn.Linear):
 
     # --- values and weight are one ------------------------------------------------------------
 
-    def _adopt(self) -> None:
-        """Takes the present `values` for the ones that the weight holds."""
-        values = self._parameters["values"]
-        # Not by nn.Module.__setattr__, which would register it a second time.
-        self.__dict__["_home"] = values
-        values._masked_linear = Link(self)
-        self._synced = version(values)
-        self._steps = None  # an optimiser's steps that wrote both, and the version before them
-        changes.count += 1
-        follow(self)
-
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)
         changes.count += 1
         if name == "values" and "_home" in self.__dict__:  # assigned by hand: to be copied
             self._adopt()
             self._synced = -1
-
-    def mark_synced(self, steps: Optional[Counter] = None) -> None:
-        """Says that the weight holds `values`: for optimisers that wrote both. `steps` counts
-        theirs, each of which bumps the version once: then counting is enough."""
-        own = self.__dict__  # nn.Module.__setattr__ would take ten times as long
-        values = own["_home"]
-        own["_synced"] = values._version
-        if steps is not None:
-            own["_steps"] = (steps, values._version - steps.count)
-        if own["_cast"] is not None:
-            self._recast(values, 1)
-
-    def sync(self) -> None:
-        """Copies `values` into the weight if they have changed since the last time."""
-        values = self._parameters["values"]
-        if values is self._home and version(values) != self._synced and not values.is_meta:
-            self._copy(values)
-
-    def _copy(self, values: torch.Tensor) -> None:
-        now = version(values)
-        if self._steps is not None:
-            steps, before = self._steps
-            self._steps = (steps, now - steps.count)
-            if now == before + steps.count:  # nothing else has happened: the weight is written
-                if self._cast is not None:
-                    self._recast(values, now - self._synced)
-                self._synced = now
-                return
-        with torch.no_grad():
-            weight = self._parameters["weight"]
-            before = version(weight)
-            self._write(weight, values)
-            self._synced = now
-            if self._cast is not None:
-                self._recast(values, version(weight) - before)
 
     def _write(self, weight: torch.Tensor, values: torch.Tensor) -> None:
         values = values.detach().to(weight.dtype)
@@ -227,44 +184,6 @@ class MaskedLinear(BlockValues, nn.Linear):
         grid = weight[: rows * block, : columns * block].unflatten(0, (rows, block))
         grid.unflatten(2, (columns, block)).transpose(1, 2)[places] = values
 
-    def _live(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The weight that holds `values`."""
-        if values is self._home:
-            self._copy(values)
-            return weight
-        # Somebody put another tensor in the Parameter's place for this call (functional_call,
-        # fully sharded training): the module's own weight must not change.
-        weight = weight.detach().clone()
-        with torch.no_grad():
-            self._write(weight, values)
-        return weight
-
-    # --- autocast -----------------------------------------------------------------------------
-
-    def _casted(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The weight in autocast's dtype; torch keeps copies only of weights that are trained."""
-        if weight.dtype == dtype or weight.dtype not in _checks.FLOATS:
-            return weight
-        if torch.compiler.is_compiling() or weight is not self._parameters["weight"]:
-            return weight.to(dtype)
-        kept = self._cast
-        if kept is None or kept[0].dtype != dtype or kept[1:] != (id(weight), version(weight)):
-            kept = (weight.detach().to(dtype), id(weight), version(weight))
-            self._cast = kept
-        return kept[0]
-
-    def _recast(self, values: torch.Tensor, steps: int) -> None:
-        """Follows a change of the weight's blocks; of any other change, forgets the copy."""
-        weight = self._parameters["weight"]
-        copy, owner, seen = self._cast
-        if owner != id(weight) or seen + steps != version(weight):
-            self._cast = None
-            return
-        with torch.no_grad():
-            # Through the weight's dtype, as rounding twice is what the dense layer does.
-            self._write(copy, values.detach().to(weight.dtype))
-        self._cast = (copy, owner, version(weight))
-
     # --- running ------------------------------------------------------------------------------
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -272,7 +191,7 @@ class MaskedLinear(BlockValues, nn.Linear):
         values, weight, bias = parameters["values"], parameters["weight"], parameters["bias"]
         try:
             if not torch.compiler.is_compiling() and (
-                values is not self._home or version(values) != self._synced
+                values is not self._home or self._moved(values)
             ):
                 weight = self._live(values, weight)
             device = input.device.type
@@ -351,7 +270,7 @@ class MaskedLinear(BlockValues, nn.Linear):
         index, held = self._need_original("revert")
         _choose.write_blocks(self.weight, index, held, self.block)
         self.values.copy_(self.original)
-        self._synced = version(self.values)
+        self._mark(self.values)
         self._cast = None
 
     def _checked_blocks(self, blocks: _choose.BlockChoice) -> torch.Tensor:
@@ -404,7 +323,7 @@ class MaskedLinear(BlockValues, nn.Linear):
         values.grad = None
         values.data = following
         self._set_blocks(new, values.device)
-        self._synced = version(values)
+        self._mark(values)
         self._cast = None
         return came_from
 
@@ -427,7 +346,7 @@ class MaskedLinear(BlockValues, nn.Linear):
     def _read(self) -> None:
         held = _choose.read_blocks(self.weight, self.blocks, self.block)
         self.values.copy_(held)
-        self._synced = version(self.values)
+        self._mark(self.values)
         self._cast = None
 
     # --- moves and copies -----------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,6 +15,7 @@ from torch import nn
 from nibblock import ops
 from nibblock.ops import _block_checks
 from nibblock.optim import _plan
+from nibblock.optim._states import States, fill
 
 _layout = operator.attrgetter("layout")
 _TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -32,19 +35,25 @@ class MaskedOptimizer(torch.optim.Optimizer):
         max_norm: Optional[float],
         masks: Optional[Mapping[nn.Parameter, torch.Tensor]],
     ) -> None:
-        if max_norm is not None and not max_norm > 0:
+        if max_norm is not None and not self._number("max_norm", max_norm) > 0:
             raise ValueError(f"{self._name}: max_norm must be above 0 or None, got {max_norm}")
         self.max_norm = max_norm
         self.last_norm: Optional[torch.Tensor] = None
         self._masks: dict[torch.Tensor, _plan.Mask] = {}
         self._wanted = dict(_plan.check_masks(self._name, masks))
         self._plans: dict[int, _plan.Plan] = {}
+        self._built = False  # until then, masks may belong to Parameters of a later group
         super().__init__(params, defaults)
+        self._built = True
+        self.state = States(self.state)
         if self._wanted:
-            shape = list(next(iter(self._wanted)).shape)
-            raise ValueError(
-                f"{self._name}: masks must belong to Parameters of params, got one of shape {shape}"
-            )
+            self._refuse_masks(self._wanted)
+
+    def _refuse_masks(self, masks: Mapping[nn.Parameter, Any]) -> None:
+        shape = list(next(iter(masks)).shape)
+        raise ValueError(
+            f"{self._name}: masks must belong to Parameters of params, got one of shape {shape}"
+        )
 
     @property
     def _name(self) -> str:
@@ -68,14 +77,35 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._states
 
-    def _check_range(self, name: str, value: float, low: float) -> None:
-        if not value >= low:
-            raise ValueError(f"{self._name}: {name} must be at least {low}, got {value}")
+    def _added_states(self, state: dict, like: dict) -> dict[str, torch.Tensor]:
+        """What a changed rule of the group adds to a state that is there already."""
+        return {}
+
+    def _number(self, name: str, value: Any) -> float:
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{self._name}: {name} must be a number, got {type(value).__name__}")
+        return float(value)
+
+    def _check_range(self, name: str, value: Any) -> None:
+        number = self._number(name, value)
+        if not number >= 0:
+            raise ValueError(f"{self._name}: {name} must be at least 0, got {value}")
+        self._check_finite(name, number)
+
+    def _check_finite(self, name: str, value: Any) -> None:
+        if not math.isfinite(self._number(name, value)):
+            raise ValueError(f"{self._name}: {name} must be finite, got {value}")
 
     # --- parameters ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group may bring its own "masks"."""
+        """As torch's; the group may bring its own "masks".
+
+        Raises:
+            TypeError, ValueError: as the constructor. The optimiser is unchanged then.
+        """
         group = dict(param_group)
         masks = {**self._wanted, **_plan.check_masks(self._name, group.pop("masks", None))}
         super().add_param_group(group)
@@ -83,6 +113,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             added = self.param_groups[-1]
             self._check_group(added)
             made = {p: self._prepare(p, masks.pop(p, None)) for p in added["params"]}
+            if masks and self._built:
+                self._refuse_masks(masks)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -220,15 +252,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_masks", {})
         self.__dict__.setdefault("last_norm", None)
-        self._wanted, self._plans = {}, {}
+        self._wanted, self._plans, self._built = {}, {}, True
+        self.state = States(self.state)
 
     # --- calls ----------------------------------------------------------------------------------
 
     def _ready(self, at: int, group: dict[str, Any]) -> list[tuple[_plan.Batch, list]]:
         """The op calls of a group, each with its gradients."""
-        plan = self._plans.get(at)
+        plan, names = self._plans.get(at), self._state_names(group)
         found = None
-        if plan is not None and plan.fits(group["params"]):
+        if plan is not None and plan.fits(group["params"], names, self.state):
             found = plan.gradients()
         if found is None:
             plan = self._plans[at] = self._new_plan(group)
@@ -237,7 +270,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self._check_layouts(grads)
             # Not at once: those that get gradients may be others at every step.
             if batch.used and batch.steps is None and batch.packs:
-                batch.pack([self.state[p] for p in batch.parameters], self._state_names(group))
+                batch.pack([self.state[p] for p in batch.parameters], names)
         return list(zip(plan.batches, found))
 
     def _new_plan(self, group: dict[str, Any]) -> _plan.Plan:
@@ -248,7 +281,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 idle.append(parameter)
             else:
                 self._join(found, parameter, group)
-        return _plan.Plan(list(group["params"]), list(found.values()), idle)
+        names, params = self._state_names(group), list(group["params"])
+        return _plan.Plan(params, names, self.state, list(found.values()), idle)
 
     def _join(self, found: dict, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         layer = _plan.masked_layer(parameter)
@@ -260,9 +294,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 )
             self._masks[parameter] = self._prepare(parameter, None)
         like = self._new_state(parameter, group, layer)
-        state = self.state[parameter]
-        if not state:
-            state.update(like)
+        state = self.state.own(parameter)
+        fill(state, self._added_states(state, like) if state else like)
         self._check_state(state, like, "; after set_blocks call move_blocks")
         names = self._state_names(group)
         if layer is None:
@@ -301,6 +334,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if type(self.state) is not States:  # somebody has put another one there
+            self.state = States(self.state)
         work = []
         for at, group in enumerate(self.param_groups):
             work += [(group, batch, grads) for batch, grads in self._ready(at, group)]

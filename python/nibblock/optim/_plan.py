@@ -21,6 +21,7 @@ from nibblock import ops
 from nibblock.nn import MaskedLinear
 from nibblock.nn._links import Counter, changes
 from nibblock.ops import _block_checks, _checks
+from nibblock.optim._states import States, fill
 
 _grad = operator.attrgetter("grad")
 _LINE = 64  # bytes that memory delivers at once
@@ -131,7 +132,7 @@ def _joined(kept: Sequence[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
     parts = [state[name] for state in kept]
     whole = torch.cat(parts)
     for state, part in zip(kept, whole.split([len(p) for p in parts])):
-        state[name] = part
+        fill(state, {name: part})
     return whole
 
 
@@ -160,15 +161,22 @@ class Plan:
     """The op calls of a group, for as long as the same Parameters have gradients."""
 
     group: list  # its Parameters
+    names: tuple[str, ...]  # of the states that its rule uses
+    states: States  # of the optimiser
     batches: list[Batch]
     idle: list  # Parameters without a gradient
     changes: int = field(default_factory=lambda: changes.count)
+    written: int = field(init=False)  # how often others had written into `states`
 
-    def fits(self, group: list) -> bool:
+    def __post_init__(self) -> None:
+        self.written = self.states.changes.count
+
+    def fits(self, group: list, names: tuple[str, ...], states: States) -> bool:
         """Whether nothing but gradients can have changed. Looks at no Parameter: they are not in
         the caches."""
         same = len(group) == len(self.group) and all(map(operator.is_, group, self.group))
-        return same and self.changes == changes.count
+        same = same and names == self.names and states is self.states
+        return same and self.written == states.changes.count and self.changes == changes.count
 
     def gradients(self) -> Optional[list[list[torch.Tensor]]]:
         """The gradients of each batch; None if others have some now."""

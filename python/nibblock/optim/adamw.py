@@ -41,6 +41,7 @@ class MaskedAdamW(MaskedOptimizer):
     Raises:
         TypeError: a Parameter or mask of another dtype. ValueError: a value out of range, a mask
         that does not fit, or one of a Parameter that is not among params.
+    Changes of `.state` and of `param_groups` count from the next step on, as with torch's.
     Works with LR schedulers, closures and `torch.amp.GradScaler`, which leaves the unscaling to the
     update.
     Determinism: bitwise, at any number of threads. Numerics: float32 inside; bfloat16 Parameters
@@ -76,11 +77,13 @@ class MaskedAdamW(MaskedOptimizer):
         super().__init__(params, defaults, max_norm, masks)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range("lr", float(group["lr"]), 0)
-        self._check_range("eps", group["eps"], 0)
-        self._check_range("weight_decay", group["weight_decay"], 0)
-        for name, beta in zip(("beta1", "beta2"), group["betas"]):
-            if not 0 <= beta < 1:
+        for name in ("lr", "eps", "weight_decay"):
+            self._check_range(name, group[name])
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"{self._name}: betas must be a pair of numbers, got {betas!r}")
+        for name, beta in zip(("beta1", "beta2"), betas):
+            if not 0 <= self._number(name, beta) < 1:
                 raise ValueError(f"{self._name}: {name} must be in [0, 1), got {beta}")
 
     def _update(

@@ -25,7 +25,7 @@ class MaskedSGD(MaskedOptimizer):
             selected entries only.
     State (float32 whatever the Parameter's dtype, also after `load_state_dict`):
         momentum_buffer: [Z, B, B], or [selected entries], if momentum is not 0; age: int32 [Z] of
-        `values`; step: int32 [1] of others.
+        `values`; step: int32 [1] of others; both start anew where momentum comes in later.
     Raises:
         TypeError, ValueError: as `MaskedAdamW`; nesterov without momentum, or with dampening.
     Works with LR schedulers, closures and `torch.amp.GradScaler`, which leaves the unscaling to the
@@ -62,10 +62,15 @@ class MaskedSGD(MaskedOptimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
+    def _added_states(self, state: dict, like: dict) -> dict[str, torch.Tensor]:
+        # Momentum that comes later starts with b = g, as torch's does: at age 0.
+        late = "momentum_buffer" in like and "momentum_buffer" not in state
+        return like if late else {}
+
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range("lr", float(group["lr"]), 0)
-        self._check_range("momentum", group["momentum"], 0)
-        self._check_range("weight_decay", group["weight_decay"], 0)
+        for name in ("lr", "momentum", "weight_decay"):
+            self._check_range(name, group[name])
+        self._check_finite("dampening", group["dampening"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"{self._name}: nesterov must be False without momentum or with dampening, got True"
