@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -229,6 +230,17 @@ def test_values_written_through_data(change, ours, cast):
         assert not torch.equal(layer.values, was)
         assert not torch.equal(run(), before)
         assert torch.equal(held_inside(layer), inside(layer, layer.values))
+
+
+@pytest.mark.parametrize("how", [lambda layer: layer, copy.deepcopy])
+def test_new_data_never_lie_where_the_old_did(how):
+    layer = how(masked())
+    was = layer.values.data_ptr()
+    layer.values.data = torch.ones_like(layer.values)  # nobody else holds the old ones
+    others = [torch.full_like(layer.values, 2.0) for _ in range(20)]
+    assert was not in [other.data_ptr() for other in others]
+    layer(torch.randn(3, 100))
+    assert (held_inside(layer) == 1).all()
 
 
 def test_other_optimisers_leave_other_layers_alone():
