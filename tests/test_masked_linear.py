@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -16,6 +17,7 @@ from masked_samples import bits, drift, held, held_inside, inside, linear_of, ma
 from nibblock.nn._masked_product import gather_columns
 from nibblock.sparse._choose import read_blocks
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -229,6 +231,17 @@ def test_values_written_through_data(change, ours, cast):
         assert not torch.equal(layer.values, was)
         assert not torch.equal(run(), before)
         assert torch.equal(held_inside(layer), inside(layer, layer.values))
+
+
+@pytest.mark.parametrize("how", [lambda layer: layer, copy.deepcopy])
+def test_new_data_never_lie_where_the_old_did(how):
+    layer = how(masked())
+    old = StorageWeakRef(layer.values.untyped_storage())
+    layer.values.data = torch.ones_like(layer.values)
+    assert not old.expired()  # an allocation that follows cannot take the same address
+    layer(torch.randn(3, 100))
+    assert (held_inside(layer) == 1).all()
+    assert old.expired()
 
 
 def test_other_optimisers_leave_other_layers_alone():

@@ -1,7 +1,8 @@
 """How the dense weight of a `MaskedLinear` follows its `values`, and autocast's copy of it both.
 
 `_home` is the Parameter that the weight belongs to; `_synced` and `_at` are its version and address
-at the last copy. `_steps` counts the steps of an optimiser that writes both.
+at the last copy, `_alias` is the same data. `_steps` counts the steps of an optimiser that writes
+both.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ class WrittenThrough:
     """Mixin of a module with the Parameters `values` and `weight`, and `_write` between them."""
 
     _parameters: dict[str, Any]
+    _at = 0
 
     def _write(self, weight: torch.Tensor, values: torch.Tensor) -> None:
         raise NotImplementedError  # the module knows where its blocks are
 
     def _mark(self, values: torch.Tensor) -> None:
         """Notes that the weight holds `values` as they are now."""
-        self._synced, self._at = version(values), address(values)
+        at = address(values)
+        if at != self._at:
+            # Held, so that no new data can lie where these do.
+            self._at, self._alias = at, values.detach() if at else None
+        self._synced = version(values)
 
     def _moved(self, values: torch.Tensor) -> bool:
         """Whether `values` can have changed since. A new `.data` leaves the version as it is."""
@@ -46,7 +52,9 @@ class WrittenThrough:
         theirs, each of which bumps the version once: then counting is enough."""
         own = self.__dict__  # nn.Module.__setattr__ would take ten times as long
         values = own["_home"]
-        own["_synced"], own["_at"] = values._version, address(values)
+        own["_synced"] = values._version
+        if address(values) != own["_at"]:
+            self._mark(values)
         if steps is not None:
             own["_steps"] = (steps, values._version - steps.count)
         if own["_cast"] is not None:

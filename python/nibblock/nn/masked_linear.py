@@ -368,7 +368,7 @@ class MaskedLinear(WrittenThrough, BlockValues, nn.Linear):
         # deepcopy and pickle start here. Version counters start anew in a copy, so the two must
         # agree; autocast's copy is not worth carrying.
         self.sync()
-        return {**self.__dict__, "_cast": None, "_steps": None}
+        return {**self.__dict__, "_cast": None, "_steps": None, "_at": 0, "_alias": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
