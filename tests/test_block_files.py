@@ -285,6 +285,7 @@ def test_damaged_files(tmp_path):
         (lambda h, t: h.update(version=2), "must be an adapter file of version 1, got 2; update"),
         (lambda h, t: h["layers"]["up"].pop("base"), "must have whole metadata"),
         (lambda h, t: h.update(layers=[]), "must have whole metadata"),
+        (lambda h, t: h.update(kind="lora"), "whole metadata, got: .*a file of kind 'lora'"),
         (lambda h, t: h.pop("name"), "must have whole metadata, got: KeyError\\('name'"),
         (lambda h, t: h["layers"]["up"].update(base=3), "base of up must be str, got int"),
         (lambda h, t: h["layers"]["up"].update(rank="2"), "rank of up must be int, got str"),

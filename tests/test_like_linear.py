@@ -10,6 +10,7 @@ from torch import nn
 
 LAYERS = {
     "linear": nn.Linear,
+    "int4": nb.Int4Linear,
     "sparse": nb.BlockSparseLinear,
     "masked": nb.MaskedLinear,
     "adapter": lambda k, n: nb.AdapterLinear(nn.Linear(k, n)),

@@ -276,6 +276,8 @@ def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         header = json.loads(metadata[_KEY])
         if header.get("kind") in (_adapter_files.KIND, _sparse_files.KIND):
             return dict(header)
+        if "kind" in header:
+            raise ValueError(f"a file of kind {header['kind']!r}")
         version = header["version"]
         if version == _VERSION:
             return {part: dict(header[part]) for part in ("layers", "shared", "tied")}

@@ -15,7 +15,7 @@ import torch
 from nibblock.ops import _block_checks, _checks
 from nibblock.ops._autograd import register_autograd
 from nibblock.ops._flops import register_flop_formula
-from nibblock.ops._int4_register import _cast, _refuse_vmap
+from nibblock.ops._int4_register import _cast, _refuse_vmap, as_rows
 
 _ops = torch.ops.nibblock
 
@@ -113,12 +113,7 @@ def _linear_backward(ctx, grad):
 
 
 def _bias_gradient(grad, dtype):
-    return _as_rows(grad).sum(0, dtype=torch.float32).to(dtype)
-
-
-def _as_rows(tensor):
-    """[..., K] as [M, K]; `reshape(-1, K)` cannot tell M where K is 0."""
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+    return as_rows(grad).sum(0, dtype=torch.float32).to(dtype)
 
 
 def _dx_context(ctx, inputs, output):
@@ -171,7 +166,7 @@ register_autograd("block_weight_grad", _weight_grad_backward, _weight_grad_conte
 def _low_rank_gradients(grad, x, a, c, need_a, need_c):
     """d/dA and d/dC of sum(grad * (x A^T C^T)), in the wider dtype of x and the pair."""
     dtype = torch.promote_types(x.dtype, torch.promote_types(a.dtype, c.dtype))
-    rows_g, rows_x = _as_rows(grad).to(dtype), _as_rows(x).to(dtype)
+    rows_g, rows_x = as_rows(grad).to(dtype), as_rows(x).to(dtype)
     da = (rows_g @ c.to(dtype)).t() @ rows_x if need_a else None
     dc = rows_g.t() @ (rows_x @ a.to(dtype).t()) if need_c else None
     return None if da is None else da.to(a.dtype), None if dc is None else dc.to(c.dtype)

@@ -92,9 +92,13 @@ def _linear_backward(ctx, grad):
         (packed,) = ctx.saved_tensors
         dx = _ops.int4_linear_dx(grad, packed, *ctx.format)
     if ctx.needs_input_grad[2]:
-        rows = grad.reshape(-1, grad.shape[-1])
-        dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        dbias = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, None, dbias, None, None, None, None, None, None
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [M, K]; `reshape(-1, K)` cannot tell M where K is 0."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
 def _dx_context(ctx, inputs, output):
