@@ -8,7 +8,16 @@ from typing import Any, Callable, Optional
 
 from . import goals, table
 from .finetune_beds import BEDS, Bed
-from .finetune_cells import OURS_EVEN, OURS_FEW, OURS_MANY, PLANTED, RIVALS, VARIANTS, Cells
+from .finetune_cells import (
+    OURS_EVEN,
+    OURS_FEW,
+    OURS_MANY,
+    PLANTED,
+    RANDOM_MANY,
+    RIVALS,
+    VARIANTS,
+    Cells,
+)
 from .goals import goal_row
 
 EVEN_PLAIN = OURS_EVEN.removesuffix(", cache")
@@ -135,7 +144,7 @@ def planted_rows(cells: Cells) -> list[dict[str, Any]]:
 
 def wins(cells: Cells, bed: Bed, over: str) -> list[tuple[float, str]]:
     """Seeds in which blocks by impact were better than others at the same count, as a share."""
-    ours, theirs = _by_seed(cells, bed, OURS_FEW), _by_seed(cells, bed, over)
+    ours, theirs = _by_seed(cells, bed, RIVALS[over]), _by_seed(cells, bed, over)
     both = [seed for seed in ours if seed in theirs]
     if not both:
         return []
@@ -153,7 +162,7 @@ def equal_rates(cells: Cells, bed: Bed, over: str) -> list[dict[str, Any]]:
             for row in cells.of(bed.name, variant)
             if "error" not in row["result"]
         }
-        for variant in (OURS_FEW, over)
+        for variant in (RIVALS[over], over)
     ]
     found: dict[float, list[bool]] = {}
     for lr, seed in sorted(results[0].keys() & results[1].keys()):
@@ -196,6 +205,7 @@ def goal_rows(cells: Cells, steps: Optional[dict[str, Any]]) -> list[dict[str, A
         time_row("time to full's quality, 2 % even, no cache", 0.45, EVEN_PLAIN),
         time_row("time to full's quality, 2 % even, cache", 0.30, OURS_EVEN),
         time_row("time to full's quality, 8 % by impact, all layers", 0.45, OURS_MANY),
+        time_row("time to full's quality, 8 % at random, all layers", 0.45, RANDOM_MANY),
         goal_row("training state vs full, 8 %", 0.10, 0.05, of(OURS_MANY, "state"), lower=True),
         goal_row("training state vs full, 2 %", 0.10, 0.05, few("state"), lower=True),
         goal_row("adapter file vs model, 2 %", 1 / 40, 1 / 40, few("file"), lower=True),

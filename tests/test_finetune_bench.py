@@ -100,15 +100,16 @@ def test_cells_are_kept_and_never_run_again(tmp_path, monkeypatch):
     assert suite.main(arguments) == 0
     assert len(set(ran)) == len(ran) - 1  # the interrupted one twice
     rates = len(beds.BEDS["smollm2"].rates[0])
-    assert len(Cells(path).done) == 2 * rates + 2 + 4
+    assert len(Cells(path).done) == 2 * rates + 2 * 2 + 4
     swept = [Cell(**json.loads(line)["cell"]) for line in path.read_text().splitlines()]
-    seeds = [0] * 2 * rates + [1] * 2 + [2] * 2 + [3, 4]  # sweeps first; full stops at three
+    # Sweeps first; full runs its two best rates and stops at three seeds.
+    seeds = [0] * 2 * rates + [1] * 3 + [2] * 3 + [3, 4]
     assert [c.seed for c in swept] == seeds
     count = len(ran)
     assert suite.main(arguments) == 0
     assert len(ran) == count
     assert suite.main([*arguments, "--retry"]) == 0
-    assert len(ran) == count + 1
+    assert len(ran) == count + 3  # the one that had failed, and its rate's other seeds
 
 
 def _all_due(found: Cells, names: list[str], variants: list[str]) -> list[Cell]:
@@ -132,13 +133,28 @@ def test_best_rate_waits_for_the_whole_sweep(tmp_path):
     assert found.best_rate("smollm2", "lora") is None
     again = Cells(tmp_path / "cells.jsonl")
     assert again.done == found.done
-    missing = next(due(again, ["smollm2"], [OURS_MANY, "random blocks"]))
+    missing = next(due(again, ["smollm2"], [OURS_FEW, "random blocks"]))
     assert (missing.variant, missing.seed) == ("random blocks", 1)
     more = list(cells_of._missing(again, ["smollm2"], ["random blocks"], [(0.7, 0), (0.7, 8)]))
     assert [(c.lr, c.seed) for c in more if c.lr == 0.7] == [(0.7, 0), (0.7, 8)]
     (tmp_path / "cells.jsonl").open("a").write('{"cell": ')
     with pytest.raises(ValueError, match="must be JSON"):
         Cells(tmp_path / "cells.jsonl")
+
+
+def test_the_lower_mean_of_two_rates_wins(tmp_path):
+    """The first seed's second best may be everybody's best; it counts once all seeds have run."""
+    found = fill(tmp_path / "cells.jsonl")
+    first, second, *_ = found.finalists("smollm2", OURS_MANY)
+    assert found.best_rate("smollm2", OURS_MANY) == first
+    wanted = [(c.lr, c.seed) for c in _all_due(found, ["smollm2"], [OURS_MANY])]
+    assert wanted == [(second, 1), (second, 2)]
+    for lr, seed in wanted:
+        assert found.best_rate("smollm2", OURS_MANY) == first
+        cell = {"bed": "smollm2", "variant": OURS_MANY, "lr": lr, "seed": seed}
+        found.add({"cell": cell, "result": result("smollm2", lr, [4.0, 1.5], 30.0)})
+    assert found.best_rate("smollm2", OURS_MANY) == second
+    assert len(found.finalists("smollm2", OURS_FEW)) == 1
 
 
 def test_every_variant_is_swept_equally():
