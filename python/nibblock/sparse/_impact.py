@@ -82,8 +82,9 @@ def select_blocks(
             reason in `Selection.skipped`: linears that cannot be trained by blocks, and, unless
             `where` is given, weights tied to another module's, such as a head's.
         mode: how impact is measured. "gain": what the block's own best step wins; it beats random
-            blocks at the learning rates that suit them too. "sketch" and "exact": the squared norm
-            of its gradient, estimated or computed; ahead at small rates, and the cheapest.
+            blocks at the learning rates that suit them too, if by little. "sketch" and "exact":
+            the squared norm of its gradient, estimated or computed; ahead at small rates, and the
+            cheapest.
         samples: random combinations of columns that a sketch looks at, 1 to 32.
         shards: of norms and movement: how many the batches are dealt to; at most one a batch.
         robust: how many of the shards' standard deviations to subtract; 0 for the mean.
