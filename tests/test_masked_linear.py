@@ -413,3 +413,13 @@ def test_compiled_steps_of_other_optimisers():
         compiled(torch.ones(2, 100)).sum().backward()
         step()
         assert torch.equal(inside(layer, layer.values), held_inside(layer))
+
+
+def test_a_layer_without_blocks_steps_along():
+    layer = nb.MaskedLinear.from_linear(nn.Linear(64, 64), torch.zeros(0, 2, dtype=torch.int32))
+    other = nb.MaskedLinear.from_linear(nn.Linear(64, 64), [[0, 0]])
+    optimizer = nb.optim.MaskedAdamW([layer.values, other.values], lr=0.1)
+    for _ in range(3):
+        other(layer(torch.ones(2, 64))).sum().backward()
+        optimizer.step()
+    assert other.values.abs().max() > 0.2

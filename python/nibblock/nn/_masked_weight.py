@@ -53,7 +53,7 @@ class WrittenThrough:
         own = self.__dict__  # nn.Module.__setattr__ would take ten times as long
         values = own["_home"]
         own["_synced"] = values._version
-        if address(values) != own["_at"]:
+        if address(values) != self._at:  # (the class's 0 for a layer without blocks)
             self._mark(values)
         if steps is not None:
             own["_steps"] = (steps, values._version - steps.count)
