@@ -10,6 +10,7 @@ import pytest
 import torch
 from nibblock import _native as native
 from reference import Weight, bf16_bits_to_f32, check_linear, f32_to_bf16_bits, pack
+from torch import nn
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
 X_DTYPES = ("float32", "bfloat16", "float16")
@@ -163,3 +164,16 @@ def check_op(y, x, weight, bias=None, *, compute="bf16", transposed=False, what=
         transposed=transposed,
         what=what,
     )
+
+
+class Tied(nn.Module):
+    """A head that is tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(50, 64)
+        self.head = nn.Linear(64, 50, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, index):
+        return self.head(self.emb(index))

@@ -9,6 +9,7 @@ import json
 import nibblock as nb
 import pytest
 import torch
+from harness import Tied
 from torch import nn
 
 safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -200,14 +201,6 @@ def test_names_are_words(tmp_path, make, name):
     with pytest.raises(ValueError, match=f"adapter must be a word without dots, got '{name}'"):
         nb.load(tmp_path / "a.safetensors", model, adapter=name)
     assert [n for n, _ in model.named_modules()] == names
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.emb = nn.Embedding(64, 64)
-        self.head = nn.Linear(64, 64, bias=False)
-        self.head.weight = self.emb.weight
 
 
 def test_a_loaded_adapter_is_not_merged_into_a_tied_weight(tmp_path):

@@ -423,3 +423,17 @@ def test_a_layer_without_blocks_steps_along():
         other(layer(torch.ones(2, 64))).sum().backward()
         optimizer.step()
     assert other.values.abs().max() > 0.2
+
+
+@pytest.mark.parametrize(
+    "blocks, error, text",
+    [
+        ([[0.5, 0.7]], TypeError, "blocks must be"),
+        ([[0, 0], [1]], ValueError, r"blocks must be a list of pairs .*, got \[\[0, 0\], \[1\]\]"),
+        ([["a", "b"]], ValueError, "blocks must be a list of pairs"),
+    ],
+)
+def test_lists_that_are_no_blocks_are_refused(blocks, error, text):
+    """A float would be cut off to the block beside it."""
+    with pytest.raises(error, match=text):
+        nb.MaskedLinear.from_linear(nn.Linear(64, 64), blocks)

@@ -8,21 +8,11 @@ import pickle
 import nibblock as nb
 import pytest
 import torch
+from harness import Tied
 from nibblock.nn import fuse_linears
 from torch import nn
 
 INDEX = torch.arange(5)
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.emb = nn.Embedding(50, 64)
-        self.head = nn.Linear(64, 50, bias=False)
-        self.head.weight = self.emb.weight
-
-    def forward(self, index):
-        return self.head(self.emb(index))
 
 
 def tied(small=False):

@@ -23,23 +23,16 @@ def grid(out_features: int, in_features: int, block: int) -> tuple[int, int]:
     return (out_features + block - 1) // block, (in_features + block - 1) // block
 
 
-def _check_int(op: str, name: str, value: object) -> None:
-    torch._check_type(
-        hasattr(type(value), "__index__"),
-        lambda: f"{op}: {name} must be int, got {type(value).__name__}",
-    )
-
-
 def check_block(op: str, block: int) -> None:
-    _check_int(op, "block", block)
+    _checks.check_int(op, "block", block)
     torch._check_value(
         block in BLOCKS, lambda: f"{op}: block must be 16, 32, 64 or 128, got {block}"
     )
 
 
 def check_features(op: str, out_features: int, in_features: int) -> None:
-    _check_int(op, "out_features", out_features)
-    _check_int(op, "in_features", in_features)
+    _checks.check_int(op, "out_features", out_features)
+    _checks.check_int(op, "in_features", in_features)
     torch._check_value(
         out_features >= 0, lambda: f"{op}: out_features must be at least 0, got {out_features}"
     )

@@ -76,7 +76,7 @@ def check_int(op: str, name: str, value: object) -> None:
     """Raises TypeError for what is no integer; symbolic ones and NumPy's are."""
     torch._check_type(
         isinstance(value, (Integral, torch.SymInt)),
-        lambda: f"{op}: {name} must be an int, got {type(value).__name__}",
+        lambda: f"{op}: {name} must be int, got {type(value).__name__}",
     )
 
 

@@ -191,6 +191,18 @@ def magnitude_blocks(weight: torch.Tensor, block: int, density: float) -> torch.
     return torch.stack([chosen // max(1, columns), chosen % max(1, columns)], 1).to(torch.int32)
 
 
+def _listed(op: str, blocks: Union[list, tuple]) -> torch.Tensor:
+    """A list of pairs as a tensor of the dtype that its numbers have."""
+    if not blocks:
+        return torch.empty(0, 2, dtype=torch.int64)
+    try:
+        return torch.tensor(blocks)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{op}: blocks must be a list of pairs [block row, block column], got {blocks!r:.60}"
+        ) from error
+
+
 def resolve_blocks(
     op: str, blocks: BlockChoice, out_features: int, in_features: int, block: int
 ) -> torch.Tensor:
@@ -211,7 +223,7 @@ def resolve_blocks(
         share = check_density(op, blocks, zero=True)
         return even_blocks(out_features, in_features, block, share)
     if isinstance(blocks, (list, tuple)):
-        blocks = torch.tensor(blocks, dtype=torch.int64) if blocks else torch.empty(0, 2).int()
+        blocks = _listed(op, blocks)
     if isinstance(blocks, torch.Tensor) and blocks.dtype == torch.bool:
         return _mask(op, "blocks", blocks, out_features, in_features, block)
     index = _block_checks.check_blocks(op, blocks, out_features, in_features, block)
