@@ -15,7 +15,7 @@ from test_guard_pages import Guarded, guarded_rows, walk_in_child
 ROWS = (1, 2, 3, 17, 33, 256, 257, 300)
 
 
-KERNEL = pytest.mark.parametrize("kernel_id", map(row_param, native.block_gain_kernels()))
+KERNEL = pytest.mark.parametrize("kernel_id", list(map(row_param, native.block_gain_kernels())))
 
 
 @KERNEL

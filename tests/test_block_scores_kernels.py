@@ -16,7 +16,7 @@ SIZES = ((1, 1), (17, 118), (118, 17), (32, 64), (130, 300), (257, 129), (300, 5
 ROWS = (1, 2, 5, 17, 127, 128, 129, 300)
 
 
-KERNEL = pytest.mark.parametrize("kernel_id", map(row_param, native.block_scores_kernels()))
+KERNEL = pytest.mark.parametrize("kernel_id", list(map(row_param, native.block_scores_kernels())))
 
 
 def rows_of(rng, m, width, dtype, gap=3):
