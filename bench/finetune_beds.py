@@ -33,16 +33,16 @@ class Bed:
     """Where methods are compared.
 
     Attributes:
-        name; settings: of every run on it, but for method, learning rate and seed. rates: learning
-            rates tried, for full fine-tuning and for all others, equally many. cuts: the lowest
-            trained layer of methods with a cut, by the share that is trained. figure: what a target
-            is of; "loss" or "accuracy". title: the table's heading. seeds: the first is the
-            sweeps'.
+        name; settings: of every run on it, but for method, optimizer, learning rate and seed.
+            rates: learning rates tried, for full fine-tuning, for all others by AdamW, and for
+            Muon, equally many. cuts: the lowest trained layer of methods with a cut, by the share
+            that is trained. figure: what a target is of; "loss" or "accuracy". title: the table's
+            heading. seeds: the first is the sweeps'.
     """
 
     name: str
     settings: Settings
-    rates: tuple[tuple[float, ...], tuple[float, ...]]
+    rates: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     cuts: dict[str, str]
     figure: str
     title: str
@@ -62,7 +62,11 @@ SMOLLM2 = Bed(
         schedule="linear",
         warmup=4,
     ),
-    ((3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3), (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)),
+    (
+        (3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3),
+        (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2),
+        (2e-3, 4e-3, 8e-3, 1.2e-2, 2e-2, 3e-2),
+    ),
     {"top third": "model.layers.20"},
     "loss",
     "SmolLM2-135M, next token, one pass over 16 k tokens of the standard library's help topics",
@@ -83,7 +87,11 @@ MINILM = Bed(
         checkpoint=-1,
         warmup=10,
     ),
-    ((5e-5, 1e-4, 2e-4, 5e-4, 1e-3), (3e-4, 1e-3, 2e-3, 5e-3, 1e-2)),
+    (
+        (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
+        (3e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+        (1e-3, 3e-3, 1e-2, 2e-2, 4e-2),
+    ),
     {"top third": "bert.encoder.layer.4"},
     "accuracy",
     f"MiniLM-L6, which of {CLASSES} parts of the standard library a docstring is from",

@@ -43,7 +43,8 @@ class Variant:
         method, select: as of the settings. cut: how much is trained, one of the bed's `cuts`; ""
             for everything. cache: whether what is below runs once a row. density: share of all
             blocks. int4: a 4-bit base. budget: of the selection. moves: how the selection
-            changes. beds: where it runs. experiments: which of X1 to X7 read it.
+            changes. optimizer: of the trained blocks. beds: where it runs. experiments: which of
+            X1 to X7 read it.
         rate_of: a variant whose best learning rate it takes unswept: one whose losses are the same
             bit for bit, or the one that an ablation changes. seeds: how many of the bed's.
         finalists: with how many of its rates all seeds run.
@@ -58,6 +59,7 @@ class Variant:
     int4: bool = False
     budget: float = 0.0
     moves: str = ""
+    optimizer: str = "adamw"
     beds: tuple[str, ...] = ("smollm2", "minilm")
     experiments: str = "X1 X2 X3 X4"
     rate_of: str = ""
@@ -76,6 +78,7 @@ class Variant:
             int4=self.int4,
             budget=self.budget,
             moves=self.moves,
+            optimizer=self.optimizer,
             lr=lr,
             seed=seed,
         )
@@ -85,11 +88,14 @@ THIRD = "top third"
 OURS_EVEN = "ours, even blocks, top third, cache"
 OURS_MANY = "ours, 8 %"
 RANDOM_MANY = "random blocks, 8 %"
+OURS_MUON = "ours, 8 %, Muon"
+RANDOM_MUON = "random blocks, 8 %, Muon"
 OURS_FEW = "ours"
 RIVALS = {  # by whom ours is compared with seed by seed: which of ours
     "random blocks": OURS_FEW,
     "magnitude blocks": OURS_FEW,
     RANDOM_MANY: OURS_MANY,
+    RANDOM_MUON: OURS_MUON,
 }
 OURS_THIRD = "ours, top third, cache"
 VARIANTS = {
@@ -97,8 +103,13 @@ VARIANTS = {
     OURS_EVEN: Variant("masked", "even", cut=THIRD, cache=True),
     "ours, even blocks, top third": Variant("masked", "even", cut=THIRD, rate_of=OURS_EVEN),
     OURS_MANY: Variant("masked", density=MANY, finalists=2),
+    OURS_MUON: Variant("masked", density=MANY, optimizer="muon", finalists=2),
     OURS_FEW: Variant("masked", experiments="X1 X2 X3 X4 X6", seeds=5),
+    "ours, Muon": Variant("masked", optimizer="muon"),
     RANDOM_MANY: Variant("masked", "random", density=MANY, experiments="X6", finalists=2),
+    RANDOM_MUON: Variant(
+        "masked", "random", density=MANY, optimizer="muon", experiments="X6", finalists=2
+    ),
     "random blocks": Variant("masked", "random", experiments="X6", seeds=5),
     "magnitude blocks": Variant("masked", "magnitude", experiments="X6", seeds=5),
     "even blocks": Variant("masked", "even", experiments="X6"),
@@ -215,7 +226,10 @@ class Cells:
 def rates(bed: str, variant: str) -> tuple[float, ...]:
     """The learning rates of a variant's sweep."""
     of = VARIANTS[variant]
-    return BEDS[bed].rates[0 if of.method.startswith("full") else 1]
+    full, others, muon = BEDS[bed].rates
+    if of.optimizer == "muon":
+        return muon
+    return full if of.method.startswith("full") else others
 
 
 def due(

@@ -22,6 +22,7 @@ BYTES = {
     "dense": "p, g, m, v read and p, m, v written: 28 bytes an entry",
     "block": "28, and the weight's line written: 32; 36 if the line is read for ownership first",
     "flat": "lines of p read and written, m, v read and written, g and the index read",
+    "Muon directions": "g read, d written: 8 bytes an entry; 30 B operations decide, not bytes",
     "mask": "p and g read, p written, the mask read, for all; m, v read and written if active",
     "ceiling_ratio": "28 bytes times all entries over the line's floor_bytes",
 }
@@ -140,6 +141,8 @@ def losses(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         for name in case["lines"]:
             baseline = "torch SGD fused" if "SGD" in name else S.BASELINE
+            if "Muon" in name:  # 30 B operations an entry: beside the same in torch's products
+                baseline = name.replace("nibblock", "torch")
             if not name.startswith("nibblock") or baseline not in case["lines"]:
                 continue
             for cache in CACHES:

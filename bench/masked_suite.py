@@ -175,8 +175,8 @@ def block_line(p: Parameters, density: float) -> Line:
     return Line(f"nibblock block {density:.0%}", run, moved, 32 * moved, check)
 
 
-def optimizer_line(p: Parameters, density: float) -> Line:
-    """The same as a training loop has it: `MaskedAdamW.step` on `MaskedLinear`s."""
+def masked_layers(p: Parameters, density: float) -> list:
+    """`MaskedLinear`s of the list, with gradients, and with weights that are in step."""
     import nibblock as nb
 
     layers = []
@@ -187,9 +187,16 @@ def optimizer_line(p: Parameters, density: float) -> Line:
             nb.MaskedLinear.from_linear(linear, blocks=p.blocks((n, k), density), block=BLOCK)
         )
         layers[-1](torch.zeros(1, k))
+        layers[-1].values.grad = p.normal(layers[-1].values.shape)
+    return layers
+
+
+def optimizer_line(p: Parameters, density: float) -> Line:
+    """The same as a training loop has it: `MaskedAdamW.step` on `MaskedLinear`s."""
+    import nibblock as nb
+
+    layers = masked_layers(p, density)
     values = [layer.values for layer in layers]
-    for v in values:
-        v.grad = p.normal(v.shape)
     start = [v.detach().clone() for v in values]
     optimizer = nb.optim.MaskedAdamW(values, lr=LR, weight_decay=DECAY)
 
@@ -204,6 +211,44 @@ def optimizer_line(p: Parameters, density: float) -> Line:
     moved = sum(v.numel() for v in values)
     return Line(f"nibblock MaskedAdamW block {density:.0%}", optimizer.step, moved, 32 * moved,
                 check)  # fmt: skip
+
+
+def muon_lines(p: Parameters, density: float) -> list[Line]:
+    """`MaskedMuon.step`, and its directions alone: ours, and by torch's batched products."""
+    import nibblock as nb
+    from nibblock.ops.muon_direction import orthogonalised
+
+    layers = masked_layers(p, density)
+    values = [layer.values for layer in layers]
+    optimizer = nb.optim.MaskedMuon(values, lr=LR, momentum=0.0, nesterov=False)
+    grads = [v.grad for v in values]
+    size = LR * 0.2 * BLOCK**0.5
+    start = [v.detach().clone() for v in values]
+
+    def check():
+        optimizer.step()
+        worst = 0.0
+        for v, old, g in zip(values, start, grads):
+            wanted = old.double() - size * orthogonalised(g.double(), 5)
+            worst = max(worst, float((v.detach() - wanted).abs().max()) / LR)
+        if not worst <= 1e-2:
+            raise AssertionError(f"a step must be the formula's within 1 % of lr, got {worst:.2g}")
+        for layer, old in zip(layers, p.params):  # and the layers live as long as their line
+            assert int((layer.weight != old).sum()) <= layer.values.numel()
+        optimizer.param_groups[0].update(momentum=0.8, nesterov=True)
+        optimizer.step()
+        optimizer.step()  # with the same gradients: from here on states are kept together
+        return worst
+
+    moved = sum(v.numel() for v in values)
+    joined = torch.cat(grads)
+    return [
+        Line(f"nibblock MaskedMuon block {density:.0%}", optimizer.step, moved, 32 * moved, check),
+        Line(f"nibblock Muon directions {density:.0%}",
+             lambda: nb.ops.muon_direction([joined], []), moved, 8 * moved),
+        Line(f"torch Muon directions {density:.0%}", lambda: orthogonalised(joined, 5), moved,
+             8 * moved),
+    ]  # fmt: skip
 
 
 def flat_line(p: Parameters, density: float, packed: bool) -> Line:
@@ -253,6 +298,8 @@ def make_lines(p: Parameters, quick: bool) -> list[Line]:
         lines += [
             bool_line(p, "nibblock mask 10%", 0.1, True),
             bool_line(p, "nibblock SGD dense", 1.0, False, 0.9),
+            *muon_lines(p, 0.10),
+            *muon_lines(p, 0.01),
         ]
     return lines
 

@@ -213,7 +213,15 @@ def masked_figures(found: dict[str, dict[str, Any]]) -> str:
         base = case["lines"]["torch AdamW fused"]
         for name, line in case["lines"].items():
             if not name.startswith(
-                ("torch AdamW fused", "nibblock block", "nibblock MaskedAdamW", "nibblock flat")
+                (
+                    "torch AdamW fused",
+                    "nibblock block",
+                    "nibblock MaskedAdamW",
+                    "nibblock flat",
+                    "nibblock Muon",
+                    "nibblock MaskedMuon",
+                    "torch Muon",
+                )
             ):
                 if name != "nibblock dense":
                     continue

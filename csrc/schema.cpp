@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY(nibblock, m) {
   m.def("masked_sgd_flat_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] momenta, Tensor(c!)[] steps, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
   m.def("masked_sgd_bool_(Tensor(a!)[] params, Tensor[] grads, Tensor[] masks, Tensor[] offsets, Tensor(b!)[] momenta, Tensor(c!)[] steps, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
   m.def("_fetch_lines(Tensor addresses) -> ()");
+  m.def("muon_direction_(Tensor(a!)[] out, Tensor[] grads, Tensor(b!)[] momenta, float momentum, bool nesterov, int steps, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");
   m.def("masked_grad_bool_(Tensor(a!)[] grads, Tensor[] masks, Tensor? multiplier, float max_norm) -> Tensor");
   m.def("masked_grad_block_(Tensor(a!)[] grads, Tensor[] blocks, int block, Tensor? multiplier, float max_norm) -> Tensor");
   m.def("grad_norm(Tensor[] grads, Tensor? multiplier) -> Tensor");

@@ -14,7 +14,7 @@ import torch
 from finetune_samples import byte_tokenizer, folder_of, text_file, tiny_llama
 from nibblock._finetune import cli, data, methods, report, worker
 from nibblock._finetune.loop import make_cache, rate, train
-from nibblock._finetune.settings import BASELINES, Settings, parse_size
+from nibblock._finetune.settings import BASELINES, LEARNING_RATES, Settings, parse_size
 from nibblock._finetune.task import TextTask, check_head, next_token_loss
 
 pytest.importorskip("transformers", reason="the transformers package is not installed")
@@ -140,11 +140,31 @@ def test_a_model_with_other_logits_is_refused():
         ({"spread": 0.5}, "--spread must be at least 1, or 0 for no caps, got 0.5"),
         ({"schedule": "step"}, "--schedule must be one of linear, cosine, constant, got step"),
         ({"int4": True, "method": "full"}, "--int4 must go with --method adapter, got full"),
+        ({"optimizer": "sgd"}, "--optimizer must be one of adamw, muon, got sgd"),
+        (
+            {"optimizer": "muon", "method": "full"},
+            "--optimizer muon must go with --method masked, got full: it makes",
+        ),
     ],
 )
 def test_settings_refuse(change, message):
     with pytest.raises(ValueError, match=message):
         Settings(model="m", **change).checked()
+
+
+def test_default_learning_rates():
+    for method in BASELINES:
+        assert Settings(model="m", method=method).learning_rate == LEARNING_RATES[method]
+    muon = Settings(model="m", optimizer="muon").checked()
+    assert muon.learning_rate == 1e-2
+    assert dataclasses.replace(muon, lr=0.5).learning_rate == 0.5
+
+
+def test_a_run_of_before_the_option_was_by_adamw():
+    saved = Settings(model="m").to_json()
+    del saved["optimizer"]
+    assert Settings.from_json(saved).differs(saved) is None
+    assert Settings(model="m", optimizer="muon").differs(saved) == "optimizer"
 
 
 def test_sizes():
@@ -203,6 +223,24 @@ def test_every_method_learns_and_counts_its_state(method, tmp_path):
     assert sum(record.phases.values()) == pytest.approx(record.seconds)
 
 
+def test_muon_trains_blocks_with_less_state():
+    records, kinds = [], (nb.optim.MaskedAdamW, nb.optim.MaskedMuon)
+    for name, kind in zip(("adamw", "muon"), kinds):
+        run = dataclasses.replace(RUN, method="masked", optimizer=name, lr=0.0, weight_decay=0.1)
+        model, task = tiny_llama(2), text_task()
+        prepared = methods.prepare(model, task, run.checked())
+        assert type(prepared.optimizer) is kind
+        (group,) = prepared.optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (run.learning_rate, 0.1)
+        assert prepared.clips
+        assert prepared.optimizer.max_norm == run.max_norm
+        records.append(train(task, prepared, run))
+        first, *_, last = (e["loss"] for e in records[-1].evaluations)
+        assert last < first - 1e-3
+    assert records[1].state_bytes < records[0].state_bytes
+    assert records[1].losses != records[0].losses
+
+
 @pytest.mark.parametrize("method", ["adapter", "masked", "lora-cut", "full-cut"])
 def test_a_cut_with_the_cache_gives_the_same_losses(method, tmp_path):
     if method == "lora-cut":
@@ -221,14 +259,16 @@ def test_a_cut_with_the_cache_gives_the_same_losses(method, tmp_path):
     assert "96 reused, 28 computed" in prepared.notes[-1]
 
 
+@pytest.mark.parametrize("optimizer, lr", [("adamw", 3e-3), ("muon", 1e-2)])
 @pytest.mark.parametrize("moves", ["reselect", "prox", "progressive"])
-def test_moving_blocks(moves, monkeypatch):
+def test_moving_blocks(moves, optimizer, lr, monkeypatch):
     from nibblock._finetune import moving
 
-    monkeypatch.setattr(moving, "STRENGTH", 3.0)  # more than a step of AdamW moves any block
+    monkeypatch.setattr(moving, "STRENGTH", 3.0)  # more than a step moves any block
     run = dataclasses.replace(
-        RUN, method="masked", select="impact", density=0.3, moves=moves, steps=24, checkpoint=-1
-    ).checked()
+        RUN, method="masked", select="impact", density=0.3, moves=moves, steps=24, checkpoint=-1,
+        optimizer=optimizer, lr=lr,
+    ).checked()  # fmt: skip
     task = text_task()
     prepared = methods.prepare(tiny_llama(2), task, run)
     layers = [m for m in prepared.model.modules() if isinstance(m, nb.MaskedLinear)]
@@ -362,6 +402,15 @@ def test_a_method_beside_a_baseline(place, tmp_path, here, capsys):
     assert task.evaluate(model)["loss"] == pytest.approx(adapter["best"]["loss"], abs=1e-6)
 
 
+def test_muon_beside_a_baseline_by_adamw(place, tmp_path, here, capsys):
+    extra = ["--method", "masked", "--optimizer", "muon", "--baselines", "full"]
+    assert cli.main([*arguments(place, *extra), "--json", "--out", str(tmp_path / "out")]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [r["settings"]["optimizer"] for r in results] == ["muon", "adamw"]
+    assert [report.label(r) for r in results] == ["masked muon", "full"]
+    assert results[0]["best"]["loss"] < results[0]["before"]["loss"]
+
+
 def test_the_command_in_processes_of_its_own(place, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "nibblock", "finetune", "--json", "--out", str(out)]
@@ -397,6 +446,7 @@ def test_int4_base_and_json(place, tmp_path, here, capsys):
         (["--baselines", "full,full"], "--baselines must differ"),
         (["--cache", "much"], "--cache must be a size"),
         (["--density", "2"], "--density must be in"),
+        (["--method", "full", "--optimizer", "muon"], "--optimizer muon must go with --method"),
         (["--out", "{full}"], "--out must be an empty or new folder"),
     ],
 )

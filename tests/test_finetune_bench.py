@@ -16,7 +16,9 @@ from nibblock.bench import finetune_suite as suite
 from nibblock.bench.finetune_cells import (
     OURS_FEW,
     OURS_MANY,
+    OURS_MUON,
     OURS_THIRD,
+    RANDOM_MUON,
     VARIANTS,
     Cell,
     Cells,
@@ -159,10 +161,29 @@ def test_the_lower_mean_of_two_rates_wins(tmp_path):
 
 def test_every_variant_is_swept_equally():
     for bed in beds.BEDS.values():
-        assert len(bed.rates[0]) == len(bed.rates[1])
+        assert len({len(rates) for rates in bed.rates}) == 1
     for variant in VARIANTS.values():
         for bed in beds.BEDS.values():
             variant.settings(bed, 1e-3, 0).checked()
+
+
+def test_muon_has_rates_and_a_rival_of_its_own(tmp_path):
+    by_muon = [name for name, variant in VARIANTS.items() if variant.optimizer == "muon"]
+    assert by_muon == [OURS_MUON, "ours, Muon", RANDOM_MUON]
+    for bed in beds.BEDS.values():
+        full, others, muon = bed.rates
+        for name, variant in VARIANTS.items():
+            optimizer = "muon" if name in by_muon else "adamw"
+            assert variant.settings(bed, 1e-3, 0).optimizer == optimizer
+            usual = full if variant.method.startswith("full") else others
+            assert cells_of.rates(bed.name, name) == (muon if name in by_muon else usual)
+    cells = Cells(tmp_path / "cells.jsonl")
+    for name, loss in ((OURS_MUON, 2.0), (RANDOM_MUON, 2.1), (OURS_MANY, 2.2)):
+        for lr in cells_of.rates("smollm2", name):
+            cell = {"bed": "smollm2", "variant": name, "lr": lr, "seed": 0}
+            cells.add({"cell": cell, "result": result("smollm2", lr, [4.0, loss], 30.0)})
+    won = report.wins(cells, beds.BEDS["smollm2"], RANDOM_MUON)
+    assert won == [(1.0, "smollm2, 1 of 1 seeds")]
 
 
 def test_rows_and_goals(tmp_path):

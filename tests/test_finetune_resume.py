@@ -78,11 +78,17 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "shira", "adapter", "masked"])
-def test_resume_of_every_method(settings, tmp_path, method):
+@pytest.mark.parametrize(
+    "method, optimizer",
+    [
+        *((method, "adamw") for method in ("full", "lora", "shira", "adapter", "masked")),
+        ("masked", "muon"),
+    ],
+)
+def test_resume_of_every_method(settings, tmp_path, method, optimizer):
     if method in ("lora", "shira"):
         pytest.importorskip("peft", reason="the peft package is not installed")
-    run = dataclasses.replace(settings, method=method)
+    run = dataclasses.replace(settings, method=method, optimizer=optimizer)
     folders = [tmp_path / name for name in ("whole", "parts")]
     for folder in folders:
         folder.mkdir()

@@ -25,6 +25,7 @@ KINDS = ("masked", "adapter", "int4 adapter")
 OPTIMISERS = {
     "MaskedAdamW": lambda p: nb.optim.MaskedAdamW(p, lr=0.01, weight_decay=0.0),
     "MaskedSGD": lambda p: nb.optim.MaskedSGD(p, lr=0.01, momentum=0.9),
+    "MaskedMuon": lambda p: nb.optim.MaskedMuon(p, lr=0.01),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0),
 }
 
@@ -273,6 +274,17 @@ def test_no_more_blocks_are_exchanged_than_are_free(density):
     assert done.count == before
     assert sum(len(layer.values) for layer in (model[0], model[2])) == before
     assert (before == 42) == (density == 1.0)
+
+
+def test_muon_has_no_moments_to_start_warm():
+    model, batches = sparse_model("masked")
+    optimizer = nb.optim.MaskedMuon(nb.trainable_parameters(model))
+    train(model, optimizer, batches, 2)
+    before = {n: m.blocks.clone() for n, m in layers_of(model).items()}
+    text = "reselect: optimizer must be a MaskedAdamW to start warm, got MaskedMuon"
+    with pytest.raises(ValueError, match=text):
+        reselect(model, optimizer, batches, loss_of, rate=0.3, warm=True)
+    assert all(torch.equal(m.blocks, before[n]) for n, m in layers_of(model).items())
 
 
 def test_reselection_refuses():

@@ -2,6 +2,7 @@
 // lists of tensors, so there is no NumPy way to run them: the tests reach each row through torch,
 // at each level in force.
 #include "../masked_update/masked_update.h"
+#include "../masked_update/muon_direction.h"
 #include "native.h"
 
 namespace nibblock {
@@ -42,9 +43,10 @@ py::list kernels(const string& which) {
   if (which == "grad_block") return rows_of(masked_grad_table(GradOp::kBlock));
   if (which == "grad_norm") return rows_of(masked_grad_table(GradOp::kNorm));
   if (which == "prox_blocks") return rows_of(prox_blocks_table());
+  if (which == "muon_direction") return rows_of(muon_direction_table());
   fail_value("masked_update_kernels",
              "which must be one of adamw_block, adamw_flat, adamw_bool, sgd_block, sgd_flat, "
-             "sgd_bool, grad_bool, grad_block, grad_norm, prox_blocks, got \"" +
+             "sgd_bool, grad_bool, grad_block, grad_norm, prox_blocks, muon_direction, got \"" +
                  which + "\"");
 }
 
@@ -53,7 +55,8 @@ py::list kernels(const string& which) {
 void bind_masked_update(py::module_& m) {
   m.def("masked_update_kernels", &kernels, py::arg("which"),
         "The rows of a table (adamw_block, adamw_flat, adamw_bool, sgd_block, sgd_flat, sgd_bool, "
-        "grad_bool, grad_block, grad_norm, prox_blocks) in the order they are tried.");
+        "grad_bool, grad_block, grad_norm, prox_blocks, muon_direction) in the order they are "
+        "tried.");
 }
 
 }  // namespace native

@@ -44,6 +44,7 @@ _MASKED = {
     "masked_grad_block_": "grad_block",
     "grad_norm": "grad_norm",
     "prox_blocks_": "prox_blocks",
+    "muon_direction": "muon_direction",
 }
 # Bounds of the self-test on max |y - y64| / max |y64|: bfloat16 keeps 8 bits, int8 activations 7.
 _BOUNDS = {"bf16": 1e-2, "int8": 3e-2}

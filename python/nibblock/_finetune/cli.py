@@ -21,6 +21,7 @@ from nibblock._finetune.settings import (
     CUT_METHODS,
     METHODS,
     MODES,
+    OPTIMIZERS,
     SCHEDULES,
     SELECTIONS,
     Settings,
@@ -62,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     option("seq", int, "tokens a row")
     option("epochs", int, "passes over the training rows")
     option("steps", int, "steps, in place of epochs", shown="as the epochs say")
-    option("lr", float, "learning rate", shown="5e-5 full, 5e-4 LoRA and SHiRA, 2e-3 blocks")
+    option("optimizer", str, "muon: orthogonal updates of the trained blocks", choices=OPTIMIZERS)
+    rates = "5e-5 full, 5e-4 LoRA and SHiRA, 2e-3 blocks, 1e-2 with muon"
+    option("lr", float, "learning rate", shown=rates)
     option("schedule", str, "of the learning rate", choices=SCHEDULES)
     option("warmup", int, "steps until the full learning rate")
     option("weight-decay", float, "decoupled")
@@ -133,7 +136,7 @@ def main(argv: list[str]) -> int:
     for name in [settings.method, *baselines]:
         run = dataclasses.replace(settings, method=name)
         if name != settings.method:  # what belongs to the chosen method alone
-            run = dataclasses.replace(run, lr=0.0, int4=False, checkpoint=-1)
+            run = dataclasses.replace(run, optimizer="adamw", lr=0.0, int4=False, checkpoint=-1)
         if name in CUT_METHODS:
             run = dataclasses.replace(run, cut=_cut(results[0]))
         status = run_child(run.checked(), out / name, options.resume, quiet=options.json)

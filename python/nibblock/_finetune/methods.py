@@ -281,7 +281,8 @@ def _masked(model, task, settings, selection, keep) -> Prepared:
     chosen, seconds = _chosen(model, task, settings, selection, keep)
     nb.sparse_update(model, chosen, block=settings.block)
     _unfreeze(model, keep)
-    optimizer = nb.optim.MaskedAdamW(
+    kind = nb.optim.MaskedMuon if settings.optimizer == "muon" else nb.optim.MaskedAdamW
+    optimizer = kind(
         nb.trainable_parameters(model),
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,

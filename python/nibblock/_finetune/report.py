@@ -39,7 +39,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def label(result: dict[str, Any]) -> str:
     settings = result["settings"]
-    return settings["method"] + (" int4" if settings["int4"] else "")
+    muon = settings.get("optimizer") == "muon"  # runs of before the option do not name it
+    return settings["method"] + " muon" * muon + " int4" * settings["int4"]
 
 
 def _line(result: dict[str, Any]) -> tuple[str, ...]:

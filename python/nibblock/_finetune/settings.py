@@ -15,6 +15,7 @@ CUT_METHODS = ("lora-cut", "full-cut")  # trained from the chosen method's lowes
 SELECTIONS = ("impact", "movement", "magnitude", "random", "even")
 MOVES = ("", "reselect", "prox", "progressive")
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
 LEARNING_RATES = {  # where --lr is not given
     "full": 5e-5,
     "full-cut": 5e-5,
@@ -24,6 +25,7 @@ LEARNING_RATES = {  # where --lr is not given
     "masked": 2e-3,  # few weights want larger steps than many
     "adapter": 2e-3,
 }
+MUON_LEARNING_RATE = 1e-2  # an entry moves by about a fifth of it a step, by AdamW by all of it
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Settings:
     seq: int = 128
     epochs: int = 1
     steps: int = 0  # 0 for what the epochs hold
-    lr: float = 0.0  # 0 for the method's default
+    optimizer: str = "adamw"  # of the trained blocks
+    lr: float = 0.0  # 0 for the default of the method and optimizer
     schedule: str = "linear"
     warmup: int = 0  # steps
     weight_decay: float = 0.0
@@ -70,6 +73,7 @@ class Settings:
             "mode": MODES,
             "schedule": SCHEDULES,
             "moves": MOVES,
+            "optimizer": OPTIMIZERS,
             "block": (16, 32, 64, 128),
         }
         for name, allowed in choices.items():
@@ -100,6 +104,11 @@ class Settings:
                 f"finetune: --moves must go with --method masked and --checkpoint -1, got "
                 f"{self.method} and {self.checkpoint}: a checkpoint holds one list of blocks"
             )
+        if self.optimizer == "muon" and self.method != "masked":
+            raise ValueError(
+                f"finetune: --optimizer muon must go with --method masked, got {self.method}: "
+                f"it makes the updates of trained blocks orthogonal"
+            )
         if self.int4 and self.method != "adapter":
             raise ValueError(
                 f"finetune: --int4 must go with --method adapter, got {self.method}: "
@@ -113,7 +122,8 @@ class Settings:
 
     @property
     def learning_rate(self) -> float:
-        return self.lr or LEARNING_RATES[self.method]
+        default = MUON_LEARNING_RATE if self.optimizer == "muon" else LEARNING_RATES[self.method]
+        return self.lr or default
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -125,6 +135,7 @@ class Settings:
     def differs(self, other: dict[str, Any]) -> Optional[str]:
         """The first option whose value another run's settings do not share, or None. How often a
         checkpoint is written may differ: no loss depends on it."""
+        other = {"optimizer": "adamw", **other}  # runs of before the option do not name it
         for name, value in self.to_json().items():
             if name != "checkpoint" and other.get(name) != value:
                 return name

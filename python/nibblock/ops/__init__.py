@@ -39,6 +39,7 @@ from nibblock.ops.masked_update import (
     masked_sgd_bool_,
     masked_sgd_flat_,
 )
+from nibblock.ops.muon_direction import muon_direction
 
 __all__ = [
     "block_gain",
@@ -68,6 +69,7 @@ __all__ = [
     "masked_sgd_block_",
     "masked_sgd_bool_",
     "masked_sgd_flat_",
+    "muon_direction",
     "packed_bytes",
     "prox_blocks_",
     "sort_blocks",

@@ -1,4 +1,4 @@
-"""What `MaskedAdamW` and `MaskedSGD` share: a `torch.optim.Optimizer` over masked updates."""
+"""What the masked optimisers share: a `torch.optim.Optimizer` over masked updates."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     # --- rules -----------------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError  # AdamW and SGD have their own
+        raise NotImplementedError  # every rule has its own
 
     def _update(
         self,
@@ -72,10 +72,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         multiplier: Optional[torch.Tensor],
         found_inf: Optional[torch.Tensor],
     ) -> None:
-        raise NotImplementedError  # AdamW and SGD have their own
+        raise NotImplementedError  # every rule has its own
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def _state_names(self, group: dict[str, Any], blocks: bool) -> tuple[str, ...]:
+        """Of values of a `MaskedLinear`, or of other Parameters."""
         return self._states
+
+    def _all_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._state_names(group, True) + self._state_names(group, False)
 
     def _added_states(self, state: dict, like: dict) -> dict[str, torch.Tensor]:
         """What a changed rule of the group adds to a state that is there already."""
@@ -144,7 +148,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         else:
             shape = (self._masks[parameter].count,)
             state = {"step": torch.zeros(1, dtype=torch.int32, **like)}
-        for name in self._state_names(group):
+        for name in self._state_names(group, layer is not None):
             state[name] = torch.zeros(shape, dtype=torch.float32, **like)
         return state
 
@@ -259,7 +263,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _ready(self, at: int, group: dict[str, Any]) -> list[tuple[_plan.Batch, list]]:
         """The op calls of a group, each with its gradients."""
-        plan, names = self._plans.get(at), self._state_names(group)
+        plan, names = self._plans.get(at), self._all_names(group)
         found = None
         if plan is not None and plan.fits(group["params"], names, self.state):
             found = plan.gradients()
@@ -270,7 +274,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self._check_layouts(grads)
             # Not at once: those that get gradients may be others at every step.
             if batch.used and batch.steps is None and batch.packs:
-                batch.pack([self.state[p] for p in batch.parameters], names)
+                kept = [self.state[p] for p in batch.parameters]
+                batch.pack(kept, self._state_names(group, True))
         return list(zip(plan.batches, found))
 
     def _new_plan(self, group: dict[str, Any]) -> _plan.Plan:
@@ -281,7 +286,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 idle.append(parameter)
             else:
                 self._join(found, parameter, group)
-        names, params = self._state_names(group), list(group["params"])
+        names, params = self._all_names(group), list(group["params"])
         return _plan.Plan(params, names, self.state, list(found.values()), idle)
 
     def _join(self, found: dict, parameter: torch.Tensor, group: dict[str, Any]) -> None:
@@ -297,7 +302,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         state = self.state.own(parameter)
         fill(state, self._added_states(state, like) if state else like)
         self._check_state(state, like, "; after set_blocks call move_blocks")
-        names = self._state_names(group)
+        names = self._state_names(group, layer is not None)
         if layer is None:
             mask = self._masks[parameter]
             key = (mask.kind, 0, parameter.dtype, None, parameter.device)

@@ -59,7 +59,7 @@ class MaskedSGD(MaskedOptimizer):
         }
         super().__init__(params, defaults, max_norm, masks)
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def _state_names(self, group: dict[str, Any], blocks: bool) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
     def _added_states(self, state: dict, like: dict) -> dict[str, torch.Tensor]:

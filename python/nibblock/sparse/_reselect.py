@@ -173,9 +173,10 @@ def _check(op, rate, dropped, layers) -> None:
 
 
 def _check_warm(op, optimizer, layers) -> None:
-    from nibblock.optim import MaskedAdamW
+    from nibblock.optim import MaskedAdamW, MaskedMuon
 
-    if not isinstance(optimizer, MaskedAdamW):
+    # Muon is AdamW for other Parameters only: its blocks have one momentum, and no second moment.
+    if not isinstance(optimizer, MaskedAdamW) or isinstance(optimizer, MaskedMuon):
         raise ValueError(
             f"{op}: optimizer must be a MaskedAdamW to start warm, got {type(optimizer).__name__}"
         )
