@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import nibblock as nb
 import pytest
 import torch
 from nibblock.ops import _triton, _triton_masked
 from nibblock.triton_kernels import _table
 
+muon_direction = sys.modules["nibblock.ops.muon_direction"]  # the name is the function's, too
+
 # Decode shortcuts of nn/_lean.py and the look-ahead of optim/_plan.py: hints and calls that a model
 # on a GPU never meets.
 CPU_ONLY = {"_rms_norm", "_add_rms_norm", "_rotate_", "_silu_mul", "_fetch_lines"}
+BY_TORCH = {"muon_direction_"}  # its CUDA body is torch's batched products
 
 
 def test_every_operator_has_a_cuda_body():
@@ -19,9 +24,32 @@ def test_every_operator_has_a_cuda_body():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nibblock::")
     }
-    assert names - CPU_ONLY == {*_triton.BODIES, *_triton_masked.BODIES}
+    assert names - CPU_ONLY - BY_TORCH == {*_triton.BODIES, *_triton_masked.BODIES}
     for name in names - CPU_ONLY:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nibblock::{name}", "CUDA"), name
+
+
+@pytest.mark.parametrize("found", (0.0, 1.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_body_of_muon_by_torch(dtype, found):
+    gen = torch.Generator().manual_seed(0)
+    grads = [torch.randn(z, 32, 32, generator=gen).to(dtype) * 1e-25 for z in (3, 1)]
+    grads[0][1] = 0
+    momenta = [torch.randn(g.shape, generator=gen) * 1e-25 for g in grads]
+    more = (0.8, True, 5, True, torch.tensor([2.0]), torch.tensor([found]))
+    results = []
+    for body in (torch.ops.nibblock.muon_direction_.default, muon_direction.batched):
+        out, states = [torch.empty_like(g) for g in grads], [m.clone() for m in momenta]
+        states[0][1] = 0
+        body(out, grads, states, *more)
+        results.append((out, states))
+    for ours, by_torch in zip(*results):
+        for a, b in zip(ours, by_torch):
+            tight = {"rtol": 1e-5, "atol": 1e-30} if ours is results[0][1] else {}
+            torch.testing.assert_close(b, a, **tight)
+    (first, _), _ = results[0]
+    assert bool(first[0].any()) == (not found)
+    assert not first[1].any()
 
 
 def test_rows_are_unique_complete_and_say_what_never_ran():

@@ -71,9 +71,8 @@ def _(out, grads, momenta, momentum, nesterov, steps, maximize, multiplier, foun
     _check(out, grads, momenta, momentum, nesterov, steps, maximize, multiplier, found_inf)
 
 
-@torch.library.impl("nibblock::muon_direction_", "CUDA")
-def _(out, grads, momenta, momentum, nesterov, steps, maximize, multiplier, found_inf):
-    """By the formula, with cuBLAS's batched products; no kernel of our own."""
+def batched(out, grads, momenta, momentum, nesterov, steps, maximize, multiplier, found_inf):
+    """The CUDA body, by the formula, with cuBLAS's batched products; no kernel of our own."""
     _check(out, grads, momenta, momentum, nesterov, steps, maximize, multiplier, found_inf)
     sign = -1.0 if maximize else 1.0
     for i, (grad, to) in enumerate(zip(grads, out)):
@@ -86,6 +85,9 @@ def _(out, grads, momenta, momentum, nesterov, steps, maximize, multiplier, foun
             momenta[i].view_as(u).copy_(moved)
         u = orthogonalised(u, steps)
         to.copy_(u if found_inf is None else torch.where(found_inf == 0, u, 0.0))
+
+
+torch.library.impl("nibblock::muon_direction_", "CUDA", batched)
 
 
 def orthogonalised(u: torch.Tensor, steps: int) -> torch.Tensor:
