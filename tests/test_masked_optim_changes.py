@@ -127,3 +127,17 @@ def test_copies_of_the_state_are_plain():
     optimizer.state |= {pair.layer.values: {}}
     assert [len(state) for state in optimizer.state.values()] == [0, 0]
     assert optimizer.state[nn.Parameter(torch.ones(1))] == {}
+
+
+@pytest.mark.parametrize("kind", ("MaskedAdamW", "MaskedMuon", "MaskedSGD"))
+def test_values_whose_layer_went_before_the_first_step(kind):
+    linear = nn.Linear(64, 64)
+    layer = nb.MaskedLinear.from_linear(linear, blocks=torch.tensor([[0, 1]]), block=32)
+    values = layer.values
+    optimizer = getattr(nb.optim, kind)([values], lr=0.1)
+    values.grad = torch.ones_like(values)
+    before = values.detach().clone()
+    del layer, linear
+    with pytest.raises(ValueError, match="values must belong to a MaskedLinear that lives"):
+        optimizer.step()
+    assert torch.equal(values, before)

@@ -292,7 +292,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _join(self, found: dict, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         layer = _plan.masked_layer(parameter)
         if layer is None and parameter not in self._masks:
-            if self.state.get(parameter):
+            # It was a layer's when it was added: without one nothing would read what it learns.
+            if self.state.get(parameter) or hasattr(parameter, "_masked_linear"):
                 raise ValueError(
                     f"{self._name}: values must belong to a MaskedLinear that lives, got a "
                     f"Parameter of shape {list(parameter.shape)} without one"
