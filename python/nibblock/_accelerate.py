@@ -22,6 +22,7 @@ from nibblock.nn import (
     Int4Embedding,
     Int4Linear,
 )
+from nibblock.nn._conv1d import conv1d_class, is_conv1d, linear_shape
 from nibblock.nn._packed import PackedWeight
 from nibblock.nn.fused import fuse_where_possible
 from nibblock.ops import _checks
@@ -74,6 +75,9 @@ def accelerate(
 ) -> Report:
     """Replaces the linears of `model` by `Int4Linear`s or `BlockSparseLinear`s, in place.
 
+    transformers' `Conv1D` (GPT-2 and its relatives) is a linear like the others: its weight
+    [in, out] is transposed, and what replaces it is an `nn.Linear` with `weight` [out, in].
+
     Args:
         model: any module tree. Not itself a linear: use `Int4Linear.from_linear` or
             `BlockSparseLinear.from_linear` for a single one.
@@ -117,7 +121,7 @@ def accelerate(
         )
     if fuse and not isinstance(config, Int4Config):
         raise ValueError("accelerate: fuse must be False with a BlockSparseConfig, got True")
-    if isinstance(model, (nn.Linear, nn.Embedding)):
+    if isinstance(model, (nn.Linear, nn.Embedding)) or is_conv1d(model):
         raise ValueError(
             f"accelerate: model must be a tree with layers to replace, got a single "
             f"{type(model).__name__}; use Int4Linear.from_linear or Int4Embedding.from_embedding"
@@ -172,7 +176,8 @@ def _selector(where: Where, op: str = "accelerate") -> Callable[[str, nn.Module]
 
 def _find_layers(model: nn.Module, config: Config) -> list[_Layer]:
     embeddings = isinstance(config, Int4Config) and config.embeddings
-    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+    kinds = (nn.Linear, conv1d_class(), nn.Embedding if embeddings else None)
+    kinds = tuple(kind for kind in kinds if kind is not None)
     layers: dict[int, _Layer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
@@ -213,7 +218,7 @@ def _unfit(layer: _Layer, meta: bool = False) -> str:
     meta: whether a weight on the meta device will do."""
     module = layer.module
     kind = type(module)
-    base = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
+    base = next(b for b in (nn.Embedding, nn.Linear, conv1d_class()) if isinstance(module, b))
     if isinstance(module, (Int4Linear, Int4Embedding)):
         return "already quantised"
     if isinstance(module, BlockSparseLinear):
@@ -258,7 +263,7 @@ def _unfit(layer: _Layer, meta: bool = False) -> str:
 
 
 def _added(kind: type, base: type) -> str:
-    """What a subclass of `nn.Linear` or `nn.Embedding` defines that a replacement would lose."""
+    """What a subclass of a linear or embedding defines that a replacement would lose."""
     for cls in kind.__mro__[: kind.__mro__.index(base)]:
         for name in cls.__dict__:
             if name not in _HARMLESS:
@@ -269,7 +274,9 @@ def _added(kind: type, base: type) -> str:
 def _carry_over(old: nn.Module, new: nn.Module) -> None:
     """Hooks, attributes that somebody set on the module, and what dtype it shows."""
     if isinstance(new, PackedWeight):
-        new._dtype = old._dtype if isinstance(old, PackedWeight) else old.weight.dtype
+        packed = isinstance(old, PackedWeight)
+        new._dtype = old._dtype if packed else old.weight.dtype
+        new._transposed = old._transposed if packed else is_conv1d(old)
     for name, value in old.__dict__.items():
         if name in _HOOKS or not (name in new.__dict__ or hasattr(type(new), name)):
             new.__dict__[name] = value
@@ -302,8 +309,12 @@ def _decide(model, layers, owners, config, wanted, skip) -> None:
                     hint = "; Int4Config(embeddings=True) holds both in 8 bits"
                     tip = hint if other is None and type(module) is nn.Embedding else ""
                     layer.reason = f"its weight is tied to {name}, which stays dense{tip}"
-                    changed = True
-                    break
+                elif is_conv1d(module) != is_conv1d(layer.module):
+                    layer.reason = f"its weight is tied to {name}, which reads it transposed"
+                else:
+                    continue
+                changed = True
+                break
 
 
 def _unprunable(layer: _Layer, owners) -> str:
@@ -471,7 +482,7 @@ def _row(layer: _Layer, before: int, replacements: dict[int, nn.Module]) -> Laye
     if isinstance(old, nn.Embedding):
         shape = (old.num_embeddings, old.embedding_dim)
     else:
-        shape = (old.out_features, old.in_features)
+        shape = linear_shape(old)
     return LayerReport(
         name=layer.name,
         action="kept" if layer.reason else action,

@@ -12,6 +12,7 @@ from nibblock import _accelerate as _tree
 from nibblock._config import AdapterConfig
 from nibblock._report import LayerReport, Report
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear
+from nibblock.nn._conv1d import KEPT_TRANSPOSED, conv1d_class, is_conv1d, linear_shape
 
 
 def add_adapters(
@@ -36,7 +37,8 @@ def add_adapters(
         A `Report`: a row for every linear, with the reason for each one that got no adapter. Those
         are: linears whose class has a forward, parameters or parametrisations of its own;
         projections of `nn.MultiheadAttention` and linears of `nn.TransformerEncoderLayer`, whose
-        fast paths read weights directly; weights in other dtypes than float32, bfloat16, float16.
+        fast paths read weights directly; weights in other dtypes than float32, bfloat16, float16;
+        transformers' `Conv1D`s (accelerate the model first: an `Int4Linear` takes an adapter).
     Raises:
         TypeError: model is not a module, or config not an AdapterConfig. ValueError: model is
         itself a linear, blocks names a layer that is none, blocks do not fit a layer, a layer has
@@ -126,12 +128,13 @@ def activate_adapter(model: nn.Module, name: Optional[str]) -> int:
 
 
 def _find(model: nn.Module) -> list[_tree._Layer]:
+    kinds = (nn.Linear, AdapterLinear, *filter(None, (conv1d_class(),)))
     layers: dict[int, _tree._Layer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         prefix, _, attribute = name.rpartition(".")
         parent = modules.get(prefix)
-        if not isinstance(module, (nn.Linear, AdapterLinear)) or isinstance(parent, AdapterLinear):
+        if not isinstance(module, kinds) or isinstance(parent, AdapterLinear):
             continue
         layer = layers.setdefault(id(module), _tree._Layer(name, module, []))
         layer.places.append((parent, attribute))
@@ -148,6 +151,8 @@ def _decide(layers, config: AdapterConfig, blocks) -> None:
             layer.reason = "in skip"
         elif isinstance(module, BlockSparseLinear):
             layer.reason = "block-sparse already"
+        elif is_conv1d(module):
+            layer.reason = KEPT_TRANSPOSED
         elif not isinstance(module, (AdapterLinear, Int4Linear)):
             layer.reason = _tree._unfit(layer, meta=True)
         elif isinstance(module, Int4Linear):
@@ -233,7 +238,7 @@ def _row(layer, config: AdapterConfig, new: Optional[AdapterLinear], before) -> 
         action="kept" if new is None else "adapter",
         reason=layer.reason,
         kind=type(base).__name__,
-        shape=(module.out_features, module.in_features),
+        shape=linear_shape(module),
         bytes_before=before[layer.name],
         bytes_after=before[layer.name] + extra,
     )

@@ -25,6 +25,7 @@ from nibblock.nn import (
     fuse_linears,
     unfuse_linears,
 )
+from nibblock.nn._conv1d import is_conv1d, linear_shape
 from nibblock.ops import _checks
 
 _KEY = "nibblock"
@@ -298,14 +299,10 @@ def _build_layers(path, header, modules, tensors) -> dict[str, nn.Module]:
         old = modules.get(name)
         linear = record["kind"] != "embedding"
         base = nn.Linear if linear else nn.Embedding
-        if not isinstance(old, base):
+        if not (isinstance(old, base) or (linear and is_conv1d(old))):
             got = "none" if old is None else type(old).__name__
             raise ValueError(f"load: {name} must be an nn.{base.__name__} in the model, got {got}")
-        shape = (
-            [old.out_features, old.in_features]
-            if linear
-            else [old.num_embeddings, old.embedding_dim]
-        )
+        shape = [*linear_shape(old)] if linear else [old.num_embeddings, old.embedding_dim]
         if shape != [record["rows"], record["columns"]]:
             raise ValueError(
                 f"load: {name} must have the file's shape [{record['rows']}, {record['columns']}], "

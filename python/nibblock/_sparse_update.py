@@ -11,6 +11,7 @@ from torch import nn
 from nibblock import _accelerate as _tree
 from nibblock._config import Where
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
+from nibblock.nn._conv1d import KEPT_TRANSPOSED, conv1d_class, is_conv1d
 
 
 def sparse_update(
@@ -46,9 +47,9 @@ def sparse_update(
         TypeError: model is not a module, or selection not a mapping; a list of another dtype.
         ValueError: nothing is left to train (an empty selection, or where takes none of it);
         selection names something else than a dense linear of the model, a weight that is tied to
-        another module's (it would change there as well), an `Int4Linear` (use `add_adapters`), a
-        linear whose class has a forward or parameters of its own, or blocks that do not fit. The
-        model is unchanged then.
+        another module's (it would change there as well), an `Int4Linear` (use `add_adapters`),
+        transformers' `Conv1D`, a linear whose class has a forward or parameters of its own, or
+        blocks that do not fit. The model is unchanged then.
     Gradients: the selected blocks, packed [Z, B, B]. Determinism: the same arguments give the same
         model.
     Example:
@@ -159,11 +160,12 @@ def unmask(model: nn.Module, revert: bool = False) -> nn.Module:
 
 def find_layers(model: nn.Module) -> dict[str, _tree._Layer]:
     """Every linear and adapter of a model with the places it stands in, by each of its names."""
+    kinds = (nn.Linear, AdapterLinear, *filter(None, (conv1d_class(),)))
     layers: dict[int, _tree._Layer] = {}
     named: dict[str, _tree._Layer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
-        if isinstance(module, (nn.Linear, AdapterLinear)) and name:
+        if isinstance(module, kinds) and name:
             prefix, _, attribute = name.rpartition(".")
             layer = layers.setdefault(id(module), _tree._Layer(name, module, []))
             layer.places.append((modules[prefix], attribute))
@@ -182,6 +184,8 @@ def _refusal(layer: Optional[_tree._Layer], owners) -> str:
         return "it has an adapter, which is trained instead of its base"
     if isinstance(module, BlockSparseLinear):
         return "block-sparse already, its values are Parameters of their own"
+    if is_conv1d(module):
+        return KEPT_TRANSPOSED
     if any(isinstance(parent, AdapterLinear) for parent, _ in layer.places):
         return "the base of an AdapterLinear, which is trained instead"
     reason = "" if isinstance(module, MaskedLinear) else _tree._unfit(layer)

@@ -37,6 +37,7 @@ class PackedWeight:
     affine: bool
     _scale_dtype: torch.dtype
     _dtype: torch.dtype = torch.float32  # of `weight`: what a dense layer's would have
+    _transposed: bool = False  # whether state dicts hold a dense weight as [columns, rows] (Conv1D)
 
     def _init_format(
         self,
@@ -292,9 +293,13 @@ class PackedWeight:
         """Renews what a class derives from the format."""
 
     def _pack_dense(self, prefix, dense, errors):
-        if tuple(dense.shape) != (self._rows, self._columns):
-            errors.append(self._mismatch(prefix + "weight", dense, (self._rows, self._columns)))
+        need = (self._rows, self._columns)
+        need = need[::-1] if self._transposed else need
+        if tuple(dense.shape) != need:
+            errors.append(self._mismatch(prefix + "weight", dense, need))
             return None
+        if self._transposed:
+            dense = dense.t()
         if dense.is_meta:
             size = self._packed_bytes(self.scale_dtype)
             return torch.empty(size, dtype=torch.uint8, device="meta")

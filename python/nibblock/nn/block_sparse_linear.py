@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from nibblock.nn import _conv1d
 from nibblock.nn._blocks import BlockValues, ReadOnlyWeight
 from nibblock.ops import _block_checks, _checks
 from nibblock.sparse import _choose
@@ -77,7 +78,7 @@ class BlockSparseLinear(ReadOnlyWeight, BlockValues, nn.Linear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         density: float = 0.25,
         block: int = 32,
         mask: Optional[torch.Tensor] = None,
@@ -86,7 +87,8 @@ class BlockSparseLinear(ReadOnlyWeight, BlockValues, nn.Linear):
         """Prunes a dense linear: keeps the blocks of largest Frobenius norm, or those of a mask.
 
         Args:
-            linear: its weight [N, K] float32 | bfloat16 | float16, finite.
+            linear: an `nn.Linear`, its weight [N, K] float32 | bfloat16 | float16, finite; or
+                transformers' `Conv1D`, its weight [K, N].
             density: share of all blocks to keep, in (0, 1]; ignored when there is a mask.
             block: B, one of 16, 32, 64, 128.
             mask: bool [ceil(N/B), ceil(K/B)], true for the blocks to keep; or None.
@@ -95,12 +97,14 @@ class BlockSparseLinear(ReadOnlyWeight, BlockValues, nn.Linear):
             A new module on the linear's device, in its training mode. The bias Parameter is taken
             over, not copied.
         Raises:
-            TypeError: not an `nn.Linear`, or a dtype that is not listed. ValueError: a block edge
+            TypeError: neither of the two, or a dtype that is not listed. ValueError: a block edge
             that does not exist, a density or mask that does not fit, or a weight that is not
             finite.
         Determinism: the same weight gives the same blocks; of equal norms the first block wins.
         """
         op = "BlockSparseLinear.from_linear"
+        if _conv1d.is_conv1d(linear):
+            linear = _conv1d.as_linear(linear)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{op}: linear must be an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight.detach()

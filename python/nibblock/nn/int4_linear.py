@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nibblock import ops as _ops
+from nibblock.nn import _conv1d
 from nibblock.nn._packed import PackedWeight, packed_from_codes
 from nibblock.ops import _checks
 
@@ -95,7 +96,7 @@ class Int4Linear(PackedWeight, nn.Linear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         group_size: int = 128,
         symmetric: bool = False,
         bits: int = 4,
@@ -107,7 +108,9 @@ class Int4Linear(PackedWeight, nn.Linear):
         """Quantises a dense linear. The bias Parameter is taken over, not copied.
 
         Args:
-            linear: its weight [N, K] float32 | bfloat16 | float16, finite.
+            linear: an `nn.Linear`, its weight [N, K] float32 | bfloat16 | float16, finite; or
+                transformers' `Conv1D`, its weight [K, N]. Of the latter `load_state_dict` goes on
+                taking a dense weight as [K, N]; `weight` is [N, K] as that of any linear.
             group_size, symmetric, bits, compute: as in the constructor.
             method: "rtn" or "mse", see `nibblock.ops.int4_quantize`.
             importance: [K] float32 weights of the columns' errors for method="mse"; or None.
@@ -117,10 +120,13 @@ class Int4Linear(PackedWeight, nn.Linear):
         Returns:
             A new module on the linear's device, in its training mode.
         Raises:
-            TypeError: not an `nn.Linear`, or a dtype that is not listed. ValueError: a format that
+            TypeError: neither of the two, or a dtype that is not listed. ValueError: a format that
             does not exist, or a weight that is not finite.
         """
         op = "Int4Linear.from_linear"
+        transposed = _conv1d.is_conv1d(linear)
+        if transposed:
+            linear = _conv1d.as_linear(linear)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{op}: linear must be an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
@@ -147,7 +153,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             bits=bits,
             compute=compute,
         )
-        out._dtype = weight.dtype
+        out._dtype, out._transposed = weight.dtype, transposed
         return out.train(linear.training)
 
     @classmethod

@@ -19,7 +19,7 @@ from nibblock.ops.block_scores import MOST_SAMPLES
 from nibblock.sparse import _choose, _cost, _gain
 from nibblock.sparse._selection import Selection
 from nibblock.sparse._spread import Spread
-from nibblock.sparse._taps import Site, Taps, find_sites, undisturbed
+from nibblock.sparse._taps import Site, Taps, find_sites, targets_of, undisturbed
 
 METHODS = ("impact", "movement", "magnitude", "random")
 MODES = ("gain", "sketch", "exact")
@@ -79,8 +79,9 @@ def select_blocks(
         block: B, one of 16, 32, 64, 128.
         method: "impact", "movement", "magnitude" or "random".
         where, skip: which linears are targets, as in `accelerate`. Left out as well, with the
-            reason in `Selection.skipped`: linears that cannot be trained by blocks, and, unless
-            `where` is given, weights tied to another module's, such as a head's.
+            reason in `Selection.skipped`: linears that cannot be trained by blocks (transformers'
+            `Conv1D`s until the model is accelerated), and, unless `where` is given, weights tied to
+            another module's, such as a head's.
         mode: how impact is measured. "gain": what the block's own best step wins; it beats random
             blocks at the learning rates that suit them too, if by little. "sketch" and "exact":
             the squared norm of its gradient, estimated or computed; ahead at small rates, and the
@@ -133,9 +134,7 @@ def select_blocks(
     if spread is not None and (isinstance(spread, str) or not spread >= 1):
         raise ValueError(f'{op}: spread must be at least 1, None or "auto", got {spread!r}')
     sites = find_sites(op, model, where, skip)
-    targets = [site for site in sites if not site.reason]
-    if not targets:
-        raise ValueError(f"{op}: model must hold a linear to select from, got none")
+    targets_of(op, sites, "select from")
     scored = method in ("impact", "movement")
     if not isinstance(batches, (Iterable, type(None))):
         raise TypeError(f"{op}: batches must be iterable or None, got {type(batches).__name__}")

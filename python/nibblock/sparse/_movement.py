@@ -15,7 +15,7 @@ from nibblock.ops import _block_checks
 from nibblock.sparse import _choose
 from nibblock.sparse._impact import as_selection, weight_of
 from nibblock.sparse._selection import Selection
-from nibblock.sparse._taps import Site, Taps, find_sites
+from nibblock.sparse._taps import Site, Taps, find_sites, targets_of
 
 
 class MovementMask:
@@ -68,9 +68,7 @@ class MovementMask:
         self.block, self.lr, self.steps = block, lr, 0
         self._model = model
         self._sites = find_sites(op, model, where, skip)
-        targets = [site for site in self._sites if not site.reason]
-        if not targets:
-            raise ValueError(f"{op}: model must hold a linear to score, got none")
+        targets = targets_of(op, self._sites, "score")
         self.values = {site.name: torch.zeros(site.grid(block)) for site in targets}
 
     @contextmanager

@@ -20,6 +20,7 @@ from torch import nn
 from nibblock import _accelerate as _tree
 from nibblock._config import Where
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
+from nibblock.nn._conv1d import KEPT_TRANSPOSED, conv1d_class, is_conv1d, linear_shape
 from nibblock.ops import _block_checks
 
 
@@ -44,7 +45,7 @@ class Site:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return self.module.out_features, self.module.in_features
+        return linear_shape(self.module)
 
     def grid(self, block: int) -> tuple[int, int]:
         """Block rows and columns."""
@@ -63,6 +64,8 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
             reason = "in skip"
         elif isinstance(module, BlockSparseLinear):
             reason = "block-sparse already"
+        elif is_conv1d(module):
+            reason = KEPT_TRANSPOSED
         elif isinstance(module, (AdapterLinear, MaskedLinear)):
             reason = ""
         elif isinstance(module, Int4Linear):
@@ -77,13 +80,23 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
     return sites
 
 
+def targets_of(op: str, sites: list[Site], use: str) -> list[Site]:
+    """The sites without a reason; a ValueError that tells one of the reasons if there is none."""
+    targets = [site for site in sites if not site.reason]
+    if not targets:
+        left = f": {len(sites)} left out, {sites[0].name}: {sites[0].reason}" if sites else ""
+        raise ValueError(f"{op}: model must hold a linear to {use}, got none{left}")
+    return targets
+
+
 def _linears(model: nn.Module) -> list[_tree._Layer]:
+    kinds = (nn.Linear, AdapterLinear, *filter(None, (conv1d_class(),)))
     layers: dict[int, _tree._Layer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         prefix, _, attribute = name.rpartition(".")
         parent = modules.get(prefix)
-        if isinstance(module, (nn.Linear, AdapterLinear)) and not isinstance(parent, AdapterLinear):
+        if isinstance(module, kinds) and not isinstance(parent, AdapterLinear):
             layer = layers.setdefault(id(module), _tree._Layer(name, module, []))
             if name:
                 layer.places.append((parent, attribute))
