@@ -50,3 +50,21 @@ def test_the_argument_is_called_input(kind):
     torch.testing.assert_close(compiled(input=x), layer(x))
     program = torch.export.export(layer.eval(), (), {"input": x})
     torch.testing.assert_close(program.module()(input=x), layer(x))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 2, 3)])
+def test_the_output_may_be_changed_in_place(kind, lead):
+    """As wav2vec2 does: it zeroes what a linear returned wherever a frame is masked."""
+    layer, x = LAYERS[kind](64, 48), torch.randn(*lead, 64, requires_grad=True)
+    expected = torch.autograd.grad(torch.relu(layer(x) * 2)[..., 1:].sum(), x)
+
+    def change(x):
+        y = layer(x)
+        y.mul_(2)
+        y[..., 0] = 0
+        return y.relu_().sum()
+
+    torch._dynamo.reset()
+    for run in (change, torch.compile(change, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(torch.autograd.grad(run(x), x), expected)

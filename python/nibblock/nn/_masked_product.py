@@ -75,7 +75,9 @@ class MaskedProduct(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept = x if runs is None else gather_columns(x, runs)
         ctx.save_for_backward(kept, weight, layout)
-        return F.linear(x, weight, bias)
+        # Detached, it is no view that autograd knows of: of a custom Function's view it refuses
+        # changes in place, which models make to what a linear returns.
+        return F.linear(x, weight, bias).detach()
 
     @staticmethod
     @once_differentiable
