@@ -35,6 +35,17 @@ class Twice(nn.Module):
         return self.b(self.a(x)) + self.bias
 
 
+@pytest.mark.parametrize("one, other", [(CONFIG, SPARSE), (SPARSE, CONFIG)])
+def test_a_layer_of_another_kind_leaves_only_what_was_set_on_it(tmp_path, one, other):
+    expected = saved(tmp_path / "m", Twice(), one)
+    model = Twice()
+    model.a.tag = "here"
+    nb.accelerate(model, other, progress=False)
+    nb.load(tmp_path / "m", model)
+    assert model.a.__dict__.keys() - expected.a.__dict__.keys() == {"tag"}
+    assert torch.equal(model(X), expected(X))
+
+
 class Apart(Twice):
     """The same names without a tie."""
 

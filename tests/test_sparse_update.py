@@ -87,6 +87,21 @@ def test_sparse_update():
     assert not nb.trainable_parameters(model)
 
 
+def test_hooks_and_attributes_come_back():
+    model = Model()
+    model.up.tag = "here"
+    model.up.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    y, plain = model(TOKENS), nn.Linear(1, 1).__dict__.keys()
+    nb.sparse_update(model, SELECTION)
+    handle = model.down.register_forward_hook(lambda module, args, out: out + 1)
+    assert nb.unmask(model).up is model.again
+    assert model.up.__dict__.keys() - plain == {"tag"}
+    assert model.down.__dict__.keys() == plain
+    assert not torch.equal(model(TOKENS), y)
+    handle.remove()
+    assert torch.equal(model(TOKENS), y)
+
+
 def test_unmask_reverts_to_the_byte():
     model = Model()
     before = digest(model)

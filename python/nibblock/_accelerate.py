@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from nibblock._carry_over import carry_over
 from nibblock._config import BlockSparseConfig, Int4Config, Where
 from nibblock._progress import Progress, ProgressOption
 from nibblock._report import LayerReport, Report
@@ -23,22 +24,11 @@ from nibblock.nn import (
     Int4Linear,
 )
 from nibblock.nn._conv1d import conv1d_class, is_conv1d, linear_shape
-from nibblock.nn._packed import PackedWeight
 from nibblock.nn.fused import fuse_where_possible
 from nibblock.ops import _checks
 
 Config = Union[Int4Config, BlockSparseConfig]
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 # Hooks on the state dict expect to find a weight in it.
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -271,17 +261,6 @@ def _added(kind: type, base: type) -> str:
     return ""
 
 
-def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Hooks, attributes that somebody set on the module, and what dtype it shows."""
-    if isinstance(new, PackedWeight):
-        packed = isinstance(old, PackedWeight)
-        new._dtype = old._dtype if packed else old.weight.dtype
-        new._transposed = old._transposed if packed else is_conv1d(old)
-    for name, value in old.__dict__.items():
-        if name in _HOOKS or not (name in new.__dict__ or hasattr(type(new), name)):
-            new.__dict__[name] = value
-
-
 def _decide(model, layers, owners, config, wanted, skip) -> None:
     for layer in layers:
         if _matches(layer.name, skip):
@@ -354,7 +333,7 @@ def _convert(chosen, owners, config: Config, option: ProgressOption) -> dict[int
             else:
                 new = _linear(layer, config)
             new.train(module.training)
-            _carry_over(module, new)
+            carry_over(module, new)
             packed.setdefault(id(weight), new)
             replacements[id(module)] = new
             progress.step()

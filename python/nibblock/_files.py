@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nibblock import _accelerate, _adapter_files, _sparse_files
+from nibblock._carry_over import carry_over
 from nibblock.nn import (
     BlockSparseLinear,
     Int4Embedding,
@@ -264,7 +265,7 @@ def load(
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
     """Hooks, attributes and the bias Parameter, as `accelerate`; `_fill` then fills the bias."""
-    _accelerate._carry_over(old, new)
+    carry_over(old, new)
     bias = old._parameters.get("bias")
     if bias is not None:
         new._parameters["bias"] = bias

@@ -21,6 +21,7 @@ from torch import nn
 
 from nibblock import _accelerate as _tree
 from nibblock import _sparse_update
+from nibblock._carry_over import carry_over
 from nibblock._file_checks import check_bases, check_fields, check_trained
 from nibblock.nn import MaskedLinear
 from nibblock.ops import _block_checks, _checks
@@ -203,7 +204,7 @@ def _apply(layer: _tree._Layer, record: dict, blocks: torch.Tensor, held: torch.
     if not fits:
         plain = module.to_linear() if isinstance(module, MaskedLinear) else module
         new = MaskedLinear.from_linear(plain, blocks, record["block"], dtype)
-        _tree._carry_over(module, new)
+        carry_over(module, new)
         module = new.requires_grad_(False)
         _sparse_update.swap(layer, module)
     elif not module._same_blocks(blocks):

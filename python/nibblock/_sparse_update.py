@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nibblock import _accelerate as _tree
+from nibblock._carry_over import carry_over
 from nibblock._config import Where
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
 from nibblock.nn._conv1d import KEPT_TRANSPOSED, conv1d_class, is_conv1d
@@ -128,7 +129,8 @@ def unmask(model: nn.Module, revert: bool = False) -> nn.Module:
         model: any module tree.
         revert: False keeps what was trained; True first puts the original bytes back.
     Returns:
-        model; weights are the same Parameters as before and stay frozen.
+        model; weights are the same Parameters as before and stay frozen; hooks and attributes that
+        were set on a layer stay too.
     Raises:
         TypeError: model is not a module. ValueError: revert, and a layer did not keep its original
         blocks; or model is itself a `MaskedLinear` (use `to_linear`). The model is unchanged then.
@@ -151,7 +153,9 @@ def unmask(model: nn.Module, revert: bool = False) -> nn.Module:
     for layer in layers:
         if revert:
             layer.module.revert()
-        swap(layer, layer.module.to_linear())
+        new = layer.module.to_linear()
+        carry_over(layer.module, new)
+        swap(layer, new)
     return model
 
 
@@ -215,7 +219,7 @@ def _make(op, layer, blocks, block, dtype, keep_original) -> Any:
             module.weight.grad = kept
     except (TypeError, ValueError) as error:
         raise type(error)(f"{op}: {layer.name}: {error}") from error
-    _tree._carry_over(module, new)
+    carry_over(module, new)
     return new
 
 

@@ -20,6 +20,7 @@ class WrittenThrough:
 
     _parameters: dict[str, Any]
     _at = 0
+    _alias: Optional[torch.Tensor] = None
 
     def _write(self, weight: torch.Tensor, values: torch.Tensor) -> None:
         raise NotImplementedError  # the module knows where its blocks are
