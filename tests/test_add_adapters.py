@@ -12,6 +12,7 @@ import reference_blocks as rb
 import torch
 from harness import as_numpy
 from nibblock.sparse._choose import read_blocks
+from test_adapter_linear import BASES, base_of, x_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -261,3 +262,39 @@ def check_against_float64(model, layers, tokens):
     dense(tokens, labels=tokens, use_cache=False).loss.backward()
     assert errors.keys() == layers.keys()
     assert max(errors.values()) < 0.02
+
+
+WATCHES = {
+    "before": lambda base: base.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "after": lambda base: base.register_forward_hook(lambda module, args, out: out + 1),
+    "backward": lambda base: base.register_full_backward_hook(
+        lambda module, gi, go: tuple(g * 3 for g in gi)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("watch", [*WATCHES, "forward"])
+def test_what_hangs_on_the_base_sees_its_call(kind, watch):
+    base = base_of(kind)
+    x = x_of(kind, 3, 5, 100).requires_grad_()
+    plain = base(x)
+    if watch == "forward":
+        base.forward = lambda input: type(base).forward(base, input) * 2
+    else:
+        handle = WATCHES[watch](base)
+    expected = base(x)
+    dx = torch.autograd.grad(expected.float().sum(), x)[0]
+    layer = nb.AdapterLinear(base, block=16, blocks=0.3, rank=2)
+    y = layer(x)
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.autograd.grad(y.float().sum(), x, retain_graph=True)[0], dx)
+    y.float().square().sum().backward()
+    assert layer.values.grad.any()
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    if watch == "forward":
+        del base.forward
+    else:
+        handle.remove()
+    assert torch.equal(layer(x), plain)

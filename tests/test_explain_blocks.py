@@ -38,6 +38,10 @@ def test_adapters():
     found = nb.explain(layer, x)
     assert found.kernel.startswith("int4_block_sparse_linear.cpu.")
     assert "int4 group 32, affine, compute bf16 base, rank 2" in found.call
+    layer.base.register_forward_hook(lambda *a: None)
+    found = nb.explain(layer, x)
+    assert found.kernel.startswith("block_sparse_linear.cpu.")
+    assert "compute bf16 base with hooks, by itself, rank 2" in found.call
     layer.activate(None)
     assert nb.explain(layer, x).kernel.startswith("int4_linear.cpu.")
 

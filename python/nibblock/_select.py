@@ -10,6 +10,7 @@ from torch import nn
 
 from nibblock import _native
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear
+from nibblock.nn.adapter_linear import fused as runs_fused
 from nibblock.ops import _checks, _triton
 
 
@@ -147,7 +148,7 @@ def shape_key(layer: Layer) -> tuple:
     key += (layer.block, layer.values.shape[0], layer.values.dtype)
     if isinstance(layer, AdapterLinear):
         own = layer.base._args if isinstance(layer.base, Int4Linear) else None
-        key += (layer.adapter().rank, own)
+        key += (layer.adapter().rank, own, runs_fused(layer.base))
     return key
 
 
@@ -162,7 +163,7 @@ def _explain_layer(name: str, layer: Layer, x: torch.Tensor) -> Explanation:
         call += _int4_text(layer)
     else:
         values = layer.values
-        fused = isinstance(layer, AdapterLinear) and isinstance(layer.base, Int4Linear)
+        fused = isinstance(layer, AdapterLinear) and runs_fused(layer.base)
         choice = (
             _cuda_choice(layer, rows, x)
             if cuda
@@ -180,6 +181,8 @@ def _explain_layer(name: str, layer: Layer, x: torch.Tensor) -> Explanation:
         call += f", {values.shape[0]} {_checks.dtype_name(values.dtype)} blocks of {layer.block}"
         if fused:
             call += f"{_int4_text(layer.base)} base"
+        elif isinstance(layer, AdapterLinear) and isinstance(layer.base, Int4Linear):
+            call += f"{_int4_text(layer.base)} base with hooks, by itself"
         elif isinstance(layer, AdapterLinear):
             call += f", {_checks.dtype_name(layer.base.weight.dtype)} base by torch"
         if isinstance(layer, AdapterLinear) and layer.adapter().rank:
@@ -192,7 +195,7 @@ def _explain_layer(name: str, layer: Layer, x: torch.Tensor) -> Explanation:
 def _cuda_choice(layer: Layer, rows: int, x: torch.Tensor) -> dict:
     """The Triton rows of a layer on a GPU, as `_native`'s tables answer."""
     op = "int4_linear" if isinstance(layer, Int4Linear) else "block_sparse_linear"
-    if isinstance(layer, AdapterLinear) and isinstance(layer.base, Int4Linear):
+    if isinstance(layer, AdapterLinear) and runs_fused(layer.base):
         op = "int4_block_sparse_linear"
     device = next(layer.parameters()).device
     return _triton.choose(op, rows, x.dtype, device)

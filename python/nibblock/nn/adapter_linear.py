@@ -112,8 +112,8 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
     Raises: TypeError for another dtype, ValueError for another shape.
     Gradients: input, values, A, C. No N x K tensor is made for them. While merged: input only.
     Determinism and numerics: on an `Int4Linear` as `nibblock.ops.int4_block_sparse_linear` (one
-    pass over x, one rounding); on an `nn.Linear` as `block_sparse_linear` with the base's result as
-    y0.
+    pass over x, one rounding); on an `nn.Linear`, and on an `Int4Linear` with hooks, which stay the
+    base's and see its call, as `block_sparse_linear` with the base's result as y0.
     """
 
     _weight_source = "the base and the active adapter"
@@ -387,8 +387,8 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
         try:
             if input.shape[-1] == self.in_features:
                 grad = torch.is_grad_enabled() and (input.requires_grad or adapter.trains())
-                if not isinstance(base, Int4Linear):
-                    return self._on_dense(base, adapter, input, grad)
+                if not fused(base):
+                    return self._on_base(base, adapter, input, grad)
                 own = base._parameters
                 bias = own["bias"]
                 grad = grad or (torch.is_grad_enabled() and bias is not None and bias.requires_grad)
@@ -404,7 +404,7 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
         self._diagnose(input)
         raise AssertionError("unreachable: the shape above was refused")
 
-    def _on_dense(self, base: nn.Module, adapter: Adapter, x: torch.Tensor, grad: bool):
+    def _on_base(self, base: nn.Module, adapter: Adapter, x: torch.Tensor, grad: bool):
         y = base(x)
         a, c = adapter._parameters["lora_a"], adapter._parameters["lora_c"]
         if a is not None:
@@ -440,6 +440,17 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
         text = f"in_features={self.in_features}, out_features={self.out_features}, "
         text += f"active={self._active!r}"
         return text + (f", merged={self._merged!r}" if self._merged is not None else "")
+
+
+def fused(base: nn.Module) -> bool:
+    """Whether base and adapter run as one op: an `Int4Linear` whose call nobody watches."""
+    return isinstance(base, Int4Linear) and not (
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or "forward" in base.__dict__
+    )
 
 
 def _sum(weight: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
