@@ -17,6 +17,7 @@ from nibblock._carry_over import carry_over
 from nibblock._config import BlockSparseConfig, Int4Config, Where
 from nibblock._progress import Progress, ProgressOption
 from nibblock._report import LayerReport, Report
+from nibblock._ties import parameter_owners
 from nibblock.nn import (
     AdapterLinear,
     BlockSparseLinear,
@@ -117,7 +118,7 @@ def accelerate(
             f"{type(model).__name__}; use Int4Linear.from_linear or Int4Embedding.from_embedding"
         )
     layers = _find_layers(model, config)
-    owners = _parameter_owners(model)
+    owners = parameter_owners(model)
     _decide(model, layers, owners, config, _selector(where), _patterns(skip))
     chosen = [layer for layer in layers if not layer.reason]
     report = Report(model_bytes_before=model_bytes(model))
@@ -176,18 +177,6 @@ def _find_layers(model: nn.Module, config: Config) -> list[_Layer]:
             layer = layers.setdefault(id(module), _Layer(name, module, []))
             layer.places.append((modules[prefix], attribute))
     return list(layers.values())
-
-
-def _parameter_owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """For each Parameter: the (module's name, module, Parameter's name) of every module that holds
-    it.
-    """
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((name, module, key))
-    return owners
 
 
 def _unfit_parent(layer: _Layer) -> str:

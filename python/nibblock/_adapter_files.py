@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nibblock._file_checks import check_bases, check_fields, check_trained
+from nibblock._ties import parameter_owners
 from nibblock.nn import Adapter, AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
 from nibblock.ops import _block_checks, _checks
 
@@ -136,7 +137,6 @@ def restore(
     name: Optional[str],
 ) -> None:
     """Puts the file's adapter on the model and activates it; refuses before it changes anything."""
-    from nibblock import _accelerate as _tree
     from nibblock._adapters import rename_tied_keys, tied_to
 
     records, trained = _read(path, header)
@@ -154,7 +154,7 @@ def restore(
     made = {key: _adapter(path, key, records[key], tensors, bases[key]) for key in records}
     fresh = {key: _wrap(modules[key], name, made[key], key) for key in records}
     parameters = check_trained(path, model, trained, tensors)
-    owners = _tree._parameter_owners(model)
+    owners = parameter_owners(model)
     for key, new in fresh.items():
         if new is not None:
             new._tied = tied_to(modules[key], owners)

@@ -11,6 +11,7 @@ from torch import nn
 from nibblock import _accelerate as _tree
 from nibblock._config import AdapterConfig
 from nibblock._report import LayerReport, Report
+from nibblock._ties import parameter_owners
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear
 from nibblock.nn._conv1d import KEPT_TRANSPOSED, conv1d_class, is_conv1d, linear_shape
 
@@ -74,7 +75,7 @@ def add_adapters(
     made = {layer.name: _make(op, layer, config, blocks) for layer in layers if not layer.reason}
     # Nothing above touched the model; nothing below can refuse.
     before = {layer.name: _bytes(layer.module) for layer in layers}
-    owners = _tree._parameter_owners(model)
+    owners = parameter_owners(model)
     model.requires_grad_(False)
     for layer in layers:
         new = made.get(layer.name)

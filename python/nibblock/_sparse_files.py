@@ -23,6 +23,7 @@ from nibblock import _accelerate as _tree
 from nibblock import _sparse_update
 from nibblock._carry_over import carry_over
 from nibblock._file_checks import check_bases, check_fields, check_trained
+from nibblock._ties import parameter_owners
 from nibblock.nn import MaskedLinear
 from nibblock.ops import _block_checks, _checks
 from nibblock.sparse import _choose
@@ -118,7 +119,7 @@ def restore(
     """Applies the file's update to the model; refuses before it changes anything."""
     records, trained = _read(path, header)
     layers = _sparse_update.find_layers(model)
-    owners = _tree._parameter_owners(model)
+    owners = parameter_owners(model)
     for key, record in records.items():
         _check_layer(path, key, record, tensors, layers.get(key), owners)
     prints = _fingerprints({key: layers[key].module for key in records})

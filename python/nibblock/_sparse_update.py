@@ -11,6 +11,7 @@ from torch import nn
 from nibblock import _accelerate as _tree
 from nibblock._carry_over import carry_over
 from nibblock._config import Where
+from nibblock._ties import parameter_owners
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
 from nibblock.nn._conv1d import KEPT_TRANSPOSED, conv1d_class, is_conv1d
 
@@ -71,7 +72,7 @@ def sparse_update(
         block = getattr(selection, "block", 32)
     wanted = _tree._selector(where, op)
     layers = find_layers(model)
-    owners = _tree._parameter_owners(model)
+    owners = parameter_owners(model)
     chosen = {}
     for name in selection:
         layer = layers.get(name)

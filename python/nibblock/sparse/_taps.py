@@ -19,6 +19,7 @@ from torch import nn
 
 from nibblock import _accelerate as _tree
 from nibblock._config import Where
+from nibblock._ties import parameter_owners
 from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear, MaskedLinear
 from nibblock.nn._conv1d import KEPT_TRANSPOSED, conv1d_class, is_conv1d, linear_shape
 from nibblock.ops import _block_checks
@@ -57,7 +58,7 @@ def find_sites(op: str, model: nn.Module, where: Where, skip) -> list[Site]:
     by blocks carry the reason."""
     patterns, wanted = _tree._patterns(skip, op), _tree._selector(where, op)
     sites = []
-    owners = _tree._parameter_owners(model)
+    owners = parameter_owners(model)
     for layer in _linears(model):
         module = layer.module
         if _tree._matches(layer.name, patterns):
