@@ -396,3 +396,27 @@ def test_llama(tied, embeddings, tmp_path):
     nb.load(tmp_path / "m", other)
     with torch.no_grad():
         assert torch.allclose(other(TOKENS).logits, logits, atol=1e-5)
+
+
+def test_falcon_writes_a_linear_in_other_words(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the transformers package")
+
+    def falcon(seed):
+        torch.manual_seed(seed)
+        sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+        ends = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+        return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, **ends)).eval()
+
+    model, twin = falcon(0), falcon(0)
+    report = quiet(model)
+    assert [row.kind for row in report.replaced] == ["FalconLinear"] * 8
+    for row in report.replaced:
+        twin.get_submodule(row.name).weight.data = model.get_submodule(row.name).dequantize()
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        assert torch.allclose(logits, twin(TOKENS).logits, atol=1e-4)
+        nb.save(model, tmp_path / "m")
+        assert torch.equal(nb.load(tmp_path / "m", falcon(1))(TOKENS).logits, logits)
+    name = report.replaced[0].name  # what trains the weight itself must give the same bits
+    with pytest.raises(ValueError, match=f"'{name}': FalconLinear has a forward of its own"):
+        nb.sparse_update(twin, {name: [[0, 0]]})

@@ -25,6 +25,7 @@ from nibblock.nn import (
     Int4Linear,
 )
 from nibblock.nn._conv1d import conv1d_class, is_conv1d, linear_shape
+from nibblock.nn._lean import is_linear
 from nibblock.nn.fused import fuse_where_possible
 from nibblock.ops import _checks
 
@@ -40,6 +41,7 @@ _STATE_HOOKS = (
 # What a subclass may define without changing what the layer does for a model that runs.
 _HARMLESS = frozenset(
     ("__init__", "__init_subclass__", "reset_parameters", "extra_repr", "__repr__")
+    + ("forward",)  # is looked at by itself
     + ("__module__", "__qualname__", "__doc__", "__annotations__", "__constants__")
     + ("__parameters__", "__orig_bases__", "__firstlineno__", "__static_attributes__")
     + ("__slots__", "__weakref__", "__dict__", "__abstractmethods__", "_abc_impl")
@@ -191,10 +193,11 @@ def _unfit_parent(layer: _Layer) -> str:
     return ""
 
 
-def _unfit(layer: _Layer, meta: bool = False) -> str:
+def _unfit(layer: _Layer, meta: bool = False, exact: bool = True) -> str:
     """Why this module cannot be replaced, whatever the caller wants; empty if it can.
 
-    meta: whether a weight on the meta device will do."""
+    meta: whether a weight on the meta device will do.
+    exact: whether what takes its place must give the same bits."""
     module = layer.module
     kind = type(module)
     base = next(b for b in (nn.Embedding, nn.Linear, conv1d_class()) if isinstance(module, b))
@@ -209,7 +212,8 @@ def _unfit(layer: _Layer, meta: bool = False) -> str:
         return "projection of an attention module that reads the weight directly"
     if parametrize.is_parametrized(module):
         return "its weight is parametrised"
-    if kind.forward is not base.forward or "forward" in module.__dict__:
+    known = kind.forward is base.forward or (not exact and is_linear(kind))
+    if not known or "forward" in module.__dict__:
         return f"{kind.__name__} has a forward of its own"
     if is_lazy(module._parameters.get("weight")):
         return "it is lazy and has not run yet"
@@ -255,7 +259,7 @@ def _decide(model, layers, owners, config, wanted, skip) -> None:
         if _matches(layer.name, skip):
             layer.reason = "in skip"
         else:
-            layer.reason = _unfit(layer)
+            layer.reason = _unfit(layer, exact=False)
         if not layer.reason and not wanted(layer.name, layer.module):
             layer.reason = "not selected by where"
         if not layer.reason and isinstance(config, BlockSparseConfig):

@@ -37,6 +37,9 @@ _ATTENTION: dict[str, Callable[[Any], dict]] = {
     "4015c9477db5adb7": lambda self: {"sliding_window": self.sliding_window},
 }
 
+# Linears that write F.linear in other words (Falcon's).
+_LINEAR = {"6b8b3b5430e88ef6"}
+
 # As FusedInt4Group's: above this many rows the saved calls no longer matter.
 _MAX_ROWS = 8
 
@@ -89,6 +92,12 @@ def lean_norm(cls: type) -> Optional[Callable]:
 def lean_layer(cls: type) -> Optional[Callable]:
     """A shorter forward for a decoder layer, or None."""
     return _layer if _of_transformers(cls) and _fingerprint(cls.forward) in _LAYER else None
+
+
+@functools.cache
+def is_linear(cls: type) -> bool:
+    """Whether a class's forward computes what `nn.Linear`'s does, up to rounding."""
+    return _of_transformers(cls) and _fingerprint(cls.forward) in _LINEAR
 
 
 def _plain_step(x: torch.Tensor, weight: torch.Tensor) -> bool:
