@@ -165,7 +165,8 @@ def test_compute_can_be_changed():
     x = torch.randn(4, 130)
     y = q(x)
     q.compute = "int8"
-    assert not torch.equal(q(x), y)
+    # Where no kernel of this CPU has int8 units, activations keep what they had.
+    assert torch.equal(q(x), y) == ("int8" not in nb.explain(q, x).kernel)
     assert close(q(x), y)
     with pytest.raises(ValueError, match="compute must be"):
         q.compute = "fp8"
