@@ -233,6 +233,9 @@ def test_unusual_linears():
     patched.forward = lambda x: x
     frozen = nn.Linear(64, 64)
     frozen.weight = None
+    stored, short = nn.Linear(64, 64), nn.Linear(64, 64)
+    stored.weight = nn.Parameter(torch.eye(64).to_sparse())
+    short.bias = nn.Parameter(torch.ones(1))
     watched = nn.Linear(64, 64)
     watched.register_state_dict_post_hook(lambda *args: None)
     model = nn.ModuleDict(
@@ -246,6 +249,8 @@ def test_unusual_linears():
             "meta": nn.Linear(64, 64, device="meta"),
             "empty": nn.Linear(64, 0),
             "none": frozen,
+            "stored": stored,
+            "short": short,
             "name_only": NameOnly(64, 64),
             "method": OwnMethod(64, 64),
             "call": OwnCall(64, 64),
@@ -267,6 +272,8 @@ def test_unusual_linears():
         "meta": "meta device",
         "empty": "empty",
         "none": "not a Parameter",
+        "stored": "[64, 64], torch.sparse_coo",
+        "short": "its bias is [1]",
         "method": "OwnMethod has logits of its own",
         "call": "OwnCall has __call__ of its own",
         "attribute": "OwnAttribute has is_head of its own",

@@ -235,11 +235,16 @@ def _unfit(layer: _Layer, meta: bool = False, exact: bool = True) -> str:
         return "its weight is on the meta device"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
+    if weight.layout is not torch.strided or weight.dim() != 2:
+        return f"its weight is {list(weight.shape)}, {weight.layout}"
     if weight.numel() == 0:
         return "its weight is empty"
     bias = module._parameters.get("bias")
     if bias is not None and bias.dtype not in _checks.FLOATS:
         return f"its bias is {_checks.dtype_name(bias.dtype)}"
+    rows = weight.shape[1 if is_conv1d(module) else 0]
+    if bias is not None and bias.shape != (rows,) and not exact:  # F.linear would broadcast it
+        return f"its bias is {list(bias.shape)}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites its table"
     return ""
