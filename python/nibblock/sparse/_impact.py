@@ -260,8 +260,9 @@ class _Run:
             self.agreed[site.name] = _gain.agreed(out[site.name], self._tokens.get(site.name, 0))
         if not any(score.any() for score in out.values()):
             raise ValueError(
-                f"{self.op}: batches must give every linear two rows or more for the mode gain, "
-                f'and a gradient that is not 0, got none; mode="sketch" takes single rows'
+                f"{self.op}: batches must give some linear two rows or more for the mode gain, "
+                f"and halves of them that agree on a step, got none; give larger batches, or "
+                f'mode="sketch", which takes single rows'
             )
         return _combine([out], list(out), 0.0, normalize, self.method)
 
