@@ -249,6 +249,7 @@ def run_case(
         "m": m,
         "block": block,
         "weights": "cold" if cold else "warm",
+        "dense_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),  # else torch emulates it
         "densities": list(densities),
         "copy": _seconds(timings["copy"]),
         "lines": {},

@@ -147,6 +147,8 @@ def run_dx(shape: Shape, m: int, ceilings: Ceilings | None, budget: float) -> di
         calls["dense bf16 oneDNN"] = lambda _: onednn(dy, w_t, None, "none", [], "")
     except P.Unavailable as reason:
         unavailable["dense bf16 oneDNN"] = str(reason)
+        dy32, w32 = dy.float(), problem.dense
+        calls["dense fp32 eager"] = lambda _: torch.mm(dy32, w32)
     exact = dy[:4].double() @ problem.dense.double()
     errors = {}
     for name, call in calls.items():
