@@ -51,7 +51,8 @@ class Int4Experts(nn.Module):
     Gradients: hidden_states, top_k_weights, biases, and whatever gate and norm hold. Weights are
         frozen.
     Determinism: products and sums are the same bits at any number of threads; a token's sum runs in
-        the order of its row of top_k_index.
+        the order of its row of top_k_index. The gate is made of torch's own ops: from 32768 numbers
+        on, those with an exponential may differ in the last bit where threads divide them.
     Numerics: products as `nibblock.ops.int4_linear`; routing weights and sums in float32, rounded
         once.
     Compilation: `torch.compile` breaks the graph here and runs this module as it is; which experts
@@ -263,7 +264,8 @@ class Int4Experts(nn.Module):
         form = self._form
         # Ranges of indices are checked by what reads them below.
         if not (
-            x.dim() == 2
+            isinstance(x, torch.Tensor)
+            and x.dim() == 2
             and x.shape[1] == form.hidden
             and x.dtype in _checks.FLOATS
             and index.dim() == 2
