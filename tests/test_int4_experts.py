@@ -32,7 +32,8 @@ FORMATS = [
     dict(group_size=32, method="mse"),
     dict(group_size=256, scale_dtype=torch.float32),
 ]
-BOUND = {torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 1.5e-2}
+# Of rounding, at most that of bfloat16 activations; a wrong expert or gate is off by far more.
+BOUND = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 def quantised(dense, **options):
@@ -63,8 +64,8 @@ def test_every_kind_against_the_oracle_and_the_eager_forward(kind):
         with torch.no_grad():
             y, eager = module(*args), twin(module, dense)(*args)
         assert y.shape == args[0].shape
-        assert error(y, forward64(kind, dequantised(module), module, *args)) < 5e-3
-        assert error(y, eager) < 5e-3
+        assert error(y, forward64(kind, dequantised(module), module, *args)) < 1e-2
+        assert error(y, eager) < 1e-2
 
 
 @pytest.mark.parametrize("options", FORMATS)
@@ -87,7 +88,7 @@ def test_odd_sizes(kind, group_size):
     for tokens in (1, 7):
         args = inputs(tokens, experts=3, hidden=48)
         expected = forward64(kind, dequantised(module), module, *args)
-        assert error(module(*args), expected) < 5e-3
+        assert error(module(*args), expected) < 1e-2
 
 
 def test_compute_int8_and_its_setter():
@@ -97,7 +98,7 @@ def test_compute_int8_and_its_setter():
     module.compute = "int8"
     assert module.compute == "int8"
     assert all(weight._args[-1] == "int8" for weight in module.projections.values())
-    assert error(module(*args), exact) < 2e-2  # 0 where the CPU has no int8 units
+    assert error(module(*args), exact) < 3e-2  # 0 where the CPU has no int8 units
     with pytest.raises(ValueError, match='compute must be "bf16" or "int8"'):
         module.compute = "fp8"
 
@@ -123,7 +124,7 @@ def test_routes(name, kind, dtype):
     x = torch.randn(len(index), 64)
     scale = torch.rand(index.shape)
     expected = forward64(kind, dequantised(module), module, x, index, scale)
-    assert error(module(x, index, scale), expected) < 5e-3
+    assert error(module(x, index, scale), expected) < 1e-2
 
 
 def test_nothing_to_do():
@@ -151,7 +152,7 @@ def test_a_token_that_is_not_finite_stays_alone():
     assert y[[0, 1, 3, 4, 5]].isfinite().all()
 
 
-# torch.exp itself depends on the threads from 32768 numbers on: the large case has none in its gate.
+# torch.exp itself depends on the threads from 32768 numbers on: the large case does without.
 @pytest.mark.parametrize("kind, tokens", [("mixtral", 1), ("mixtral", 12), ("nemotron_h", 64)])
 def test_same_bits_at_any_number_of_threads(kind, tokens):
     module = quantised(dense_experts(kind, experts=3, hidden=192, inner=1001))
@@ -198,7 +199,7 @@ def test_gradients_are_those_of_the_dequantised_module(kind, tokens):
         theirs.pop(name, None)
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
-        assert error(ours[name], grad) < 1e-2, name
+        assert error(ours[name], grad) < 2e-2, name
     assert not any(p.requires_grad for n, p in module.named_parameters() if n.endswith("packed"))
 
 

@@ -87,8 +87,8 @@ def accelerate(
             `BlockSparseLinear.from_linear` for a single one.
         config: how weights are stored: an `Int4Config` (the default one when None), or a
             `BlockSparseConfig` to keep the blocks of largest norm only.
-        where: None for every linear; a name pattern ("*.mlp.*"), a list of them, or a callable
-            (name, module) -> bool.
+        where: None for every linear and experts module; a name pattern ("*.mlp.*"), a list of them,
+            or a callable (name, module) -> bool.
         skip: names or name patterns that are left alone ("lm_head", "*.router").
         fuse: True also lets sibling int4 linears that read the same input (q/k/v, gate/up) run as
             one call; names and state dict stay as they are. A parent whose class refuses subclasses

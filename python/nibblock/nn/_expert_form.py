@@ -144,6 +144,8 @@ def _unfit_class(module: nn.Module) -> str:
         if all(flag in module.__dict__ for flag in _FLAGS):
             return f"{kind.__name__} has a forward of its own"
         return f"{kind.__name__} is not decorated with transformers' use_experts_implementation"
+    if parametrize.is_parametrized(module):
+        return "its weights are parametrised"
     names = tuple(inspect.signature(kind.forward).parameters)[1:]
     if names not in _SIGNATURES:
         return f"its forward takes ({', '.join(names)}), not ({', '.join(_SIGNATURES[0])})"
@@ -158,8 +160,6 @@ def _unfit_instance(module: nn.Module) -> str:
     for name in ("forward", "_apply_gate"):
         if name in module.__dict__:
             return f"{type(module).__name__} has a {name} of its own"
-    if parametrize.is_parametrized(module):
-        return "its weights are parametrised"
     if not all(flag in module.__dict__ for flag in _FLAGS):
         return f"it has no {next(f for f in _FLAGS if f not in module.__dict__)}"
     if getattr(module, "_is_expert_parallel", False):
