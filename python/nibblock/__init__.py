@@ -23,7 +23,14 @@ from nibblock._select import explain
 from nibblock._sparse_update import sparse_update, trainable_parameters, unmask
 from nibblock._version import __version__
 from nibblock._warmup import warmup
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear, MaskedLinear
+from nibblock.nn import (
+    AdapterLinear,
+    BlockSparseLinear,
+    Int4Embedding,
+    Int4Experts,
+    Int4Linear,
+    MaskedLinear,
+)
 from nibblock.sparse._impact import select_blocks
 from nibblock.sparse._selection import Selection
 
@@ -35,6 +42,7 @@ __all__ = [
     "BlockSparseLinear",
     "Int4Config",
     "Int4Embedding",
+    "Int4Experts",
     "Int4Linear",
     "MaskedLinear",
     "Selection",
