@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "qwen2": {**_COMMON, **_GATED, "tie_word_embeddings": True},
     "gpt_neox": {**_COMMON, "intermediate_size": 192, "max_position_embeddings": 64},
     "opt": {**_COMMON, "ffn_dim": 192, "word_embed_proj_dim": 128, "max_position_embeddings": 64},
+    "falcon": {},
     "gemma2": {**_COMMON, **_GATED, "head_dim": 32, "sliding_window": 16},
 }
 

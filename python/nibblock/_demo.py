@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="a GGUF of a Llama-family model or a transformers folder (default: SmolLM2-135M)",
+        help="a GGUF of a Llama-family model or a transformers folder, quantised or not "
+        "(default: SmolLM2-135M)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: torch's)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to decode (32)")
@@ -394,8 +395,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the demo.
 
     Returns:
-        0 if every output is finite and, for a GGUF file, the perplexity of the lossless import is
-        within 0.2 % of the dequantised model's; 1 if not; 2 if the model is missing or unreadable.
+        0 if every output is finite and, for a GGUF file or quantised folder, the perplexity of the
+        lossless import is within 0.2 % of the dequantised model's; 1 if not; 2 if the model is
+        missing or unreadable.
     """
     parser = argparse.ArgumentParser(prog="python -m nibblock demo", description=__doc__)
     add_arguments(parser)

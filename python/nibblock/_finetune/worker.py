@@ -51,7 +51,8 @@ def import_everything(settings: Settings) -> None:
 
 
 def load_model(settings: Settings) -> tuple[torch.nn.Module, Any]:
-    """(model in eval mode, tokenizer): a GGUF file or a transformers folder, dense float32 or int4.
+    """(model in eval mode, tokenizer): a GGUF file or a transformers folder (quantised ones too),
+    dense float32 or int4.
 
     Raises:
         FileNotFoundError: no such model. ValueError, ImportError: as the loaders.

@@ -134,11 +134,17 @@ def load_config(path: str | os.PathLike[str], caller: str) -> tuple[Any, Any]:
     Code in the folder is not run.
 
     Raises:
-        ValueError: transformers does not know the architecture; the text is its reason, one line.
+        ValueError: transformers has no causal language model of this type, or refuses a value; the
+        text is the reason, one line.
     """
     transformers = require_transformers(caller)
     path = os.fspath(path)
     local = {"local_files_only": True}
+    values, _ = transformers.PretrainedConfig.get_config_dict(path, **local)
+    kind = values.get("model_type")
+    known = transformers.CONFIG_MAPPING
+    if kind not in known or known[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model_type {kind!r}, of which transformers has none")
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **local)
         generation = None
