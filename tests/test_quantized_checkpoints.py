@@ -254,6 +254,28 @@ def test_zero_points_that_are_not_packed(tmp_path, bits):
     check(sample, sample.write(tmp_path / "m"))
 
 
+def test_zero_points_of_symmetric_files(tmp_path):
+    """Some files hold them, all 0, and a weight_g_idx that says nothing."""
+    sample = Sample("compressed", 4, 32, symmetric=True)
+    path = sample.write(tmp_path / "m")
+    for name, zeros in sample.zeros.items():
+        sample.tensors[f"{name}.weight_zero_point"] = torch.zeros(zeros.shape, dtype=torch.int8)
+        columns = sample.codes[name].shape[1]
+        sample.tensors[f"{name}.weight_g_idx"] = torch.full((columns,), -1, dtype=torch.int32)
+    sample.save(path)
+    assert not check(sample, path).model.layers[0].mlp.up_proj.affine
+
+
+def test_groups_by_index(tmp_path):
+    sample = Sample("compressed", 8, 32)
+    path = sample.write(tmp_path / "m")
+    for name, codes in sample.codes.items():
+        index = torch.arange(codes.shape[1]) // 32
+        sample.tensors[f"{name}.weight_g_idx"] = index.int()
+    sample.save(path)
+    check(sample, path)
+
+
 def test_config_groups(tmp_path):
     """Names before patterns before classes, as the format's own matching does."""
     one, two, three = (Sample("compressed", b, g) for b, g in ((4, 32), (8, 64), (8, -1)))

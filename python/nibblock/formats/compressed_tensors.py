@@ -49,11 +49,11 @@ class PackQuantized(Reader):
     """The reader of one folder's compressed tensors; see the module."""
 
     marker, scales, order = "weight_packed", "weight_scale", "weight_g_idx"
+    unordered = 'actorder null or "static"'
 
     def __init__(self, folder: Folder, settings: Settings) -> None:
         super().__init__(folder)
         settings.word(("format",), _FORMAT, "")
-        settings.word(("quantization_status",), ("compressed",), "compressed")
         for key in ("kv_cache_scheme", "transform_config"):
             settings.absent(key)
         if settings.values.get("sparsity_config"):
