@@ -159,6 +159,8 @@ def test_config_json(folder):
     edit(folder, lambda config: config.pop("quantization_config"))
     assert not is_quantized(folder)
     refused(folder, "'m/config.json' must hold quantization_config, got none")
+    edit(folder, lambda config: config.update(quantization_config=None))
+    assert not is_quantized(folder)
     edit(folder, lambda config: config.update(quantization_config=[4]))
     refused(folder, "must hold quantization_config, got list")
     file.write_text(text)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 READERS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": PackQuantized}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+_INTEGERS = {torch.int64: ("I64",), torch.int32: ("I32",), torch.bool: ("BOOL",)}
 # Buffers that older files hold and transformers computes.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -111,7 +111,9 @@ def is_quantized(path: str | os.PathLike[str]) -> bool:
         ValueError: config.json is not JSON.
     """
     file = os.path.join(os.fspath(path), "config.json")
-    return os.path.isfile(file) and "quantization_config" in read_json(file, "load_quantized")
+    if not os.path.isfile(file):
+        return False
+    return read_json(file, "load_quantized").get("quantization_config") is not None
 
 
 def _load(
@@ -203,7 +205,7 @@ class _Builder:
         self._plan_ties()
         for name, tensor in self._wanted():
             key = self.tied.get(name, name) if name not in self.folder.tensors else name
-            dtypes = FLOATS if tensor.is_floating_point() else (_INTEGERS[tensor.dtype],)
+            dtypes = _INTEGERS.get(tensor.dtype, FLOATS)
             self.folder.check(key, Part.of(tuple(tensor.shape), *dtypes))
             left.pop(name, None)
             if name not in self.tied:

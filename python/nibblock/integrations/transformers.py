@@ -70,26 +70,39 @@ def _last_line(error: Exception) -> str:
     return lines[-1].strip()
 
 
-def _fill_buffers(model: PreTrainedModel, owner: Any = None, name: str = "") -> None:
+def _fill_buffers(model: PreTrainedModel) -> None:
     """Computes the buffers that no file holds (rotary frequencies and the like), off meta.
 
-    Constructors make them, on meta like everything else; the `_init_weights` of the innermost
-    transformers model around a module makes them again: `from_pretrained` starts on meta too.
+    Constructors make them, on meta like everything else; `_init_weights` makes them again, for
+    `from_pretrained` starts on meta too. On Parameters that are still on meta it does nothing.
     """
-    owner = model if hasattr(model, "_init_weights") else owner
-    names = [k for k in model._non_persistent_buffers_set if model._buffers.get(k) is not None]
+    places = {
+        f"{name}.{key}": (module._buffers, key)
+        for name, module in model.named_modules()
+        for key in module._non_persistent_buffers_set
+        if module._buffers.get(key) is not None
+    }
     tries = []
-    for start in (0, 1) if names else ():  # what nothing computes keeps what it started from
-        for key in names:
-            blank = torch.empty_like(model._buffers[key], device="cpu")
-            model._buffers[key] = blank.fill_(start)
-        owner._init_weights(model)
-        tries.append([model._buffers[key] for key in names])
-    for key, first, second in zip(names, *tries):
+    # (Initial values of other things may be drawn: nobody shall see that.)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for start in (0, 1) if places else ():  # what nothing computes keeps what it started from
+            for buffers, key in places.values():
+                buffers[key] = torch.empty_like(buffers[key], device="cpu").fill_(start)
+            _initialize(model, model)
+            tries.append([buffers[key] for buffers, key in places.values()])
+    for name, first, second in zip(places, *tries):
         if first.is_meta or second.is_meta or not torch.equal(first, second):
-            raise ValueError(f"buffer {name}{key}, which no file holds, is computed by nothing")
-    for key, child in model.named_children():
-        _fill_buffers(child, owner, f"{name}{key}.")
+            raise ValueError(f"buffer {name}, which no file holds, is computed by nothing")
+
+
+def _initialize(module: Any, owner: Any) -> None:
+    """Calls the `_init_weights` of the innermost transformers model around each module, children
+    first.
+    """
+    owner = module if hasattr(module, "_init_weights") else owner
+    for child in module.children():
+        _initialize(child, owner)
+    owner._init_weights(module)
 
 
 def build_empty(
