@@ -2,11 +2,11 @@
 
     w[n, k] = scales[g(k), n] * (q[n, k] - z[g(k), n])
 
-| tensor  | shape and dtype          | word                                                |
-| qweight | [K b / 32, N] int32      | nibble (byte) j of [r, n]: q of row 8 r + j (4 r + j) |
-| qzeros  | [ceil(K/G), N b / 32]    | nibble (byte) j of [t, c]: z of column 8 c + j      |
-| scales  | [ceil(K/G), N] floating  |                                                     |
-| g_idx   | [K] int32, optional      | g(k); k // G without it                             |
+| tensor  | shape and dtype               | field j of a word (nibble, or byte of 8 bits)        |
+| qweight | [K b / 32, N] int32           | of [r, n]: q of row k = (32 / b) r + j               |
+| qzeros  | [ceil(K/G), N b / 32] int32   | of [t, c]: z of column n = (32 / b) c + j            |
+| scales  | [ceil(K/G), N] floating       |                                                      |
+| g_idx   | [K] int32 or int64, optional  | (no words:) g(k); k // G without it                  |
 
 Version 1 (`gptq`) stores z - 1, subtracted from whole words, so that a z of 0 borrows from the next
 nibble; adding 1 to each nibble of a word with its carries undoes that. Version 2 (`gptq_v2`) stores
