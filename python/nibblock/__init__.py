@@ -54,6 +54,7 @@ __all__ = [
     "info",
     "load",
     "load_gguf",
+    "load_quantized",
     "nn",
     "ops",
     "optim",
@@ -77,3 +78,16 @@ def load_gguf(
     from nibblock.formats import gguf
 
     return gguf.load_gguf(path, dtype=dtype, fuse=fuse, **options)
+
+
+def load_quantized(
+    path: str, dtype: torch.dtype = torch.float32, fuse: bool = False, **options: object
+) -> torch.nn.Module:
+    """A transformers model from a GPTQ, AWQ or compressed-tensors folder, nothing rounded.
+
+    See `nibblock.formats.quantized.load_quantized`, which this calls, for every argument, return
+    and error.
+    """
+    from nibblock.formats import quantized
+
+    return quantized.load_quantized(path, dtype=dtype, fuse=fuse, **options)
