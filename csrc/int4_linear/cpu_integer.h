@@ -401,9 +401,7 @@ static Status forward(const Int4LinearParams& p) {
   const int64_t vectors = g.panels * kPerPanel;
   // Wide tiles reuse each broadcast of x; narrow layers are cut finer so that the threads get equal
   // shares.
-  const int most = p.m <= 2                ? O::kDecodeCols
-                   : p.m <= O::kDirectRows ? O::kDirectCols
-                                           : O::kCols;
+  const int most = p.m <= 2 ? O::kDecodeCols : p.m <= O::kDirectRows ? O::kDirectCols : O::kCols;
   const int cols = vectors >= 16 * most       ? most
                    : vectors >= 4 * kPerPanel ? 2 * kPerPanel
                                               : kPerPanel;

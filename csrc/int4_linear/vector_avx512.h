@@ -12,10 +12,11 @@ namespace {
 
 struct Avx512Base {
   static constexpr int kLanes = 16, kBytes = 64;
-  static constexpr int kRows = 6, kCols = 4;    // integer tile: 24 accumulators of 32 registers
+  static constexpr int kRows = 6, kCols = 4;  // integer tile: 24 accumulators of 32 registers
   static constexpr int kDirectRows = kRows, kDirectCols = kCols, kDecodeCols = kCols;
   static constexpr bool kStepwise = false;
   static constexpr int kRowsF = 6, kColsF = 4;  // float tile (dx)
+  static constexpr int64_t kDxRows = 512, kDxDepth = 64;
   static constexpr int64_t kPrefetch = 1024;
   static constexpr int kPairLines = 0;  // VPDPBUSD adds in 32 bits
   using I = __m512i;
