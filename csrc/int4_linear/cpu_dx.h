@@ -4,8 +4,8 @@
 //
 // The scale of a weight depends on n, which is summed over here, so the codes cannot be multiplied
 // as integers: blocks of W are dequantised to float32 and transposed from the packed order (16 rows
-// n in a vector) to the order of a product over n (neighbouring k in a vector), then multiplied with
-// FMA.
+// n in a vector) to the order of a product over n (neighbouring k in a vector), then multiplied
+// with FMA.
 //
 // A task owns kColsF vectors of k and all rows of a chunk of kDxRows of dy. For every kDxDepth n it
 // dequantises kDxDepth n x (kColsF * kLanes) k into L1 (16 KiB with AVX-512, 8 KiB with AVX2) and
