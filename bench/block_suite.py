@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from .int4_suite import _figures, _seconds
 from .machine import Ceilings
+from .providers import Unavailable, onednn_weight
 from .shapes import Shape
 from .timing import Contender, cold_bytes, copies_for, interleave
 
@@ -82,6 +83,14 @@ def _copies(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [tensor] + [tensor.clone() for _ in range(count - 1)]
 
 
+def _reordered(w: torch.Tensor, m: int, count: int) -> list[torch.Tensor]:
+    """`w` in oneDNN's order, `count` times; none where oneDNN has no kernels of its dtype."""
+    try:
+        return [onednn_weight(w, m) for _ in range(count)]
+    except Unavailable:
+        return []
+
+
 def _nbytes(*tensors: torch.Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -99,7 +108,6 @@ def product_lines(w: Weights, m: int, block: int, densities, dx: bool, cold: int
     n, k = w.dense.shape
     width, lines = n if dx else k, []
     onednn = torch.ops.mkldnn._linear_pointwise.default
-    reorder = torch.ops.mkldnn._reorder_linear_weight
 
     def rows_exact(x, dense):
         return lambda: x[:4].double() @ (dense.double() if dx else dense.double().t())
@@ -109,7 +117,7 @@ def product_lines(w: Weights, m: int, block: int, densities, dx: bool, cold: int
         dense = w.dense.to(dtype)
         plain = dense.t().contiguous() if dx else dense  # what F.linear multiplies by
         count = copies_for(_nbytes(dense), cold) if cold else 1
-        eager, packed = _copies(dense, count), [reorder(plain, m) for _ in range(count)]
+        eager, packed = _copies(dense, count), _reordered(plain, m, count)
         size, exact = _nbytes(dense), rows_exact(x, w.dense)
 
         def multiply(i, x=x, eager=eager):
@@ -119,7 +127,8 @@ def product_lines(w: Weights, m: int, block: int, densities, dx: bool, cold: int
             return onednn(x, packed[i], None, "none", [], "")
 
         lines.append(Line(f"dense {label} eager", 1, multiply, exact, size, count))
-        lines.append(Line(f"dense {label} oneDNN", 1, prepacked, exact, size, count))
+        if packed:
+            lines.append(Line(f"dense {label} oneDNN", 1, prepacked, exact, size, count))
     for density in densities:
         masked = w.masked(density, block)
         values, layout = w.stored(density, block)
@@ -240,6 +249,7 @@ def run_case(
         "m": m,
         "block": block,
         "weights": "cold" if cold else "warm",
+        "dense_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),  # else torch emulates it
         "densities": list(densities),
         "copy": _seconds(timings["copy"]),
         "lines": {},

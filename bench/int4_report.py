@@ -152,7 +152,7 @@ def show(result: dict[str, Any]) -> None:
         for name, reason in reasons.items():
             print(f"  without {name}: {reason}")
     dx = [
-        f"{d['shape']} M={d['m']}: {G.vs_dense(d):.2f}x the better dense bf16" for d in result["dx"]
+        f"{d['shape']} M={d['m']}: {G.vs_dense(d):.2f}x {G.better_dense(d)}" for d in result["dx"]
     ]
     print(f"\ndx: {'; '.join(dx)}")
     for label in ("fp32", "bf16"):

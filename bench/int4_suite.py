@@ -135,14 +135,20 @@ def run_dx(shape: Shape, m: int, ceilings: Ceilings | None, budget: float) -> di
     gen = torch.Generator().manual_seed(7)
     dy = torch.randn(m, n, generator=gen).bfloat16()
     w = problem.dense.bfloat16()
-    w_t = torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), m)
     onednn = torch.ops.mkldnn._linear_pointwise.default
     op = torch.ops.nibblock.int4_linear_dx.default
     calls = {
         "nibblock bf16": lambda _: op(dy, packed, k, group, 4, True, P.SCALES, "bf16"),
         "dense bf16 eager": lambda _: torch.mm(dy, w),
-        "dense bf16 oneDNN": lambda _: onednn(dy, w_t, None, "none", [], ""),
     }
+    unavailable = {}
+    try:
+        w_t = P.onednn_weight(w.t().contiguous(), m)
+        calls["dense bf16 oneDNN"] = lambda _: onednn(dy, w_t, None, "none", [], "")
+    except P.Unavailable as reason:
+        unavailable["dense bf16 oneDNN"] = str(reason)
+        dy32, w32 = dy.float(), problem.dense
+        calls["dense fp32 eager"] = lambda _: torch.mm(dy32, w32)
     exact = dy[:4].double() @ problem.dense.double()
     errors = {}
     for name, call in calls.items():
@@ -157,6 +163,7 @@ def run_dx(shape: Shape, m: int, ceilings: Ceilings | None, budget: float) -> di
         "m": m,
         "flops": 2.0 * m * n * k,
         "providers": {n_: {"error": errors[n_], **_seconds(timings[n_])} for n_ in calls},
+        "unavailable": unavailable,
         "ceilings": {peak.name[len("ceiling ") :]: _figures(timings[peak.name])} if peak else {},
     }
 

@@ -99,11 +99,22 @@ def dense_eager(p: Problem, m: int, copies: int, dtype: torch.dtype) -> Candidat
     return Candidate("", lambda i: F.linear(x, ws[i]), x, _nbytes(w), p.dense, copies)
 
 
+def onednn_weight(w: torch.Tensor, m: int) -> torch.Tensor:
+    """The weight of a linear in oneDNN's order for m rows.
+
+    Raises:
+        Unavailable: oneDNN has no kernels of this dtype for this CPU; torch itself then multiplies
+            bfloat16 without it.
+    """
+    if w.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Unavailable("oneDNN multiplies bfloat16 only with AVX-512 or AVX-NE-CONVERT")
+    return torch.ops.mkldnn._reorder_linear_weight(w, m)
+
+
 def dense_onednn(p: Problem, m: int, copies: int, dtype: torch.dtype) -> Candidate:
     """oneDNN with the weight reordered for this M beforehand: what torch.compile freezes."""
     w = p.dense.to(dtype).contiguous()
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-    ws = [reorder(w, m) for _ in range(copies)]
+    ws = [onednn_weight(w, m) for _ in range(copies)]
     x = activations(p, m, dtype)
     op = torch.ops.mkldnn._linear_pointwise.default
     return Candidate(

@@ -79,13 +79,17 @@ def seconds(value: float | None) -> str:
     return f"{value * 1e3:.3g} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
 
 
-def _newest(found: dict[str, dict[str, Any]], benchmark: str) -> tuple[str, dict[str, Any]]:
-    """The committed run of the widest instruction set: (file stem, content)."""
-    order = ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
+def _runs(found: dict[str, dict[str, Any]], benchmark: str) -> list[tuple[str, dict[str, Any]]]:
+    """The committed runs (file stem, content), that of the widest instruction set first."""
+    order = ("amx", "avx512_vnni", "avx512", "avx2", "scalar")
     runs = [(n, r) for n, r in found.items() if r.get("benchmark") == benchmark]
     if not runs:
         raise ValueError(f"bench/results: a run of {benchmark} must be there, got none")
-    return max(runs, key=lambda run: order.index(_taken(run[1])["environment"]["isa"]))
+    return sorted(runs, key=lambda run: order.index(_taken(run[1])["environment"]["isa"]))
+
+
+def _newest(found: dict[str, dict[str, Any]], benchmark: str) -> tuple[str, dict[str, Any]]:
+    return _runs(found, benchmark)[0]
 
 
 def _taken(run: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +123,11 @@ def _best(case: dict[str, Any], names: Sequence[str]) -> float | None:
 
 
 def int4_figures(found: dict[str, dict[str, Any]]) -> str:
-    stem, run = _newest(found, "int4_linear")
+    """A table for every instruction set that a run is committed of, the widest first."""
+    return "\n\n".join(_int4_table(stem, run) for stem, run in _runs(found, "int4_linear"))
+
+
+def _int4_table(stem: str, run: dict[str, Any]) -> str:
     rows = []
     for case in run["cases"]:
         cold = case["weights"] == "cold"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gguf_samples import Model
 from nibblock import _convert, _demo
+from quantized_samples import Sample
 
 transformers = pytest.importorskip(
     "transformers", reason="the transformers package is not installed"
@@ -46,6 +47,16 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def quantised(folder, tmp_path_factory):
+    """The same as an AWQ folder, tokenizer included."""
+    sizes = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128}
+    path = tmp_path_factory.mktemp("awq")
+    Sample("awq", config={**sizes, "tie_word_embeddings": True}).write(path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
 @pytest.mark.slow
 def test_demo_on_smollm2(tmp_path, capsys):
     smollm2()
@@ -69,6 +80,15 @@ def test_demo_on_a_folder(folder, tmp_path, capsys):
     assert _demo.main([*QUICK, "--model", str(folder), "--json", str(out)]) == 0
     assert not json.loads(out.read_text())["summary"]["lossless_import"]
     assert "q_proj" in capsys.readouterr().out
+
+
+def test_demo_on_a_quantised_folder(quantised, tmp_path, capsys):
+    out = tmp_path / "demo.json"
+    assert _demo.main([*QUICK, "--model", str(quantised), "--json", str(out)]) == 0
+    summary = json.loads(out.read_text())["summary"]
+    assert summary["lossless_import"]
+    assert summary["ok"]
+    assert "awq: exact" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -168,6 +188,48 @@ def test_convert_folder(folder, tmp_path, capsys):
     with torch.no_grad():
         assert model(**tokenizer("Hello", return_tensors="pt")).logits.isfinite().all()
     assert "model.safetensors" in capsys.readouterr().out
+
+
+def test_convert_quantised_folder(quantised, tmp_path, capsys):
+    """Codes and scales as in the source, and a configuration that no longer says otherwise."""
+    target = tmp_path / "out"
+    assert _convert.main([str(quantised), str(target)]) == 0
+    assert "awq: exact" in capsys.readouterr().out
+    config = transformers.AutoConfig.from_pretrained(target)
+    assert not hasattr(config, "quantization_config")
+    other = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    nb.load(target / "model.safetensors", other)
+    model = nb.load_quantized(quantised)
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_convert_refuses_an_unknown_method(quantised, tmp_path, capsys):
+    path = tmp_path / "m"
+    path.mkdir()
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "bitsandbytes"
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors").symlink_to(quantised / "model.safetensors")
+    assert _convert.main([str(path), str(tmp_path / "out")]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert "quantization_config.quant_method" in text
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_finetune_reads_a_quantised_folder(quantised, int4):
+    from nibblock._finetune.settings import Settings
+    from nibblock._finetune.worker import load_model
+
+    model, tokenizer = load_model(Settings(model=str(quantised), int4=int4))
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, nb.Int4Linear) == int4
+    exact = nb.load_quantized(quantised).model.layers[0].mlp.up_proj.dequantize()
+    assert torch.equal(layer.weight, exact)
+    assert tokenizer("Hello").input_ids
 
 
 @pytest.mark.parametrize(

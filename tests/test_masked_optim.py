@@ -211,6 +211,8 @@ small = nb.MaskedLinear(64, 64)
 step(small, nb.optim.MaskedAdamW([small.values], max_norm=1.0))
 linear = torch.nn.Linear(4096, 4096, device="meta").to_empty(device="cpu")
 torch.nn.init.ones_(linear.weight)
+with torch.no_grad():  # MKL keeps a workspace after its first product of a size: not a step's
+    linear(torch.ones(8, 4096)) @ linear.weight
 before = peak()
 layer = nb.MaskedLinear.from_linear(linear, 0.01)
 optimizer = nb.optim.MaskedAdamW([layer.values], max_norm=1.0)

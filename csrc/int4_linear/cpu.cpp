@@ -143,6 +143,8 @@ bool is_int8(const Int4LinearParams& p) { return p.compute == Compute::kInt8; }
 // the speed of memory, are as fast and need no tile set-up.
 bool amx_bf16(const Int4LinearParams& p) { return p.m >= 5 && p.compute == Compute::kBF16; }
 bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p); }
+// Fewer rows are bound by memory, and int16 keeps more of x; 8-bit codes would saturate.
+bool avx2_int8(const Int4LinearParams& p) { return p.m >= 3 && is_int8(p) && p.w.bits == 4; }
 bool amx_dx(const Int4LinearParams& p) { return p.m >= 5; }
 
 const Int4LinearKernel kForward[] = {
@@ -155,6 +157,8 @@ const Int4LinearKernel kForward[] = {
     {"int4_linear.cpu.avx512_vnni.int16", Isa::kAvx512Vnni, "any call", any,
      int4_linear_avx512_vnni},
     {"int4_linear.cpu.avx512.int16", Isa::kAvx512, "any call", any, int4_linear_avx512},
+    {"int4_linear.cpu.avx2.int8", Isa::kAvx2, "m >= 3, compute int8, 4 bits", avx2_int8,
+     int4_linear_avx2_int8},
     {"int4_linear.cpu.avx2.int16", Isa::kAvx2, "any call", any, int4_linear_avx2},
     {"int4_linear.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_scalar},
 };

@@ -7,6 +7,7 @@
 namespace nibblock {
 
 Status int4_linear_avx2(const Int4LinearParams& p) { return forward_any_bits<Avx2, 16>(p); }
+Status int4_linear_avx2_int8(const Int4LinearParams& p) { return forward<Avx2Bytes, 4, 8>(p); }
 Status int4_linear_dx_avx2(const Int4LinearParams& p) { return input_gradient_any_bits<Avx2>(p); }
 
 }  // namespace nibblock

@@ -22,7 +22,8 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
   constexpr int kSteps = ACT == 16 ? 4 : 2;
   constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
   // Enough independent sums to cover the latency of the dot product (5 cycles, two a cycle).
-  constexpr int kSets = R * C >= 8 ? 1 : R * C >= 4 || kSteps == 2 ? 2 : 4;
+  // Stepwise it ends in an addition, one cycle.
+  constexpr int kSets = O::kStepwise || R * C >= 8 ? 1 : R * C >= 4 || kSteps == 2 ? 2 : 4;
   const uint8_t *codes[C], *scales[C], *offsets[C];
   NB_UNROLL
   for (int c = 0; c < C; ++c) {
@@ -71,10 +72,14 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
       for (int c = 0; c < C; ++c) {
         O::prefetch(codes[c] + j + ahead);
         if (BITS == 8) O::prefetch(codes[c] + j + ahead + 64);
-        unpack8<O, BITS, ACT>(codes[c] + j, w[c]);
+        if (!O::kStepwise) unpack8<O, BITS, ACT>(codes[c] + j, w[c]);
       }
       NB_UNROLL
       for (int s = 0; s < kSteps; ++s) {
+        NB_UNROLL
+        for (int c = 0; c < C && O::kStepwise; ++c) {
+          w[c][s] = unpack_step<O, BITS, ACT>(codes[c] + j, s);
+        }
         NB_UNROLL
         for (int r = 0; r < R; ++r) {
           const I xv = O::broadcast(x + r * a.stride + 4 * s);

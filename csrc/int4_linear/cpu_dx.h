@@ -3,19 +3,18 @@
 //     dx[m, k] = sum_n dy[m, n] * w[n, k]
 //
 // The scale of a weight depends on n, which is summed over here, so the codes cannot be multiplied
-// as
-// integers: blocks of W are dequantised to float32 and transposed from the packed order (16 rows n
-// in a vector) to the order of a product over n (neighbouring k in a vector), then multiplied with
-// FMA.
+// as integers: blocks of W are dequantised to float32 and transposed from the packed order (16 rows
+// n in a vector) to the order of a product over n (neighbouring k in a vector), then multiplied
+// with FMA.
 //
-// A task owns kColsF vectors of k and all rows of a chunk of dy. For every 64 n it dequantises
-// 64 n x (kColsF * kLanes) k into L1 (16 KiB with AVX-512) and runs register tiles of kRowsF x
-// kColsF over the rows. A 6 x 4 tile of AVX-512 loads 4 vectors and 6 broadcasts for 24 FMAs: 10
-// loads in 12 cycles. Dequantising costs about 11 instructions for 16 weights, shared by all rows
-// of the chunk.
+// A task owns kColsF vectors of k and all rows of a chunk of kDxRows of dy. For every kDxDepth n it
+// dequantises kDxDepth n x (kColsF * kLanes) k into L1 (16 KiB with AVX-512, 8 KiB with AVX2) and
+// runs register tiles of kRowsF x kColsF over the rows. A 6 x 4 tile of AVX-512 loads 4 vectors and
+// 6 broadcasts for 24 FMAs: 10 loads in 12 cycles. Dequantising costs about 11 instructions for 16
+// weights, shared by all rows of the chunk.
 //
-// Determinism: each output is a sum over n in one order, in blocks of 64, whatever the tile it
-// falls into.
+// Determinism: each output is a sum over n in one order, in blocks of kDxDepth, whatever the tile
+// it falls into.
 #pragma once
 
 #include "activations.h"
@@ -23,20 +22,16 @@
 namespace nibblock {
 namespace {
 
-constexpr int64_t kDxRowChunk = 512;
-constexpr int64_t kDxBlockN = 64;
-
-// Rows n0 .. n0 + 63 and columns k0 .. k0 + width of W, as out[n][k] with row stride `width`.
+// Rows n0 .. n0 + depth and columns k0 .. k0 + width of W, as out[n][k] with row stride `width`.
 template <class O, int BITS>
 static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, int64_t n0,
-                             int64_t k0, int64_t width, float* out) {
+                             int64_t depth, int64_t k0, int64_t width, float* out) {
   using I = typename O::I;
   using F = typename O::F;
   constexpr int kPerPanel = 16 / O::kLanes;
   const F zero = O::set1f(BITS == 8 ? -128.0f : -8.0f);
   const I mask = O::set1(BITS == 8 ? 255 : 15);
-  for (int64_t v = n0 / O::kLanes; v < (n0 + kDxBlockN) / O::kLanes;
-       ++v, out += O::kLanes * width) {
+  for (int64_t v = n0 / O::kLanes; v < (n0 + depth) / O::kLanes; ++v, out += O::kLanes * width) {
     if (v >= g.panels * kPerPanel) {
       memset(out, 0, static_cast<size_t>(O::kLanes * width) * sizeof(float));
       continue;
@@ -101,8 +96,8 @@ static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, i
 }
 
 template <class O, int R>
-static void dx_tile(const float* g, int64_t g_stride, const float* w, float* acc,
-                    int64_t acc_stride, bool first) {
+static void dx_tile(const float* g, int64_t depth, const float* w, float* acc, int64_t acc_stride,
+                    bool first) {
   using F = typename O::F;
   constexpr int C = O::kColsF;
   F sum[R][C];
@@ -112,13 +107,13 @@ static void dx_tile(const float* g, int64_t g_stride, const float* w, float* acc
     for (int c = 0; c < C; ++c)
       sum[r][c] = first ? O::set1f(0.0f) : O::loadf(acc + r * acc_stride + c * O::kLanes);
   }
-  for (int64_t n = 0; n < kDxBlockN; ++n) {
+  for (int64_t n = 0; n < depth; ++n) {
     F wv[C];
     NB_UNROLL
     for (int c = 0; c < C; ++c) wv[c] = O::loadf(w + n * C * O::kLanes + c * O::kLanes);
     NB_UNROLL
     for (int r = 0; r < R; ++r) {
-      const F gv = O::set1f(g[r * g_stride + n]);
+      const F gv = O::set1f(g[r * depth + n]);
       NB_UNROLL
       for (int c = 0; c < C; ++c) sum[r][c] = O::fmaf(gv, wv[c], sum[r][c]);
     }
@@ -135,20 +130,20 @@ static Status input_gradient(const Int4LinearParams& p) {
   constexpr int64_t width = O::kColsF * O::kLanes;
   const Int4Geometry g = int4_geometry(p.w);
   const int64_t N = p.w.n, K = p.w.k;
-  const int64_t n_pad = round_up(N, kDxBlockN);
-  int64_t g_stride = n_pad;
-  if (g_stride % 1024 == 0) g_stride += 16;  // rows 4 KiB apart would share a cache set
+  const int64_t n_pad = round_up(N, kPanelRows);
   static const Parallel serial = {nullptr, 1};
-  for (int64_t m0 = 0; m0 < p.m; m0 += kDxRowChunk) {
-    const int64_t rows = p.m - m0 < kDxRowChunk ? p.m - m0 : kDxRowChunk;
-    float* grad = static_cast<float*>(aligned_malloc(rows * g_stride * 4));
+  for (int64_t m0 = 0; m0 < p.m; m0 += O::kDxRows) {
+    const int64_t rows = p.m - m0 < O::kDxRows ? p.m - m0 : O::kDxRows;
+    float* grad = static_cast<float*>(aligned_malloc(rows * n_pad * 4));
     if (!grad) return kOutOfMemory;
     auto convert = [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        for (int64_t n = 0; n < n_pad; n += kDxBlockN) {
-          const int64_t live = N - n < kDxBlockN ? N - n : kDxBlockN;
-          load_block<O>(p.x, p.xtype, (m0 + r) * p.x_stride + n, live, kDxBlockN,
-                        grad + r * g_stride + n);
+        // Block by block along n, all rows of a block together: a tile's rows are one stretch.
+        for (int64_t n = 0; n < n_pad; n += O::kDxDepth) {
+          const int64_t depth = n_pad - n < O::kDxDepth ? n_pad - n : O::kDxDepth;
+          const int64_t live = N - n < depth ? N - n : depth;
+          load_block<O>(p.x, p.xtype, (m0 + r) * p.x_stride + n, live, depth,
+                        grad + n * rows + r * depth);
         }
       }
     };
@@ -156,7 +151,7 @@ static Status input_gradient(const Int4LinearParams& p) {
     const int64_t tiles = ceil_div(rows, O::kRowsF);
     bool failed = false;
     auto multiply = [&](int64_t begin, int64_t end) {
-      float* acc = static_cast<float*>(aligned_malloc((rows + kDxBlockN) * width * 4));
+      float* acc = static_cast<float*>(aligned_malloc((rows + O::kDxDepth) * width * 4));
       if (!acc) {
         failed = true;
         return;
@@ -165,32 +160,33 @@ static Status input_gradient(const Int4LinearParams& p) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t k0 = t * width;
         if (N == 0) memset(acc, 0, static_cast<size_t>(rows * width) * sizeof(float));
-        for (int64_t n0 = 0; n0 < n_pad; n0 += kDxBlockN) {
-          dequantize_block<O, BITS>(p, g, n0, k0, width, w);
+        for (int64_t n0 = 0; n0 < n_pad; n0 += O::kDxDepth) {
+          const int64_t depth = n_pad - n0 < O::kDxDepth ? n_pad - n0 : O::kDxDepth;
+          dequantize_block<O, BITS>(p, g, n0, depth, k0, width, w);
           for (int64_t i = 0; i < tiles; ++i) {
             const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
-            const float* gr = grad + r0 * g_stride + n0;
+            const float* gr = grad + n0 * rows + r0 * depth;
             float* ar = acc + r0 * width;
             const bool first = n0 == 0;
             static_assert(O::kRowsF == 6, "one case for each height");
             switch (r1 - r0) {
             case 1:
-              dx_tile<O, 1>(gr, g_stride, w, ar, width, first);
+              dx_tile<O, 1>(gr, depth, w, ar, width, first);
               break;
             case 2:
-              dx_tile<O, 2>(gr, g_stride, w, ar, width, first);
+              dx_tile<O, 2>(gr, depth, w, ar, width, first);
               break;
             case 3:
-              dx_tile<O, 3>(gr, g_stride, w, ar, width, first);
+              dx_tile<O, 3>(gr, depth, w, ar, width, first);
               break;
             case 4:
-              dx_tile<O, 4>(gr, g_stride, w, ar, width, first);
+              dx_tile<O, 4>(gr, depth, w, ar, width, first);
               break;
             case 5:
-              dx_tile<O, 5>(gr, g_stride, w, ar, width, first);
+              dx_tile<O, 5>(gr, depth, w, ar, width, first);
               break;
             default:
-              dx_tile<O, 6>(gr, g_stride, w, ar, width, first);
+              dx_tile<O, 6>(gr, depth, w, ar, width, first);
               break;
             }
           }

@@ -6,14 +6,17 @@
 // The ISA file that includes this defines the vector operations O:
 //     kLanes        16 or 8 rows n of a panel in one vector (a panel has 16: AVX2 takes it in
 //                   halves)
-//     kRows, kCols  largest register tile: rows of x, vectors of rows of W
+//     kRows, kCols  largest register tile of a panel: rows of x, vectors of rows of W
+//     kDirectRows, kDirectCols  the same without a panel
+//     kDecodeCols   vectors of rows of W for one or two rows of x
+//     kStepwise     unpack codes one operand at a time: 16 registers do not hold those of a line
 //     I, F          integer and float vectors, and the static functions used below
 //
 // Three ways:
 //   decode  one or two rows: cpu_decode.h.
-//   direct  up to kRows rows: codes are unpacked on the fly; every weight byte is read once, from
-//           kCols panels at a time, because one stream does not fill this kind of CPU's memory
-//           pipes.
+//   direct  up to kDirectRows rows: codes are unpacked on the fly; every weight byte is read once,
+//           from several panels at a time, because one stream does not fill this kind of CPU's
+//           memory pipes.
 //   panel   more rows: the codes of one flush block x kCols vectors are unpacked once into L1 (128
 //           k x 64 n x 2 B = 16 KiB) and reused by all row tiles of a chunk of rows. The next
 //           block's codes are fetched by the tiles, a line at a time: unpacking takes one cycle in
@@ -63,6 +66,25 @@ NB_INLINE void unpack8(const uint8_t* at, typename O::I* w) {
   }
 }
 
+// The operand of one step of 8 k alone, the same as unpack8's w[step].
+template <class O, int BITS, int ACT>
+NB_INLINE typename O::I unpack_step(const uint8_t* at, int step) {
+  if (BITS == 4 && ACT == 16) {
+    const typename O::I line = O::load(at);
+    if (step == 0) return O::and_(line, O::set1(0x000f000f));
+    if (step == 1) return O::and_(O::template shr16<4>(line), O::set1(0x000f000f));
+    if (step == 2) return O::and_(O::template shr16<8>(line), O::set1(0x000f000f));
+    return O::template shr16<12>(line);
+  }
+  if (BITS == 4) {
+    const typename O::I line = O::load(at);
+    return O::and_(step ? O::template shr16<4>(line) : line, O::set1(0x0f0f0f0f));
+  }
+  const typename O::I half = O::load(at + (step % 2) * 64);
+  if (ACT == 8) return half;
+  return step < 2 ? O::and_(half, O::set1(0x00ff00ff)) : O::template shr16<8>(half);
+}
+
 }  // namespace
 }  // namespace nibblock
 
@@ -90,7 +112,8 @@ struct TileArgs {
 };
 
 template <class O, bool AFFINE, int R, int C>
-NB_INLINE void flush(const TileArgs& a, typename O::I (&sum)[R][C]) {
+NB_INLINE void flush(const TileArgs& args, typename O::I (&sum)[R][C]) {
+  const TileArgs a = args;  // a copy: stores to acc could change the caller's
   NB_UNROLL
   for (int r = 0; r < R; ++r) {
     const typename O::F xscale = O::set1f(a.xscale[r]);
@@ -117,14 +140,49 @@ static void tile(const TileArgs& a) {
     for (int c = 0; c < C; ++c) sum[r][c] = O::set1(a.init[r]);
   }
   const uint8_t* x = a.x;
-  if (PANEL) {
+  if constexpr (PANEL && ACT == 8 && O::kPairLines > 0) {
+    // Pairs of products are added in 16 bits for kPairLines lines, which is as many as fit.
+    const uint8_t* w = a.w[0];
+    for (int64_t first = 0; first < a.lines; first += O::kPairLines) {
+      typename O::I pairs[R][C];
+      NB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        NB_UNROLL
+        for (int c = 0; c < C; ++c) pairs[r][c] = O::set1(0);
+      }
+      for (int i = 0; i < a.streams; ++i) {
+        for (int64_t line = first; line < first + O::kPairLines; ++line) {
+          O::prefetch(a.ahead[i] + line * a.ahead_step);
+        }
+      }
+      NB_UNROLL
+      for (int step = 0; step < O::kPairLines * kSteps; ++step) {
+        typename O::I wv[C];
+        NB_UNROLL
+        for (int c = 0; c < C; ++c) wv[c] = O::load(w + (step * C + c) * O::kBytes);
+        NB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename O::I xv = O::broadcast(x + r * a.x_stride + 4 * step);
+          NB_UNROLL
+          for (int c = 0; c < C; ++c) pairs[r][c] = O::add_pairs(pairs[r][c], wv[c], xv);
+        }
+      }
+      w += O::kPairLines * kSteps * C * O::kBytes;
+      x += O::kPairLines * kSteps * 4;
+      NB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        NB_UNROLL
+        for (int c = 0; c < C; ++c) sum[r][c] = O::add(sum[r][c], O::sum_pairs(pairs[r][c]));
+      }
+    }
+  } else if constexpr (PANEL) {
     const uint8_t* w = a.w[0];
     for (int64_t line = 0; line < a.lines; ++line) {
       for (int i = 0; i < a.streams; ++i) O::prefetch(a.ahead[i] + line * a.ahead_step);
       for (int step = 0; step < kSteps; ++step) {
-        typename O::I wv[C];
+        typename O::Operand wv[C];
         NB_UNROLL
-        for (int c = 0; c < C; ++c) wv[c] = O::load(w + c * O::kBytes);
+        for (int c = 0; c < C; ++c) wv[c] = O::operand(w + c * O::kBytes);
         NB_UNROLL
         for (int r = 0; r < R; ++r) {
           const typename O::I xv = O::broadcast(x + r * a.x_stride);
@@ -134,6 +192,28 @@ static void tile(const TileArgs& a) {
         w += C * O::kBytes;
         x += 4;
       }
+    }
+  } else if constexpr (O::kStepwise) {
+    constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
+    for (int64_t at = 0; at < a.lines * kLineBytes; at += kLineBytes) {
+      NB_UNROLL
+      for (int c = 0; c < C; ++c) {
+        O::prefetch(a.w[c] + at + O::kPrefetch);
+        if (BITS == 8) O::prefetch(a.w[c] + at + O::kPrefetch + 64);
+      }
+      NB_UNROLL
+      for (int s = 0; s < kSteps; ++s) {
+        typename O::I wv[C];
+        NB_UNROLL
+        for (int c = 0; c < C; ++c) wv[c] = unpack_step<O, BITS, ACT>(a.w[c] + at, s);
+        NB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename O::I xv = O::broadcast(x + r * a.x_stride + 4 * s);
+          NB_UNROLL
+          for (int c = 0; c < C; ++c) sum[r][c] = O::template dot<ACT>(sum[r][c], wv[c], xv);
+        }
+      }
+      x += 4 * kSteps;
     }
   } else {
     for (int64_t line = 0; line < a.lines; ++line) {
@@ -169,7 +249,7 @@ static void tile(const TileArgs& a) {
 using TileFn = void (*)(const TileArgs&);
 
 // The tile for `rows` rows. One and two rows go through decode(), not through direct tiles.
-template <class O, int BITS, int ACT, bool PANEL, int C, int R = O::kRows>
+template <class O, int BITS, int ACT, bool PANEL, int C, int R = PANEL ? O::kRows : O::kDirectRows>
 static TileFn tile_for(int rows) {
   if (rows == R) return &tile<O, BITS, ACT, PANEL, R, C>;
   if constexpr (R > (PANEL ? 1 : 3)) return tile_for<O, BITS, ACT, PANEL, C, R - 1>(rows);
@@ -230,8 +310,8 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   constexpr int kSteps = ACT == 16 ? 4 : 2;
   constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
   constexpr int64_t kPanels = C < kPerPanel ? 1 : C / kPerPanel;
-  const int64_t tiles = ceil_div(a.rows, O::kRows);
-  const bool unpacked = tiles > 1;
+  const bool unpacked = a.rows > O::kDirectRows;
+  const int64_t tiles = unpacked ? ceil_div(a.rows, O::kRows) : 1;
   const int64_t n0 = v0 * O::kLanes;
   const int64_t count = p.w.n - n0 < C * O::kLanes ? p.w.n - n0 : C * O::kLanes;
   const bool parts = ACT == 16 && unpacked && p.add && p.add->add_part && count > 0;
@@ -298,8 +378,11 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
       t.xsum = a.sum + b * a.rows + r0;
       t.acc = acc + r0 * acc_stride;
       const int rows = static_cast<int>(r1 - r0);
-      const TileFn fn =
-          unpacked ? tile_for<O, 8, ACT, true, C>(rows) : tile_for<O, BITS, ACT, false, C>(rows);
+      TileFn fn = nullptr;
+      if (!unpacked) fn = tile_for<O, BITS, ACT, false, C>(rows);
+      if constexpr (C <= O::kCols) {
+        if (unpacked) fn = tile_for<O, 8, ACT, true, C>(rows);
+      }
       fn(t);
     }
     if (parts) p.add->add_part(p.add, x, n0, count, k0, k1, acc, acc_stride);
@@ -318,10 +401,11 @@ static Status forward(const Int4LinearParams& p) {
   const int64_t vectors = g.panels * kPerPanel;
   // Wide tiles reuse each broadcast of x; narrow layers are cut finer so that the threads get equal
   // shares.
-  const int cols = vectors >= 16 * O::kCols   ? O::kCols
+  const int most = p.m <= 2 ? O::kDecodeCols : p.m <= O::kDirectRows ? O::kDirectCols : O::kCols;
+  const int cols = vectors >= 16 * most       ? most
                    : vectors >= 4 * kPerPanel ? 2 * kPerPanel
                                               : kPerPanel;
-  const int width = cols < O::kCols ? cols : O::kCols;
+  const int width = cols < most ? cols : most;
   const int64_t tiles = ceil_div(vectors, width);
   static const Parallel serial = {nullptr, 1};
   for (int64_t m0 = 0; m0 < p.m; m0 += kRowChunk) {

@@ -202,6 +202,7 @@ void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m);
 Status int4_linear_scalar(const Int4LinearParams& p);
 Status int4_linear_dx_scalar(const Int4LinearParams& p);
 Status int4_linear_avx2(const Int4LinearParams& p);
+Status int4_linear_avx2_int8(const Int4LinearParams& p);
 Status int4_linear_dx_avx2(const Int4LinearParams& p);
 Status int4_linear_avx512(const Int4LinearParams& p);
 Status int4_linear_dx_avx512(const Int4LinearParams& p);

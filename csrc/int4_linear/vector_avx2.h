@@ -11,9 +11,15 @@ namespace {
 
 struct Avx2 {
   static constexpr int kLanes = 8, kBytes = 32;
-  static constexpr int kRows = 3, kCols = 4;    // integer tile: 12 accumulators of 16 registers
+  // Integer tile: 12 sums, a broadcast and a product in 16 registers; codes come from L1 with each
+  // multiply. No sum may spill: on Zen 3 reloading what was just stored takes longer than a step.
+  static constexpr int kRows = 3, kCols = 4;
+  static constexpr int kDirectRows = 4, kDirectCols = 2, kDecodeCols = 4;
+  static constexpr bool kStepwise = true;
   static constexpr int kRowsF = 6, kColsF = 2;  // float tile (dx)
+  static constexpr int64_t kDxRows = 256, kDxDepth = 128;
   static constexpr int64_t kPrefetch = 1024;
+  static constexpr int kPairLines = 0;  // Avx2Bytes
   using I = __m256i;
   using F = __m256;
 
@@ -44,6 +50,20 @@ struct Avx2 {
     __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
             : "+x"(acc), "=&x"(product)
             : "x"(w), "x"(x));
+    return acc;
+  }
+  // A vector of codes in a panel, as dot takes it.
+  struct Operand {
+    const I* at;
+  };
+  static inline Operand operand(const uint8_t* p) { return {reinterpret_cast<const I*>(p)}; }
+  template <int ACT>
+  static inline __attribute__((always_inline)) I dot(I acc, Operand w, I x) {
+    static_assert(ACT == 16, "VPMADDUBSW would saturate with 8-bit codes");
+    I product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+            : "+x"(acc), "=&x"(product)
+            : "x"(x), "m"(*w.at));
     return acc;
   }
   static inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
@@ -85,6 +105,30 @@ struct Avx2 {
       storef(out + (j + 4) * stride, _mm256_permute2f128_ps(lo[j], hi[j], 0x31));
     }
   }
+};
+
+// int8 activations with 4-bit codes. VPMADDUBSW multiplies 32 pairs and adds neighbours in 16 bits;
+// a pair of products is at most 2 * 15 * 127 = 3810, so eight of them fit before they have to be
+// widened: 18 instructions for 8 * 32 multiply-adds, where VPMADDWD takes 32. With 8-bit codes one
+// pair alone would saturate: those stay with int16. The 32-bit sums
+// of a tile wait on the stack meanwhile.
+struct Avx2Bytes : Avx2 {
+  static constexpr int kRows = 6, kCols = 2;
+  static constexpr int kPairLines = 4;  // a line of 8 k is two steps
+  template <int ACT>
+  static inline __attribute__((always_inline)) I dot(I acc, I w, I x) {
+    static_assert(ACT == 8, "int16 activations are Avx2's");
+    return _mm256_add_epi32(acc, sum_pairs(_mm256_maddubs_epi16(w, x)));
+  }
+  // In assembly for the same reason as Avx2::dot.
+  static inline __attribute__((always_inline)) I add_pairs(I pairs, I w, I x) {
+    I product;
+    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+            : "+x"(pairs), "=&x"(product)
+            : "x"(w), "x"(x));
+    return pairs;
+  }
+  static inline I sum_pairs(I pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 };
 
 }  // namespace

@@ -12,9 +12,13 @@ namespace {
 
 struct Avx512Base {
   static constexpr int kLanes = 16, kBytes = 64;
-  static constexpr int kRows = 6, kCols = 4;    // integer tile: 24 accumulators of 32 registers
+  static constexpr int kRows = 6, kCols = 4;  // integer tile: 24 accumulators of 32 registers
+  static constexpr int kDirectRows = kRows, kDirectCols = kCols, kDecodeCols = kCols;
+  static constexpr bool kStepwise = false;
   static constexpr int kRowsF = 6, kColsF = 4;  // float tile (dx)
+  static constexpr int64_t kDxRows = 512, kDxDepth = 64;
   static constexpr int64_t kPrefetch = 1024;
+  static constexpr int kPairLines = 0;  // VPDPBUSD adds in 32 bits
   using I = __m512i;
   using F = __m512;
 
@@ -36,6 +40,8 @@ struct Avx512Base {
     __builtin_memcpy(&v, p, 4);
     return _mm512_set1_epi32(v);
   }
+  using Operand = I;  // a vector of codes in a panel, as dot takes it
+  static inline Operand operand(const uint8_t* p) { return load(p); }
   static inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static inline F set1f(float v) { return _mm512_set1_ps(v); }
   static inline F loadf(const void* p) { return _mm512_loadu_ps(p); }

@@ -23,7 +23,14 @@ from nibblock._select import explain
 from nibblock._sparse_update import sparse_update, trainable_parameters, unmask
 from nibblock._version import __version__
 from nibblock._warmup import warmup
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Embedding, Int4Linear, MaskedLinear
+from nibblock.nn import (
+    AdapterLinear,
+    BlockSparseLinear,
+    Int4Embedding,
+    Int4Experts,
+    Int4Linear,
+    MaskedLinear,
+)
 from nibblock.sparse._impact import select_blocks
 from nibblock.sparse._selection import Selection
 
@@ -35,6 +42,7 @@ __all__ = [
     "BlockSparseLinear",
     "Int4Config",
     "Int4Embedding",
+    "Int4Experts",
     "Int4Linear",
     "MaskedLinear",
     "Selection",
@@ -46,6 +54,7 @@ __all__ = [
     "info",
     "load",
     "load_gguf",
+    "load_quantized",
     "nn",
     "ops",
     "optim",
@@ -69,3 +78,16 @@ def load_gguf(
     from nibblock.formats import gguf
 
     return gguf.load_gguf(path, dtype=dtype, fuse=fuse, **options)
+
+
+def load_quantized(
+    path: str, dtype: torch.dtype = torch.float32, fuse: bool = False, **options: object
+) -> torch.nn.Module:
+    """A transformers model from a GPTQ, AWQ or compressed-tensors folder, nothing rounded.
+
+    See `nibblock.formats.quantized.load_quantized`, which this calls, for every argument, return
+    and error.
+    """
+    from nibblock.formats import quantized
+
+    return quantized.load_quantized(path, dtype=dtype, fuse=fuse, **options)

@@ -1,5 +1,5 @@
-"""`accelerate`: replaces the linears of a module tree by int4 or block-sparse ones, in place, and
-says what it did."""
+"""`accelerate`: replaces the linears and experts of a module tree by int4 or block-sparse ones, in
+place, and says what it did."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from nibblock._carry_over import carry_over
 from nibblock._config import BlockSparseConfig, Int4Config, Where
 from nibblock._progress import Progress, ProgressOption
 from nibblock._report import LayerReport, Report
+from nibblock._tied_keys import rename_tied_keys
 from nibblock._ties import parameter_owners
 from nibblock.nn import (
     AdapterLinear,
     BlockSparseLinear,
     Int4Embedding,
+    Int4Experts,
     Int4Linear,
 )
+from nibblock.nn import _expert_form as _experts
 from nibblock.nn._conv1d import conv1d_class, is_conv1d, linear_shape
 from nibblock.nn._lean import is_linear
 from nibblock.nn.fused import fuse_where_possible
@@ -38,6 +41,7 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_HOOKED = "it has hooks on its state dict, which expect a weight"
 # What a subclass may define without changing what the layer does for a model that runs.
 _HARMLESS = frozenset(
     ("__init__", "__init_subclass__", "reset_parameters", "extra_repr", "__repr__")
@@ -48,9 +52,14 @@ _HARMLESS = frozenset(
 )
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it holds one weight, as all layers but experts do."""
+    return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
+
+
 @dataclass
 class _Layer:
-    """A linear or embedding of the model, with every place it stands in."""
+    """A linear, embedding or experts module of the model, with every place it stands in."""
 
     name: str
     module: nn.Module
@@ -66,7 +75,8 @@ def accelerate(
     fuse: bool = False,
     progress: ProgressOption = None,
 ) -> Report:
-    """Replaces the linears of `model` by `Int4Linear`s or `BlockSparseLinear`s, in place.
+    """Replaces the linears of `model` by `Int4Linear`s (and fused experts by `Int4Experts`), or by
+    `BlockSparseLinear`s, in place.
 
     transformers' `Conv1D` (GPT-2 and its relatives) is a linear like the others: its weight
     [in, out] is transposed, and what replaces it is an `nn.Linear` with `weight` [out, in].
@@ -76,8 +86,8 @@ def accelerate(
             `BlockSparseLinear.from_linear` for a single one.
         config: how weights are stored: an `Int4Config` (the default one when None), or a
             `BlockSparseConfig` to keep the blocks of largest norm only.
-        where: None for every linear; a name pattern ("*.mlp.*"), a list of them, or a callable
-            (name, module) -> bool.
+        where: None for every linear and experts module; a name pattern ("*.mlp.*"), a list of them,
+            or a callable (name, module) -> bool.
         skip: names or name patterns that are left alone ("lm_head", "*.router").
         fuse: True also lets sibling int4 linears that read the same input (q/k/v, gate/up) run as
             one call; names and state dict stay as they are. A parent whose class refuses subclasses
@@ -85,19 +95,21 @@ def accelerate(
         progress: None for a bar on a terminal and one line elsewhere (standard error), False for
             silence, or a callable (layers done, layers).
     Returns:
-        A `Report`: a row for every linear (and embedding, with config.embeddings), with the reason
-        for each one that was kept. Kept are: linears whose class has a forward, a method or an
-        attribute of its own, which hold other parameters or are parametrised, or which have hooks
-        on their state dict; projections of `nn.MultiheadAttention` and linears of
-        `nn.TransformerEncoderLayer`, whose fast paths read weights directly; weights tied to
-        something that stays dense; weights on the meta device or in another dtype than float32,
-        bfloat16 and float16; lazy ones that have not run yet. Linears tied to each other stay
-        tied; a pruned linear must own its weight. Hooks on what is replaced, and attributes that
-        were set on it, go over to what replaces it.
+        A `Report`: a row for every linear and every module of experts (and embedding, with
+        config.embeddings), with the reason for each one that was kept. Kept are: linears whose
+        class has a forward, a method or an attribute of its own, which hold other parameters or are
+        parametrised, or which have hooks on their state dict; projections of
+        `nn.MultiheadAttention` and linears of `nn.TransformerEncoderLayer`, whose fast paths read
+        weights directly; experts whose class transformers' `use_experts_implementation` does not
+        decorate, and all experts with a `BlockSparseConfig`; weights tied to something that stays
+        dense; weights on the meta device or in another dtype than float32, bfloat16 and float16;
+        lazy ones that have not run yet. Linears tied to each other stay tied; a pruned linear must
+        own its weight. Hooks on what is replaced, and attributes that were set on it, go over to
+        what replaces it.
     Raises:
         TypeError: model is not a module, or config neither an Int4Config nor a BlockSparseConfig.
-        ValueError: model is itself a linear,
-        or a weight is not finite. The model is unchanged whenever something is raised.
+        ValueError: model is itself a linear or experts, or a weight is not finite. The model is
+        unchanged whenever something is raised.
     Gradients: biases, kept blocks and everything dense stay trainable; int4 weights are frozen.
     Determinism: the same bits at any number of threads.
     Example:
@@ -114,10 +126,12 @@ def accelerate(
         )
     if fuse and not isinstance(config, Int4Config):
         raise ValueError("accelerate: fuse must be False with a BlockSparseConfig, got True")
-    if isinstance(model, (nn.Linear, nn.Embedding)) or is_conv1d(model):
+    single = isinstance(model, (nn.Linear, nn.Embedding, Int4Experts)) or is_conv1d(model)
+    if single or not _experts.unfit(model, True):
         raise ValueError(
             f"accelerate: model must be a tree with layers to replace, got a single "
-            f"{type(model).__name__}; use Int4Linear.from_linear or Int4Embedding.from_embedding"
+            f"{type(model).__name__}; use Int4Linear.from_linear, Int4Embedding.from_embedding or "
+            f"Int4Experts.from_experts"
         )
     layers = _find_layers(model, config)
     owners = parameter_owners(model)
@@ -131,7 +145,7 @@ def accelerate(
         new = replacements[id(layer.module)]
         for parent, attribute in layer.places:
             parent._modules[attribute] = new
-    _rename_tied_keys(model)
+    rename_tied_keys(model)
     if fuse:
         report.fused, report.not_fused = fuse_where_possible(model)
     report.model_bytes_after = model_bytes(model)
@@ -174,7 +188,7 @@ def _find_layers(model: nn.Module, config: Config) -> list[_Layer]:
     layers: dict[int, _Layer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
-        if isinstance(module, kinds):
+        if isinstance(module, kinds) or (name and _experts.looks_like_experts(module)):
             prefix, _, attribute = name.rpartition(".")
             layer = layers.setdefault(id(module), _Layer(name, module, []))
             layer.places.append((modules[prefix], attribute))
@@ -190,6 +204,10 @@ def _unfit_parent(layer: _Layer) -> str:
             return "linear of nn.TransformerEncoderLayer, whose fast path reads the weight directly"
         if isinstance(parent, AdapterLinear) and parent.merged is not None:
             return f"the adapter {parent.merged!r} is merged into it"
+        if hasattr(parent, "get_param") and hasattr(
+            parent, "parameter_name"
+        ):  # peft's ParamWrapper
+            return f"wrapped by {type(parent).__name__}, which reads its {parent.parameter_name}"
     return ""
 
 
@@ -200,14 +218,18 @@ def _unfit(layer: _Layer, meta: bool = False, exact: bool = True) -> str:
     exact: whether what takes its place must give the same bits."""
     module = layer.module
     kind = type(module)
-    base = next(b for b in (nn.Embedding, nn.Linear, conv1d_class()) if isinstance(module, b))
-    if isinstance(module, (Int4Linear, Int4Embedding)):
+    kinds = (nn.Embedding, nn.Linear, conv1d_class() or nn.Linear)
+    base = next((one for one in kinds if isinstance(module, one)), nn.Linear)
+    if isinstance(module, (Int4Linear, Int4Embedding, Int4Experts)):
         return "already quantised"
     if isinstance(module, BlockSparseLinear):
         return "already block-sparse"
     refused = _unfit_parent(layer)
     if refused:
         return refused
+    if not isinstance(module, base):
+        hooked = any(module.__dict__.get(hooks) for hooks in _STATE_HOOKS)
+        return _experts.unfit(module, meta) or (_HOOKED if hooked else "")
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "projection of an attention module that reads the weight directly"
     if parametrize.is_parametrized(module):
@@ -221,7 +243,7 @@ def _unfit(layer: _Layer, meta: bool = False, exact: bool = True) -> str:
     if added:
         return f"{kind.__name__} has {added} of its own"
     if any(module.__dict__.get(hooks) for hooks in _STATE_HOOKS):
-        return "it has hooks on its state dict, which expect a weight"
+        return _HOOKED
     own = set(module._parameters) | set(module._buffers) | set(module._modules)
     extra = sorted(own - {"weight", "bias"})
     if extra:
@@ -278,10 +300,10 @@ def _decide(model, layers, owners, config, wanted, skip) -> None:
         for layer in layers:
             if layer.reason:
                 continue
-            for name, module, _ in owners[id(layer.module.weight)]:
+            for name, module, _ in _holders(layer.module, owners):
                 if module is layer.module:
                     continue
-                other = by_module.get(id(module))
+                other = by_module.get(id(module)) if _is_plain(layer.module) else None
                 if other is None or other.reason:
                     hint = "; Int4Config(embeddings=True) holds both in 8 bits"
                     tip = hint if other is None and type(module) is nn.Embedding else ""
@@ -294,8 +316,17 @@ def _decide(model, layers, owners, config, wanted, skip) -> None:
                 break
 
 
+def _holders(module: nn.Module, owners) -> list[tuple[str, nn.Module, str]]:
+    """Every module that holds a weight of this one."""
+    if _is_plain(module):
+        return owners[id(module.weight)]
+    return [owner for _, weight in _experts.weights(module) for owner in owners[id(weight)]]
+
+
 def _unprunable(layer: _Layer, owners) -> str:
     """Why this linear cannot become a BlockSparseLinear, though an Int4Linear it could."""
+    if not _is_plain(layer.module):
+        return "experts are not pruned, only held in 4 or 8 bits"
     if any(isinstance(parent, AdapterLinear) for parent, _ in layer.places):
         return "the base of an AdapterLinear"
     tied = [n for n, module, _ in owners[id(layer.module.weight)] if module is not layer.module]
@@ -318,9 +349,11 @@ def _convert(chosen, owners, config: Config, option: ProgressOption) -> dict[int
         # Embeddings first: a tied head then takes the table's format.
         for layer in sorted(chosen, key=lambda item: not isinstance(item.module, nn.Embedding)):
             module = layer.module
-            weight = module.weight
+            weight = module.weight if _is_plain(module) else None
             twin = packed.get(id(weight))
-            if pruning:
+            if weight is None:
+                new = _int4_experts(layer, config)
+            elif pruning:
                 new = _pruned(layer, config)
             elif isinstance(module, nn.Embedding):
                 new = (
@@ -332,7 +365,8 @@ def _convert(chosen, owners, config: Config, option: ProgressOption) -> dict[int
                 new = _linear(layer, config)
             new.train(module.training)
             carry_over(module, new)
-            packed.setdefault(id(weight), new)
+            if weight is not None:
+                packed.setdefault(id(weight), new)
             replacements[id(module)] = new
             progress.step()
         finished = True
@@ -371,6 +405,11 @@ def _linear(layer: _Layer, config: Int4Config) -> Int4Linear:
     )
 
 
+def _int4_experts(layer: _Layer, config: Int4Config) -> Int4Experts:
+    form = {k: getattr(config, k) for k in ("group_size", "symmetric", "bits", "compute", "method")}
+    return _named(layer, lambda: Int4Experts.from_experts(layer.module, **form))
+
+
 def _embedding(layer: _Layer, config: Int4Config) -> Int4Embedding:
     return _named(layer, lambda: Int4Embedding.from_embedding(layer.module, method=config.method))
 
@@ -403,41 +442,13 @@ def _tied_embedding(twin: nn.Module, module: nn.Embedding) -> Int4Embedding:
     )
 
 
-def _rename_tied_keys(model: nn.Module) -> None:
-    """Lets transformers' `tie_weights` tie `packed` where it used to tie `weight`.
-
-    Such a model keeps {"lm_head.weight": "model.embed_tokens.weight"} and assigns the second to the
-    first; quantised modules have no such Parameter to assign.
-    """
-    for module in model.modules():
-        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
-            keys = getattr(module, attribute, None)
-            if isinstance(keys, dict):
-                renamed = {}
-                for target, source in keys.items():
-                    pair = (_packed_key(module, target), _packed_key(module, source))
-                    both = pair[0] != target and pair[1] != source
-                    renamed.update([pair if both else (target, source)])
-                if renamed != keys:
-                    setattr(module, attribute, renamed)
-
-
-def _packed_key(model: nn.Module, key: str) -> str:
-    path, _, leaf = key.rpartition(".")
-    module = model
-    for part in path.split(".") if path else ():
-        module = getattr(module, "_modules", {}).get(part)
-        if module is None:
-            return key
-    quantised = leaf == "weight" and isinstance(module, (Int4Linear, Int4Embedding))
-    return f"{path}.packed" if quantised else key
-
-
 # --- bytes ----------------------------------------------------------------------------------------
 
 
 def _module_bytes(module: nn.Module) -> int:
-    return sum(_bytes(p) for p in module._parameters.values() if p is not None)
+    inside = module.projections.values() if isinstance(module, Int4Experts) else ()
+    own = [p for m in (module, *inside) for p in m._parameters.values()]
+    return sum(_bytes(p) for p in own if p is not None)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -458,8 +469,10 @@ def _row(layer: _Layer, before: int, replacements: dict[int, nn.Module]) -> Laye
     action = "sparse" if isinstance(new, BlockSparseLinear) else f"int{getattr(new, 'bits', 0)}"
     if isinstance(old, nn.Embedding):
         shape = (old.num_embeddings, old.embedding_dim)
-    else:
+    elif _is_plain(old):
         shape = linear_shape(old)
+    else:
+        shape = _experts.matrix_shape(old)
     return LayerReport(
         name=layer.name,
         action="kept" if layer.reason else action,

@@ -18,7 +18,7 @@ Where = Union[None, str, Iterable[str], Callable[[str, torch.nn.Module], bool]]
 
 @dataclass(frozen=True)
 class Int4Config:
-    """How `nibblock.accelerate` stores the linears of a model.
+    """How `nibblock.accelerate` stores the linears and experts of a model.
 
     Args:
         group_size: 32, 64, 128, 256, or -1 for one group per row. Weights of a row that share one

@@ -1,5 +1,7 @@
 """`python -m nibblock convert SRC DST`: a GGUF file or transformers folder to int4 safetensors.
 
+A folder that is quantised already (GPTQ, AWQ, compressed-tensors) keeps its codes and scales.
+
 DST ending in .safetensors is that one file, for `nb.load(DST, model)`. Any other DST is a folder
 that gets model.safetensors with the configuration and tokenizer beside it, so that it stands on
 its own:
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="store types without an exact form here (Q6_K, ...) in 8 bits instead of dense",
     )
-    group = parser.add_argument_group("transformers folders")
+    group = parser.add_argument_group("transformers folders that are not quantised")
     group.add_argument("--group-size", type=int, default=128, help="32, 64, 128, 256 or -1 (128)")
     group.add_argument("--symmetric", action="store_true", help="scales only, no offsets")
     group.add_argument("--bits", type=int, default=4, help="4 or 8 (4)")
@@ -68,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> None:
     import nibblock as nb
     from nibblock.formats.gguf import load_tokenizer
+    from nibblock.formats.quantized import is_quantized
     from nibblock.integrations.transformers import load_folder, load_folder_tokenizer
 
     source, target = Path(arguments.source), Path(arguments.target)
@@ -83,6 +86,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     dtype = _DTYPES[arguments.dtype]
     if source.is_file():
         model = nb.load_gguf(source, dtype=dtype, requantize=arguments.requantize)
+        report = model.nibblock_report
+    elif is_quantized(source):
+        model = nb.load_quantized(source, dtype=dtype)
         report = model.nibblock_report
     else:
         config = nb.Int4Config(

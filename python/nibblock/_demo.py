@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="a GGUF of a Llama-family model or a transformers folder (default: SmolLM2-135M)",
+        help="a GGUF of a Llama-family model or a transformers folder, quantised or not "
+        "(default: SmolLM2-135M)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: torch's)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to decode (32)")
@@ -195,20 +196,20 @@ def _load(path: Path, say: Callable[[str], None]) -> tuple[Any, list[Candidate],
     """(tokenizer, the models to compare, whether the import is lossless, the import's report)."""
     import nibblock as nb
     from nibblock.formats.gguf import load_gguf, load_gguf_dense, load_tokenizer
+    from nibblock.formats.quantized import is_quantized, load_quantized, load_quantized_dense
     from nibblock.integrations.transformers import load_folder, load_folder_tokenizer
 
-    lossless = path.is_file()
-    if lossless:
-        tokenizer = load_tokenizer(path)
+    if path.is_file():
+        dense, exact, tokenizer = load_gguf_dense, load_gguf, load_tokenizer(path)
     else:
-        tokenizer = load_folder_tokenizer(path)
-
-    def dense(dtype: torch.dtype) -> torch.nn.Module:
-        return load_gguf_dense(path, dtype) if lossless else load_folder(path, dtype)
+        quantised, tokenizer = is_quantized(path), load_folder_tokenizer(path)
+        dense = load_quantized_dense if quantised else load_folder
+        exact = load_quantized if quantised else None
+    lossless = exact is not None
 
     def ours(dtype: torch.dtype, fuse: bool) -> tuple[torch.nn.Module, Any]:
-        if lossless:
-            model = load_gguf(path, dtype=dtype, fuse=fuse)
+        if exact is not None:
+            model = exact(path, dtype=dtype, fuse=fuse)
             return model, model.nibblock_report
         model = load_folder(path, dtype)
         return model, nb.accelerate(model, nb.Int4Config(), fuse=fuse, progress=False)
@@ -226,7 +227,7 @@ def _load(path: Path, say: Callable[[str], None]) -> tuple[Any, list[Candidate],
         say(f"dense float32 left out: both dense models would take {size * 6 / 1e9:.0f} GB")
         dtypes = [torch.bfloat16]
     say(f"loading dense {' and '.join(_NAMES[dtype] for dtype in dtypes)}")
-    candidates[:0] = [Candidate("dense", dtype, True, dense(dtype)) for dtype in dtypes]
+    candidates[:0] = [Candidate("dense", dtype, True, dense(path, dtype)) for dtype in dtypes]
     for candidate in candidates:
         candidate.bytes = model_bytes(candidate.model)
     return tokenizer, candidates, lossless, str(report)
@@ -394,8 +395,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the demo.
 
     Returns:
-        0 if every output is finite and, for a GGUF file, the perplexity of the lossless import is
-        within 0.2 % of the dequantised model's; 1 if not; 2 if the model is missing or unreadable.
+        0 if every output is finite and, for a GGUF file or quantised folder, the perplexity of the
+        lossless import is within 0.2 % of the dequantised model's; 1 if not; 2 if the model is
+        missing or unreadable.
     """
     parser = argparse.ArgumentParser(prog="python -m nibblock demo", description=__doc__)
     add_arguments(parser)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 from torch import nn
 
-from nibblock import _accelerate, _adapter_files, _sparse_files
+from nibblock import _adapter_files, _expert_files, _sparse_files
 from nibblock._carry_over import carry_over
+from nibblock._file_write import _KEY, _pack, _safetensors, _write
+from nibblock._tied_keys import rename_tied_keys
 from nibblock.nn import (
     BlockSparseLinear,
     Int4Embedding,
@@ -27,23 +28,12 @@ from nibblock.nn import (
     unfuse_linears,
 )
 from nibblock.nn._conv1d import is_conv1d, linear_shape
+from nibblock.nn._expert_weight import ExpertWeight
 from nibblock.ops import _checks
 
-_KEY = "nibblock"
 _VERSION = 1
 _QUANTISED = (Int4Linear, Int4Embedding)
-_OURS = (*_QUANTISED, BlockSparseLinear)
-
-
-def _safetensors():
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "nibblock: saving and loading needs safetensors: pip install nibblock[transformers]"
-        ) from error
-    return safetensors
+_OURS = (*_QUANTISED, BlockSparseLinear, ExpertWeight)
 
 
 def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str] = None) -> None:
@@ -92,7 +82,7 @@ def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str]
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, BlockSparseLinear):
             layers[name] = _describe_sparse(module)
-        elif isinstance(module, _QUANTISED):
+        elif isinstance(module, (*_QUANTISED, ExpertWeight)):
             layers[name] = _describe(module)
             first = owner.setdefault(id(module.packed), name)
             if first != name:
@@ -117,44 +107,6 @@ def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str]
     _write(Path(path), _pack(safetensors, tensors, header))
 
 
-def _pack(safetensors, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ValueError(f"save: {key} must hold data, got a tensor on the meta device")
-    return safetensors.torch.save(
-        {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()},
-        # One key only: safetensors writes several in no fixed order.
-        metadata={_KEY: json.dumps(header)},
-    )
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent or ".")
-    except OSError as error:  # it names the temporary file, which nobody asked for
-        raise type(error)(
-            f"save: path must lie in a folder that exists and can be written to, got "
-            f"{str(path)!r} ({error.strerror})"
-        ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(path.parent or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
 def _state(model: nn.Module, shared: dict[str, str]) -> dict[str, torch.Tensor]:
     """The state dict without the codes of layers whose weight another layer saves."""
     skipped = {f"{name}.{part}" for name in shared for part in ("qweight", "scales", "offsets")}
@@ -172,6 +124,8 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     }
     if isinstance(module, Int4Linear):
         record.update(kind="linear", compute=module.compute, bias=module.bias is not None)
+    elif isinstance(module, ExpertWeight):
+        record.update(kind=_expert_files.KIND, experts=module.experts, compute=module.compute)
     else:
         record.update(kind="embedding", padding_idx=module.padding_idx)
     return record
@@ -246,6 +200,7 @@ def load(
 
     modules = dict(model.named_modules(remove_duplicate=False))
     new = _build_layers(path, header, modules, tensors)
+    new.update(_expert_files.build(path, header, modules, tensors))
     rest = _match_rest(path, header, model, modules, tensors)
     extra = {key: rest.pop(key) for key in _extra_state(model, header["layers"])}
     # Nothing above touched the model; nothing below can refuse (but a model's own extra state).
@@ -256,7 +211,7 @@ def load(
     _fill(model, rest)
     for key, value in extra.items():
         modules[key.rpartition(".")[0]].set_extra_state(value)
-    _accelerate._rename_tied_keys(model)
+    rename_tied_keys(model)
     if any("_int4_groups" in module.__dict__ for module in model.modules()):
         unfuse_linears(model)  # the groups hold the layers that were replaced
         fuse_linears(model)
@@ -297,6 +252,8 @@ def _build_layers(path, header, modules, tensors) -> dict[str, nn.Module]:
     for name, record in sorted(
         header["layers"].items(), key=lambda item: item[0] in header["shared"]
     ):
+        if record["kind"] == _expert_files.KIND:
+            continue
         old = modules.get(name)
         linear = record["kind"] != "embedding"
         base = nn.Linear if linear else nn.Embedding
@@ -423,6 +380,8 @@ def _match_rest(path, header, model, modules, tensors) -> dict[str, torch.Tensor
     rest = {k: t for k, t in tensors.items() if not k.startswith(inside)} if inside else tensors
     have = _dense_state(model, header["layers"])
     for name in header["layers"]:
+        if name not in modules:  # a projection of experts that are dense in the model
+            continue
         bias = modules[name]._parameters.get("bias")
         if bias is not None:
             have[f"{name}.bias"] = bias
@@ -462,7 +421,9 @@ def _dense_state(model: nn.Module, layers: dict) -> dict[str, torch.Tensor]:
                 f"load: {name} must be dense as in the file, got {type(module).__name__}"
             )
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and key not in module._non_persistent_buffers_set:
+            if tensor is None or prefix + key in layers:
+                continue
+            if key not in module._non_persistent_buffers_set:
                 out[prefix + key] = tensor
     return out
 

@@ -17,7 +17,9 @@ class LayerReport:
     action: str
     reason: str
     kind: str
-    shape: tuple[int, int]  # [out_features, in_features], or [num_embeddings, embedding_dim]
+    # [out_features, in_features], [num_embeddings, embedding_dim], or [experts, of their largest
+    # matrix]
+    shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
 
@@ -28,7 +30,7 @@ class Report:
     line.
 
     Attributes:
-        rows: a `LayerReport` for every linear (and embedding) that was looked at.
+        rows: a `LayerReport` for every linear, embedding and experts module that was looked at.
         model_bytes_before, model_bytes_after: all Parameters and buffers, each storage counted
             once.
         fused: names of the siblings that run as one call, "parent.(a|b)".
@@ -87,7 +89,7 @@ class Report:
             lines.append(
                 (
                     name or f"({kind})",
-                    f"{shape[0]} x {shape[1]}",
+                    " x ".join(str(size) for size in shape),
                     action,
                     format_bytes(sum(row.bytes_before for row in rows)),
                     format_bytes(sum(row.bytes_after for row in rows)),

@@ -51,7 +51,8 @@ def import_everything(settings: Settings) -> None:
 
 
 def load_model(settings: Settings) -> tuple[torch.nn.Module, Any]:
-    """(model in eval mode, tokenizer): a GGUF file or a transformers folder, dense float32 or int4.
+    """(model in eval mode, tokenizer): a GGUF file or a transformers folder (quantised ones too),
+    dense float32 or int4.
 
     Raises:
         FileNotFoundError: no such model. ValueError, ImportError: as the loaders.
@@ -59,6 +60,7 @@ def load_model(settings: Settings) -> tuple[torch.nn.Module, Any]:
     import nibblock as nb
     from nibblock._demo import smollm2_path
     from nibblock.formats.gguf import load_gguf_dense, load_tokenizer
+    from nibblock.formats.quantized import is_quantized, load_quantized_dense
     from nibblock.integrations.transformers import load_folder, load_folder_tokenizer
 
     path = smollm2_path() if settings.model == "smollm2" else Path(settings.model)
@@ -69,6 +71,9 @@ def load_model(settings: Settings) -> tuple[torch.nn.Module, Any]:
     if path.is_file():
         load = nb.load_gguf if settings.int4 else load_gguf_dense
         return load(path, dtype=torch.float32), load_tokenizer(path)
+    if is_quantized(path):
+        load = nb.load_quantized if settings.int4 else load_quantized_dense
+        return load(path, dtype=torch.float32), load_folder_tokenizer(path)
     model = load_folder(path, torch.float32)
     if settings.int4:
         nb.accelerate(model, nb.Int4Config(group_size=32), progress=False)

@@ -241,7 +241,7 @@ class _Builder:
     # --- building ---------------------------------------------------------------------------------
 
     def build(self) -> PreTrainedModel:
-        from nibblock._accelerate import _rename_tied_keys
+        from nibblock._tied_keys import rename_tied_keys
         from nibblock.integrations.transformers import build_empty
 
         factors = self._rope_factors()
@@ -259,7 +259,7 @@ class _Builder:
                 self._put_linear(model, slot, None if bias is None else self._dense(bias))
             elif slot.kind == "embedding":
                 self._put_embedding(model, slot)
-        _rename_tied_keys(model)
+        rename_tied_keys(model)
         model.eval()
         sizes = [info.rows * info.columns for info in self.file.tensors.values()]
         self.report.model_bytes_before = 4 * sum(sizes)

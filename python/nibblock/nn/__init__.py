@@ -4,6 +4,7 @@ from nibblock.nn.adapter_linear import Adapter, AdapterLinear
 from nibblock.nn.block_sparse_linear import BlockSparseLinear
 from nibblock.nn.fused import fuse_linears, unfuse_linears
 from nibblock.nn.int4_embedding import Int4Embedding
+from nibblock.nn.int4_experts import Int4Experts
 from nibblock.nn.int4_linear import Int4Linear
 from nibblock.nn.masked_linear import MaskedLinear
 
@@ -12,6 +13,7 @@ __all__ = [
     "AdapterLinear",
     "BlockSparseLinear",
     "Int4Embedding",
+    "Int4Experts",
     "Int4Linear",
     "MaskedLinear",
     "fuse_linears",

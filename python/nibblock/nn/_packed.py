@@ -1,4 +1,4 @@
-"""What a module that holds one packed int4 weight needs, whatever it computes with it.
+"""What a module that holds packed int4 weights needs, whatever it computes with them.
 
 In memory there is one frozen uint8 Parameter `packed`: a Parameter, because buffers are broadcast
 on every forward by data parallel wrappers, and uint8, because `.to(bfloat16)` would round float
@@ -26,8 +26,8 @@ _successors = WeakIdKeyDictionary()
 
 
 class PackedWeight:
-    """Mixin of `Int4Linear` and `Int4Embedding`: a weight of `_rows` x `_columns` kept in
-    `self.packed`.
+    """Mixin of `Int4Linear`, `Int4Embedding` and `ExpertWeight`: a weight of `_rows` x `_columns`
+    (of the last: one for each expert) kept in `self.packed`.
     """
 
     _rows: int
@@ -56,8 +56,8 @@ class PackedWeight:
 
     def _init_packed(self, packed: Optional[torch.Tensor], device: Any) -> None:
         if packed is None:
-            size = self._packed_bytes(self._scale_dtype)
-            packed = torch.empty(size, dtype=torch.uint8, device=device)
+            shape = self._packed_shape(self._scale_dtype)
+            packed = torch.empty(shape, dtype=torch.uint8, device=device)
             if not packed.is_meta:
                 packed.zero_()  # scales of 0: a weight of zeros, not of whatever the memory held
         else:
@@ -86,6 +86,15 @@ class PackedWeight:
         return _checks.packed_bytes(
             self._rows, self._columns, self.group_size, self.bits, self.affine, scale_dtype
         )
+
+    def _packed_shape(self, scale_dtype: torch.dtype) -> tuple[int, ...]:
+        """Of `packed`."""
+        return (self._packed_bytes(scale_dtype),)
+
+    @property
+    def _dense_shape(self) -> tuple[int, ...]:
+        """Of `weight`."""
+        return self._rows, self._columns
 
     def _follow_packed(self) -> bool:
         """Whether `packed` holds another dtype of scales than this module knew; knows it then.
@@ -182,7 +191,7 @@ class PackedWeight:
 
     def _canonical_shapes(
         self, scale_dtype: torch.dtype
-    ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         codes = -(-self._columns // 2) if self.bits == 4 else self._columns
         groups = _checks.groups_of(self._columns, self.group_size)
         shapes = {
@@ -270,8 +279,8 @@ class PackedWeight:
         """Gives `packed` the size that this dtype of scales needs, in all modules that share it."""
         if scale_dtype != self._scale_dtype:
             packed = self._parameters["packed"]
-            size = self._packed_bytes(scale_dtype)
-            packed.data = torch.empty(size, dtype=torch.uint8, device=packed.device)
+            shape = self._packed_shape(scale_dtype)
+            packed.data = torch.empty(shape, dtype=torch.uint8, device=packed.device)
             self._scale_dtype = scale_dtype
             self._format_changed()
 
@@ -293,27 +302,17 @@ class PackedWeight:
         """Renews what a class derives from the format."""
 
     def _pack_dense(self, prefix, dense, errors):
-        need = (self._rows, self._columns)
-        need = need[::-1] if self._transposed else need
+        need = self._dense_shape[::-1] if self._transposed else self._dense_shape
         if tuple(dense.shape) != need:
             errors.append(self._mismatch(prefix + "weight", dense, need))
             return None
         if self._transposed:
             dense = dense.t()
         if dense.is_meta:
-            size = self._packed_bytes(self.scale_dtype)
-            return torch.empty(size, dtype=torch.uint8, device="meta")
+            shape = self._packed_shape(self.scale_dtype)
+            return torch.empty(shape, dtype=torch.uint8, device="meta")
         try:
-            parts = _ops.int4_quantize(
-                dense,
-                group_size=self.group_size,
-                bits=self.bits,
-                symmetric=not self.affine,
-                scale_dtype=self.scale_dtype,
-            )
-            return _ops.int4_pack(
-                *parts, in_features=self._columns, group_size=self.group_size, bits=self.bits
-            )
+            return self._pack(*self._quantize(dense))
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}weight: {error}")
             return None
@@ -339,23 +338,39 @@ class PackedWeight:
         if errors:
             return None
         if any(value.is_meta for value in given.values()):
-            size = self._packed_bytes(scale_dtype)
-            return torch.empty(size, dtype=torch.uint8, device="meta")
+            shape = self._packed_shape(scale_dtype)
+            return torch.empty(shape, dtype=torch.uint8, device="meta")
         try:
-            return _ops.int4_pack(
-                given["qweight"],
-                given["scales"],
-                given.get("offsets"),
-                in_features=self._columns,
-                group_size=self.group_size,
-                bits=self.bits,
-            )
+            return self._pack(given["qweight"], given["scales"], given.get("offsets"))
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}qweight: {error}")
             return None
 
+    def _quantize(self, dense: torch.Tensor) -> tuple:
+        """A dense weight's canonical parts, rounded to nearest."""
+        return _ops.int4_quantize(
+            dense,
+            group_size=self.group_size,
+            bits=self.bits,
+            symmetric=not self.affine,
+            scale_dtype=self.scale_dtype,
+        )
+
+    def _pack(
+        self, qweight: torch.Tensor, scales: torch.Tensor, offsets: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """What `packed` holds for canonical parts."""
+        return _ops.int4_pack(
+            qweight,
+            scales,
+            offsets,
+            in_features=self._columns,
+            group_size=self.group_size,
+            bits=self.bits,
+        )
+
     @staticmethod
-    def _mismatch(key: str, value: torch.Tensor, shape: tuple[int, int]) -> str:
+    def _mismatch(key: str, value: torch.Tensor, shape: tuple[int, ...]) -> str:
         return (
             f"size mismatch for {key}: copying a tensor of shape {list(value.shape)} from the "
             f"checkpoint, the shape in the current model is {list(shape)}"

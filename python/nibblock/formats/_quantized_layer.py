@@ -1,0 +1,206 @@
+"""From a checkpoint's codes, scales and zero points to the canonical form, without loss.
+
+    scale[n, g(k)] * (code[n, k] - zero[n, g(k)]) = scale * code + offset,  offset = -scale * zero
+
+A float16 or bfloat16 scale (11 bits at most) times a zero point (8 bits) is exact in float32, and
+so is every dequantised weight. A float32 scale times a zero point may have to be rounded, by 2^-24
+of itself; `Layer.rounded` says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from nibblock.formats._quantized_folder import Folder, Part
+from nibblock.nn._packed import _exact
+from nibblock.ops._checks import GROUP_SIZES
+
+assert sys.byteorder == "little"  # words are read as bytes below
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight as `Int4Linear.from_codes` takes it.
+
+    qweight: [N, ceil(K/2)] uint8, low nibble = even k (bits 4), or [N, K] uint8 (bits 8).
+    scales: [N, ceil(K/group)] float16 or float32. offsets: the same, or None: symmetric.
+    rounded: whether an offset was rounded to float32.
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    offsets: Optional[torch.Tensor]
+    bits: int
+    group: int
+    rounded: bool = False
+
+
+def groups_of(columns: int, group: int) -> int:
+    """Groups of a row, the last perhaps short."""
+    return 1 if group == -1 else -(-columns // group)
+
+
+def words_of(count: int, bits: int) -> int:
+    """32-bit words that hold so many codes, the last perhaps padded."""
+    return -(-count * bits // 32)
+
+
+def unpack_rows(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """[R, W] int32, code i of a row at bit i * bits of its words -> [R, count] uint8."""
+    raw = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        raw = torch.stack((raw & 15, raw >> 4), dim=-1).reshape(len(words), -1)
+    return raw[:, :count]
+
+
+def regroup(index: torch.Tensor, group: int) -> Optional[tuple[int, torch.Tensor]]:
+    """The group size of ours that holds a file's groups exactly.
+
+    Args:
+        index: [K] int64, the file's group of each column.
+        group: the file's group size; taken as it is where it is one of ours.
+    Returns:
+        (size, the file's group of each of ours [ceil(K/size)]): a group of 512 is one of 256
+        twice. None where no size does it: columns that share 32 belong to several groups.
+    """
+    own = [group] if group in GROUP_SIZES else []
+    for size in (*own, -1, 256, 128, 64, 32):
+        step = max(len(index), 1) if size == -1 else size
+        first = index[::step]
+        if torch.equal(first.repeat_interleave(step)[: len(index)], index):
+            return size, first
+    return None
+
+
+def layer_of(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: Optional[torch.Tensor],
+    bits: int,
+    group: int,
+) -> Layer:
+    """The canonical form.
+
+    Args:
+        qweight: as in `Layer`.
+        scales: [N, ceil(K/group)] float16 | bfloat16 | float32, finite.
+        zeros: the same shape, integers: the code that stands for 0; None for the middle one.
+        bits, group: as in `Layer`.
+    """
+    wide = scales.float()
+    offsets, rounded = None, False
+    if zeros is not None and not bool((zeros == 1 << (bits - 1)).all()):
+        exact = 0.0 - wide.double() * zeros.double()  # 32 bits at most
+        offsets = exact.float()
+        rounded = not torch.equal(offsets.double(), exact)
+    parts = (wide,) if offsets is None else (wide, offsets)
+    if all(_exact(part, torch.float16) for part in parts):
+        wide = wide.half()
+        offsets = None if offsets is None else offsets.half()
+    return Layer(qweight, wide.contiguous(), offsets, bits, group, rounded)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear is stored: bits of a code, columns of a group (-1: the row), and the key of
+    config.json's quantization_config that says the latter.
+    """
+
+    bits: int
+    group: int
+    key: str = "group_size"
+
+
+class Reader:
+    """What reads one format's tensors of a folder; base of one class a format.
+
+    Attributes:
+        marker: a linear is quantised where the file has a tensor of this name.
+        scales: the name of the tensor that must be finite.
+        order: the name of the tensor that says each column's group; "" where there is none.
+        unordered: what a quantiser must be told for columns in the order of their groups.
+        notes: what a reader of the report should know.
+    """
+
+    marker: str
+    scales: str
+    order = unordered = ""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+
+    def scheme(self, name: str, kind: str) -> Scheme:
+        """The scheme of the module of this name and class name."""
+        raise NotImplementedError
+
+    def parts(self, scheme: Scheme, rows: int, columns: int) -> dict[str, Part]:
+        """The tensors of one linear, by the last part of their names."""
+        raise NotImplementedError
+
+    def prepare(self, layers: dict[str, tuple[Scheme, int]]) -> None:
+        """Finds out what the whole folder must tell. layers: (scheme, N) by name."""
+
+    def layer(
+        self, name: str, scheme: Scheme, rows: int, columns: int, parts: dict[str, torch.Tensor]
+    ) -> Layer:
+        """The linear in canonical form."""
+        raise NotImplementedError
+
+    def fail(self, name: str, tensor: str, need: str, got: object) -> ValueError:
+        """The error about what a tensor of a linear holds."""
+        key = f"{name}.{tensor}"
+        return self.folder.fail(f"{need} in tensor {key}", got, self.folder.tensors[key].file)
+
+    def read(self, name: str, scheme: Scheme, rows: int, columns: int) -> Layer:
+        """Reads one linear's tensors, which must have been checked.
+
+        Raises:
+            ValueError: a scale is not finite, or the groups have no exact form here.
+        """
+        held = self.folder.tensors
+        names = [p for p in self.parts(scheme, rows, columns) if f"{name}.{p}" in held]
+        read = self.folder.read(f"{name}.{part}" for part in names)
+        parts = {part: read[f"{name}.{part}"] for part in names}
+        if not bool(torch.isfinite(parts[self.scales]).all()):
+            raise self.fail(name, self.scales, "hold finite numbers", "NaN or infinity")
+        out = self.layer(name, scheme, rows, columns, parts)
+        if out.offsets is not None and not bool(torch.isfinite(out.offsets).all()):
+            raise self.fail(name, self.scales, "hold scales that float32 can multiply", "more")
+        return out
+
+    def groups(
+        self, name: str, scheme: Scheme, columns: int, stored: Optional[torch.Tensor] = None
+    ) -> tuple[int, torch.Tensor]:
+        """As `regroup`, of the groups that the file says; raises where no size of ours does it.
+
+        stored: [K] the file's own group of each column; None for k // group.
+        """
+        group, count = scheme.group, groups_of(columns, scheme.group)
+        index = torch.arange(columns) // (max(columns, 1) if group == -1 else group)
+        if stored is not None:
+            index = stored.long()
+            # A placeholder (all 0) leaves groups out; taken at its word it would spoil the weight.
+            if not torch.equal(index.unique(), torch.arange(count)):
+                raise self.fail(
+                    name, self.order, f"hold each group from 0 to {count - 1}", "others"
+                )
+        found = regroup(index, group)
+        if found is not None:
+            return found
+        if stored is None or group % 32:
+            raise self.folder.fail(
+                f"hold quantization_config.{scheme.key} as -1 or a multiple of 32",
+                group,
+                "config.json",
+            )
+        raise self.fail(
+            name,
+            self.order,
+            "hold runs of 32 columns or more of one group",
+            f"activation order; quantise with {self.unordered}",
+        )

@@ -1,0 +1,368 @@
+"""Imports quantised transformers folders: a model whose linears are Int4Linear, without loss.
+
+| quant_method       | what is read                                                               |
+| gptq               | checkpoint_format gptq and gptq_v2; 4 and 8 bits; formats/gptq.py          |
+| awq                | version gemm; 4 bits; formats/awq.py                                       |
+| compressed-tensors | format pack-quantized; 4 and 8 bits, symmetric or not, strategies group    |
+|                    | and channel; formats/compressed_tensors.py                                 |
+
+Groups of 32, 64, 128, 256 and whole rows are taken as they are, other multiples of 32 as the
+largest of these that divides them, each scale as often as it takes. Groups that are no multiple of
+32, and columns in activation order, have no exact form here and are refused. What the file holds
+unquantised stays dense, in `dtype`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from nibblock._accelerate import _Layer, _unfit, model_bytes
+from nibblock._report import LayerReport
+from nibblock.formats._quantized_folder import FLOATS, Folder, Part, read_json
+from nibblock.formats._quantized_layer import Layer, Reader, Scheme
+from nibblock.formats.awq import AWQ
+from nibblock.formats.compressed_tensors import PackQuantized
+from nibblock.formats.gguf import ImportReport
+from nibblock.formats.gptq import GPTQ
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+READERS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": PackQuantized}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = {torch.int64: ("I64",), torch.int32: ("I32",), torch.bool: ("BOOL",)}
+# Buffers that older files hold and transformers computes.
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+
+def load_quantized(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    fuse: bool = False,
+    compute: str = "bf16",
+) -> PreTrainedModel:
+    """Loads a GPTQ, AWQ or compressed-tensors folder as a model of Int4Linears, without loss.
+
+        w[n, k] = scale[n, g(k)] * (code[n, k] - zero[n, g(k)]) = scale * code + offset
+
+    Args:
+        path: a local transformers folder: config.json with quantization_config, and
+            model.safetensors or its shards with their index. Any architecture that
+            `AutoModelForCausalLM` builds, as long as what is quantised are its `nn.Linear`s.
+        dtype: float32 | bfloat16 | float16, of the activations, norms, biases and dense weights.
+        fuse: run q/k/v and gate/up as one call each (see `accelerate`).
+        compute: "bf16" | "int8", the arithmetic of the Int4Linear layers.
+    Returns:
+        the model in eval mode on the CPU. `model.nibblock_report` prints what became of each layer.
+        Its configuration has no quantization_config. Tied heads stay tied, unless the file holds
+        two weights for them.
+    Raises:
+        FileNotFoundError: no such folder, no config.json or no safetensors file in it.
+        TypeError: dtype is none of the three.
+        ValueError: a method, format, number of bits or group size that has no exact form here;
+            columns in activation order; a truncated or corrupt file; a missing, unexpected or
+            misshaped tensor, or one of another dtype; scales that are not finite. One line that
+            names the file and the key or tensor; all but the last before a layer is built.
+        ImportError: transformers or safetensors is not installed.
+    Gradients: as of `Int4Linear`: through the layers and to norms and biases, not to packed
+    weights.
+    Determinism: the same files give the same bytes.
+    Numerics: codes are the file's; scales are, in float16 or float32; offset = -scale * zero is
+        exact for float16 and bfloat16 scales, and so is every dequantised weight in float32. With
+        float32 scales an offset may be rounded to float32; the report says so. `dtype` rounds dense
+        tensors only. Peak memory is the result plus one layer.
+    Source: the formats are described in their readers; tests/test_quantized_checkpoints.py packs
+    them independently and compares with transformers. Example:
+        >>> model = nb.load_quantized("Qwen2.5-0.5B-Instruct-GPTQ-Int4", fuse=True)
+        >>> print(model.nibblock_report)
+    """
+    model = _load(path, dtype, compute, quantised=True)
+    if fuse:
+        from nibblock.nn.fused import fuse_where_possible
+
+        report = model.nibblock_report
+        report.fused, report.not_fused = fuse_where_possible(model)
+    return model
+
+
+def load_quantized_dense(
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The same model with every weight dequantised to `dtype`: what `load_quantized` is compared
+    with.
+
+    Args, Raises: as of `load_quantized`.
+    Returns:
+        a plain transformers model in eval mode; a tied head stays tied.
+    """
+    return _load(path, dtype, "bf16", quantised=False)
+
+
+def is_quantized(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder whose config.json has a quantization_config, of whatever kind.
+
+    Raises:
+        ValueError: config.json is not JSON.
+    """
+    file = os.path.join(os.fspath(path), "config.json")
+    if not os.path.isfile(file):
+        return False
+    return read_json(file, "load_quantized").get("quantization_config") is not None
+
+
+def _load(
+    path: str | os.PathLike[str], dtype: torch.dtype, compute: str, quantised: bool
+) -> PreTrainedModel:
+    if dtype not in _DTYPES:
+        raise TypeError(f"load_quantized: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if compute not in ("bf16", "int8"):
+        raise ValueError(f'load_quantized: compute must be "bf16" or "int8", got {compute!r}')
+    folder = Folder(path)
+    settings = folder.settings()
+    method = settings.word(("quant_method",), tuple(READERS), "")
+    return _Builder(folder, READERS[method](folder, settings), method, dtype, compute).build(
+        quantised
+    )
+
+
+class _Builder:
+    """Fills a model built on the meta device, one layer at a time."""
+
+    def __init__(
+        self, folder: Folder, reader: Reader, method: str, dtype: torch.dtype, compute: str
+    ) -> None:
+        self.folder, self.reader, self.method = folder, reader, method
+        self.dtype, self.compute = dtype, compute
+        self.report = ImportReport()
+        self.linears: dict[str, Scheme] = {}  # what is quantised
+        self.dense: list[str] = []  # names of tensors that are taken over as they are
+        self.tied: dict[str, str] = {}  # name that a file need not hold -> the one that it shares
+
+    def build(self, quantised: bool) -> PreTrainedModel:
+        self.model = self._empty()
+        self._plan()
+        self.reader.prepare({n: (s, self._linear(n).out_features) for n, s in self.linears.items()})
+        # All names, shapes and dtypes fit; from here on memory is spent.
+        before = 4 * sum(p.numel() for p in self.model.parameters())
+        for name in self.dense:
+            self._put_dense(name)
+        for name, scheme in self.linears.items():
+            self._put_linear(name, scheme, quantised)
+        model = self.model
+        for target, source in self.tied.items():
+            path, _, leaf = source.rpartition(".")
+            shared = model.get_submodule(path)._parameters[leaf]
+            path, _, leaf = target.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = shared
+        self._describe_rest()
+        model.eval()
+        self.report.model_bytes_before = before
+        self.report.model_bytes_after = model_bytes(model)
+        self.report.notes += self.reader.notes
+        model.nibblock_report = self.report
+        return model
+
+    def _linear(self, name: str) -> nn.Linear:
+        return self.model.get_submodule(name)
+
+    # --- the architecture -------------------------------------------------------------------------
+
+    def _empty(self) -> PreTrainedModel:
+        from nibblock.integrations.transformers import empty_model, load_config
+
+        try:
+            config, generation = load_config(self.folder.path, self.folder.op)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config  # no longer true of what is built
+            model = empty_model(config, self.dtype, self.folder.op)
+        except ValueError as error:
+            raise self.folder.fail("describe a causal language model", error, "config.json") from (
+                error
+            )
+        if generation is not None:
+            model.generation_config = generation
+        return model
+
+    # --- checking ---------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        left = dict.fromkeys(self.folder.tensors)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        marker = f".{self.reader.marker}"
+        for tensor in self.folder.tensors:
+            if tensor.endswith(marker):
+                name = tensor[: -len(marker)]
+                for part in self._plan_linear(name, modules.get(name)):
+                    left.pop(part, None)
+        if not self.linears:
+            raise self.folder.fail(f"hold tensors named *{marker} ({self.method})", "none")
+        self._plan_ties()
+        for name, tensor in self._wanted():
+            key = self.tied.get(name, name) if name not in self.folder.tensors else name
+            dtypes = _INTEGERS.get(tensor.dtype, FLOATS)
+            self.folder.check(key, Part.of(tuple(tensor.shape), *dtypes))
+            left.pop(name, None)
+            if name not in self.tied:
+                self.dense.append(name)
+        self._check_left(left)
+
+    def _plan_linear(self, name: str, module: nn.Module | None) -> list[str]:
+        """Checks one quantised linear; returns the names of its tensors."""
+        key = f"{name}.{self.reader.marker}"
+        reason = "none"
+        if module is not None:
+            reason = type(module).__name__
+            if isinstance(module, nn.Linear):
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                reason = _unfit(_Layer(name, module, [(parent, "")]), meta=True)
+        if reason:
+            raise self.folder.fail(
+                f"hold {key} for an nn.Linear of the model",
+                reason,
+                self.folder.tensors[key].file,
+            )
+        kind, rows, columns = type(module).__name__, module.out_features, module.in_features
+        scheme = self.linears[name] = self.reader.scheme(name, kind)
+        parts = self.reader.parts(scheme, rows, columns)
+        names = [f"{name}.{part}" for part in parts]
+        for part, need in zip(names, parts.values()):
+            self.folder.check(part, need)
+        bias = f"{name}.bias"
+        if module.bias is None and bias in self.folder.tensors:
+            # Some quantisers write a bias of zeros where there was none.
+            self.folder.check(bias, Part.of((rows,), *FLOATS))
+            if bool(self.folder.read([bias])[bias].any()):
+                raise self.folder.fail(
+                    f"hold zeros in {bias}, for the model has no bias there",
+                    "others",
+                    self.folder.tensors[bias].file,
+                )
+            names.append(bias)
+        return names
+
+    def _plan_ties(self) -> None:
+        """Which of the tied tensors the file holds; two different weights are not tied."""
+        held = self.folder.tensors
+        for target, source in dict(self.model.all_tied_weights_keys).items():
+            head = target.rpartition(".")[0]
+            if head in self.linears or (target in held and source in held):
+                if head not in self.linears and self._equal(target, source):
+                    self.tied[target] = source
+                    continue
+                self.model.all_tied_weights_keys.pop(target)
+                for config in (self.model.config, self.model.config.get_text_config()):
+                    config.tie_word_embeddings = False
+                self.report.notes.append(
+                    f"{target} is not tied to {source}: the file holds a weight for each"
+                )
+            elif target in held:
+                self.tied[source] = target
+            else:
+                self.tied[target] = source
+
+    def _equal(self, one: str, other: str) -> bool:
+        first, second = (self.folder.tensors[name] for name in (one, other))
+        if first.shape != second.shape:
+            return False
+        read = self.folder.read([one, other])
+        return torch.equal(read[one].float(), read[other].float())
+
+    def _wanted(self) -> list[tuple[str, torch.Tensor]]:
+        """What the model needs besides quantised weights."""
+        quantised = {f"{name}.weight" for name in self.linears}
+        saved = self.model.state_dict()
+        return [(name, tensor) for name, tensor in saved.items() if name not in quantised]
+
+    def _check_left(self, left: dict[str, None]) -> None:
+        patterns = [*(self.model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED]
+        ignored = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+        for name in left:
+            if not ignored.search(name):
+                raise self.folder.fail(
+                    "hold tensors that the model has",
+                    f"{name}, which it has not",
+                    self.folder.tensors[name].file,
+                )
+
+    # --- filling ----------------------------------------------------------------------------------
+
+    def _put_dense(self, name: str) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        value = self.folder.read([name])[name]
+        if leaf in module._buffers:
+            module._buffers[leaf] = value.to(module._buffers[leaf].dtype)
+        else:
+            old = module._parameters[leaf]
+            module._parameters[leaf] = nn.Parameter(value.to(old.dtype), old.requires_grad)
+
+    def _put_linear(self, name: str, scheme: Scheme, quantised: bool) -> None:
+        from nibblock.nn import Int4Linear
+
+        old = self._linear(name)
+        layer = self.reader.read(name, scheme, old.out_features, old.in_features)
+        module: nn.Module = Int4Linear.from_codes(
+            layer.qweight,
+            layer.scales,
+            layer.offsets,
+            old.bias,
+            in_features=old.in_features,
+            group_size=layer.group,
+            bits=layer.bits,
+            compute=self.compute,
+        ).to(self.dtype)
+        if quantised:
+            self.model.set_submodule(name, module)
+        else:
+            old.weight = nn.Parameter(module.dequantize(self.dtype))
+            module = old
+        self._record(name, module, "kept" if not quantised else "", self._reason(scheme, layer))
+
+    # --- the report -------------------------------------------------------------------------------
+
+    def _reason(self, scheme: Scheme, layer: Layer) -> str:
+        text = f"{self.method}: exact"
+        if layer.rounded:
+            text = f"{self.method}: codes and scales exact, offsets rounded to float32"
+        if layer.group != scheme.group and layer.scales.shape[1] > 1:
+            text += f", groups of {scheme.group} as {layer.group}"
+        return text
+
+    def _record(self, name: str, module: nn.Module, action: str, reason: str) -> None:
+        embedding = isinstance(module, nn.Embedding)
+        rows = module.num_embeddings if embedding else module.out_features
+        columns = module.embedding_dim if embedding else module.in_features
+        self.report.rows.append(
+            LayerReport(
+                name=name,
+                action=action or f"int{module.bits}",
+                reason=reason,
+                kind=type(module).__name__,
+                shape=(rows, columns),
+                bytes_before=4 * rows * columns,
+                bytes_after=sum(p.numel() * p.element_size() for p in module.parameters()),
+            )
+        )
+
+    def _describe_rest(self) -> None:
+        """Rows for what stayed dense, all in the model's order."""
+        known = {row.name for row in self.report.rows}
+        for name, module in self.model.named_modules():
+            if not isinstance(module, (nn.Linear, nn.Embedding)) or name in known:
+                continue
+            key = f"{name}.weight"
+            source = self.tied.get(key)
+            dtype = self.folder.tensors[source or key].dtype
+            self._record(name, module, "kept", f"{dtype} in the file: dense")
+            if source is not None:
+                row = self.report.rows[-1]
+                text = f"tied to {source.rpartition('.')[0]}: one storage"
+                self.report.rows[-1] = replace(row, reason=text, bytes_before=0, bytes_after=0)
+        order = {name: at for at, (name, _) in enumerate(self.model.named_modules())}
+        self.report.rows.sort(key=lambda row: order[row.name])

@@ -1,0 +1,252 @@
+"""Writes small quantised transformers folders for the tests, bit by bit, in NumPy and Python ints.
+
+`Sample(...).write(folder)` makes a random model, draws codes, scales and zero points for its
+linears, packs them as the format says, and keeps what a reader must find: `codes`, `scales`,
+`zeros` [N, ...] and the `model` whose linears hold scale * (code - zero).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip(
+    "transformers", reason="the transformers package is not installed"
+)
+safetensors_torch = pytest.importorskip(
+    "safetensors.torch", reason="the safetensors package is not installed"
+)
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_COMMON = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 72}
+_GATED = {"intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 64}
+ARCHITECTURES = {
+    "llama": {**_COMMON, **_GATED},
+    "qwen2": {**_COMMON, **_GATED, "tie_word_embeddings": True},
+    "gpt_neox": {**_COMMON, "intermediate_size": 192, "max_position_embeddings": 64},
+    "opt": {**_COMMON, "ffn_dim": 192, "word_embed_proj_dim": 128, "max_position_embeddings": 64},
+    "falcon": {},
+    "gemma2": {**_COMMON, **_GATED, "head_dim": 32, "sliding_window": 16},
+}
+
+
+def configuration(arch: str, **values: Any) -> Any:
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return transformers.AutoConfig.for_model(arch, **{**ARCHITECTURES[arch], **ids, **values})
+
+
+# --- packing: each function puts [.., n] integers into words as one format draws them ------------
+
+
+def _int32(words: np.ndarray) -> np.ndarray:
+    return (words & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+
+
+def columns_of_words(values: np.ndarray, bits: int, places: list[int] | None = None) -> np.ndarray:
+    """[R, C] -> [R, C * bits / 32] int32: column p c + j at field places[j] of word c."""
+    per = 32 // bits
+    places = list(range(per)) if places is None else places
+    out = np.zeros((values.shape[0], values.shape[1] // per), np.uint64)
+    for word in range(out.shape[1]):
+        for j in range(per):
+            field = values[:, per * word + j].astype(np.uint64)
+            out[:, word] |= field << np.uint64(bits * places[j])
+    return _int32(out)
+
+
+def bit_stream(values: np.ndarray, bits: int) -> np.ndarray:
+    """[R, C] -> [R, ceil(C * bits / 32)] int32: element i at bits i * bits of the row."""
+    words = -(-values.shape[1] * bits // 32)
+    rows = []
+    for row in values:
+        number = sum(int(value) << (bits * i) for i, value in enumerate(row))
+        rows.append(np.frombuffer(number.to_bytes(4 * words, "little"), "<i4"))
+    return np.stack(rows)
+
+
+def pack_gptq(codes, scales, zeros, bits, version, g_idx=None) -> dict[str, np.ndarray]:
+    stored = columns_of_words(zeros.T, bits).view(np.uint32).astype(np.int64)
+    if version == "gptq":  # as the writers do: one subtraction for the whole word
+        stored -= int("1" * 8, 16) if bits == 4 else int("01" * 4, 16)
+    out = {
+        "qweight": columns_of_words(codes, bits).T.copy(),
+        "qzeros": _int32(stored),
+        "scales": scales.T,
+    }
+    return out if g_idx is None else {**out, "g_idx": g_idx.astype(np.int32)}
+
+
+def pack_awq(codes, scales, zeros) -> dict[str, np.ndarray]:
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # field i holds column order[i]
+    places = [order.index(column) for column in range(8)]
+    return {
+        "qweight": columns_of_words(codes.T, 4, places),
+        "qzeros": columns_of_words(zeros.T, 4, places),
+        "scales": scales.T,
+    }
+
+
+def pack_compressed(codes, scales, zeros, bits, symmetric, plain=False) -> dict[str, np.ndarray]:
+    out = {
+        "weight_packed": bit_stream(codes, bits),
+        "weight_scale": scales,
+        "weight_shape": np.array(codes.shape, np.int64),
+    }
+    if not symmetric:
+        packed = bit_stream(zeros.T, bits).T.copy()
+        signed = (zeros.astype(np.int64) - (1 << (bits - 1))).astype(np.int8)
+        out["weight_zero_point"] = signed if plain else packed
+    return out
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+class Sample:
+    """A quantised folder to be written.
+
+    Args:
+        method: "gptq", "gptq_v2", "awq" or "compressed".
+        bits, group: of all linears; a group of -1 is the row.
+        symmetric: all zero points are the middle code.
+        scale_dtype: "F16", "BF16" or "F32".
+        arch, config: the model, as `configuration`.
+        head: quantise the head too.
+        settings: put into quantization_config.
+        options: g_idx=callable K -> [K]; says: another checkpoint_format than is true; plain: zero
+            points of compressed-tensors unpacked; seed.
+    """
+
+    def __init__(
+        self,
+        method: str = "gptq",
+        bits: int = 4,
+        group: int = 32,
+        symmetric: bool = False,
+        scale_dtype: str = "F16",
+        arch: str = "llama",
+        config: dict[str, Any] | None = None,
+        head: bool = False,
+        settings: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.method, self.bits, self.group, self.symmetric = method, bits, group, symmetric
+        self.scale_dtype, self.arch, self.config = scale_dtype, arch, config or {}
+        self.head, self.settings, self.options = head, settings or {}, options
+        self.rng = np.random.default_rng(options.get("seed", 0))
+        self.codes: dict[str, np.ndarray] = {}
+        self.scales: dict[str, np.ndarray] = {}
+        self.zeros: dict[str, np.ndarray] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def write(self, folder: Path, shards: int = 1) -> Path:
+        self.make()
+        folder.mkdir(parents=True, exist_ok=True)
+        values = self.model.config.to_dict() | {"quantization_config": self.quantization()}
+        (folder / "config.json").write_text(json.dumps(values, indent=1))
+        self.save(folder, shards)
+        return folder
+
+    def save(self, folder: Path, shards: int = 1) -> None:
+        names = sorted(self.tensors)
+        if shards == 1:
+            safetensors_torch.save_file(self.tensors, folder / "model.safetensors")
+            return
+        files = {}
+        for part in range(shards):
+            file = f"model-{part + 1:05d}-of-{shards:05d}.safetensors"
+            own = names[part::shards]  # a layer's tensors lie in different files
+            safetensors_torch.save_file({k: self.tensors[k] for k in own}, folder / file)
+            files.update(dict.fromkeys(own, file))
+        index = {"metadata": {}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def quantization(self) -> dict[str, Any]:
+        if self.method.startswith("gptq"):
+            values = {
+                "quant_method": "gptq",
+                "checkpoint_format": self.options.get("says", self.method),
+                "bits": self.bits,
+                "group_size": self.group,
+                "sym": self.symmetric,
+                "desc_act": "g_idx" in self.options,
+            }
+        elif self.method == "awq":
+            values = {
+                "quant_method": "awq",
+                "version": "gemm",
+                "bits": 4,
+                "group_size": self.group,
+                "zero_point": True,
+            }
+        else:
+            weights = {
+                "num_bits": self.bits,
+                "type": "int",
+                "symmetric": self.symmetric,
+                "strategy": "channel" if self.group == -1 else "group",
+                "group_size": None if self.group == -1 else self.group,
+                "dynamic": False,
+            }
+            group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+            values = {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "config_groups": {"group_0": group},
+                "ignore": [] if self.head else ["lm_head"],
+            }
+        return {**values, **self.settings}
+
+    def make(self) -> None:
+        torch.manual_seed(self.options.get("seed", 0))
+        config = configuration(self.arch, **self.config)
+        self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.model.eval()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.dim() == 1:  # norms and biases that are not all 1 or 0
+                    parameter += 0.1 * torch.randn_like(parameter)
+                parameter.copy_(parameter.half())
+                self.tensors[name] = parameter.half().clone()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, torch.nn.Linear) and (name != "lm_head" or self.head):
+                self._quantise(name, module)
+
+    def _quantise(self, name: str, module: torch.nn.Linear) -> None:
+        rows, columns = module.weight.shape
+        groups = 1 if self.group == -1 else -(-columns // self.group)
+        top = 1 << self.bits
+        codes = self.rng.integers(0, top, (rows, columns))
+        zeros = self.rng.integers(0, top, (rows, groups))
+        zeros[0], zeros[1] = 0, top - 1
+        if self.symmetric:
+            zeros[:] = top // 2
+        drawn = torch.from_numpy(self.rng.uniform(0.4, 1, (rows, groups)) / 4 / top)
+        scales = drawn.to(DTYPES[self.scale_dtype])
+        index = np.arange(columns) // (columns if self.group == -1 else self.group)
+        g_idx = self.options["g_idx"](columns) if "g_idx" in self.options else None
+        index = index if g_idx is None else g_idx
+        wide = scales.double().numpy()
+        weight = wide[:, index] * (codes - zeros[:, index])
+        module.weight = torch.nn.Parameter(torch.from_numpy(weight).float())
+        numbers = scales.float().numpy()  # exact; turned back below
+        if self.method.startswith("gptq"):
+            parts = pack_gptq(codes, numbers, zeros, self.bits, self.method, g_idx)
+        elif self.method == "awq":
+            parts = pack_awq(codes, numbers, zeros)
+        else:
+            plain = self.options.get("plain", False)
+            parts = pack_compressed(codes, numbers, zeros, self.bits, self.symmetric, plain)
+        self.tensors.pop(f"{name}.weight", None)
+        for part, array in parts.items():
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            if tensor.is_floating_point():
+                tensor = tensor.to(DTYPES[self.scale_dtype])
+            self.tensors[f"{name}.{part}"] = tensor
+        self.codes[name], self.scales[name], self.zeros[name] = codes, wide, zeros
