@@ -293,12 +293,12 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
             new.__dict__[name] = value
 
 
-def _decide(model, layers, owners, config, wanted, skip) -> None:
+def _decide(model, layers, owners, config, wanted, skip, meta: bool = False) -> None:
     for layer in layers:
         if _matches(layer.name, skip):
             layer.reason = "in skip"
         else:
-            layer.reason = _unfit(layer)
+            layer.reason = _unfit(layer, meta)
         if not layer.reason and not wanted(layer.name, layer.module):
             layer.reason = "not selected by where"
         if not layer.reason and isinstance(config, BlockSparseConfig):
