@@ -8,6 +8,7 @@ whose speed drifts slows all of them; each figure is the median of its rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -17,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TextIO
 
 import torch
 
@@ -57,7 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the perplexity text (1024)",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="also write the figures to FILE; without FILE print them as JSON, and no table",
+    )
 
 
 @dataclass
@@ -260,7 +267,7 @@ def _print_table(rows: list[dict[str, Any]], count: int) -> None:
             print("  ".join("-" * width for width in widths))
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, out: TextIO) -> int:
     start = time.perf_counter()
 
     def elapsed() -> float:
@@ -314,7 +321,11 @@ def _run(arguments: argparse.Namespace) -> int:
             "models": rows,
             "summary": summary,
         }
-        Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(figures, indent=2) + "\n"
+        if arguments.json == "-":
+            out.write(text)
+        else:
+            Path(arguments.json).write_text(text, encoding="utf-8")
     return 0 if summary["ok"] else 1
 
 
@@ -339,7 +350,11 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"demo: {option} must be at least {least}, got {value}", file=sys.stderr)
             return 2
     try:
-        return _run(arguments)
+        if arguments.json != "-":
+            return _run(arguments, sys.stdout)
+        out = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):  # progress and tables: only JSON is printed
+            return _run(arguments, out)
     except (ImportError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

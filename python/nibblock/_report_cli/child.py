@@ -34,9 +34,7 @@ class Session:
 
     def load(self, candidate: dict[str, Any], text: str, tokens: int, threads: int):
         import transformers
-        import transformers.models.llama.modeling_llama
-
-        import nibblock  # noqa: F401
+        import transformers.models.llama.modeling_llama  # what a model imports is not its memory
 
         if threads:
             torch.set_num_threads(threads)

@@ -113,7 +113,7 @@ def _on_meta(path: Path, architecture: str, dtype: torch.dtype) -> torch.nn.Modu
         build = transformers.AutoModel.from_config if kind is None else kind._from_config
         with torch.device("meta"):
             return build(config, dtype=dtype)
-    except Exception as error:
+    except Exception as error:  # configurations fail in ways of their own
         lines = str(error).strip().splitlines() or [repr(error)]
         raise ValueError(
             f"report: {path.name} must hold a configuration that transformers can build, got: "

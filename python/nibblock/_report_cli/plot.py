@@ -9,7 +9,7 @@ from typing import Union
 
 import numpy as np
 
-from nibblock._report_cli.facts import Facts, LayerFacts
+from nibblock._report_cli.facts import Facts, LayerFacts, total_norm
 from nibblock.sparse._plot import sheet
 
 
@@ -36,7 +36,7 @@ def plot(facts: Sequence[Facts], path: Union[str, os.PathLike]) -> None:
         raise ImportError(
             "report: --plot needs matplotlib, which is not installed; pip install nibblock[bench]"
         ) from error
-    heights = [max(2.5, 1.5 + 0.2 * len(sheet(r.name for r in rows)[1])) for _, rows in found]
+    heights = [max(2.5, 1.5 + 0.15 * len(sheet(r.name for r in rows)[1])) for _, rows in found]
     # No pyplot: it would start a GUI backend and keep the figure alive.
     figure = Figure(figsize=(12, min(40.0, sum(heights))), dpi=120)
     figure.set_layout_engine("constrained")
@@ -49,8 +49,10 @@ def plot(facts: Sequence[Facts], path: Union[str, os.PathLike]) -> None:
             axes.set_title(f"{Path(name).name}: {title}", fontsize=8)
             axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=6)
             axes.set_yticks(range(len(numbers)), numbers, fontsize=6)
-            shown = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
-            figure.colorbar(shown, ax=axes, fraction=0.03)
+            shown = axes.imshow(
+                values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0
+            )
+            figure.colorbar(shown, ax=axes, fraction=0.03).ax.tick_params(labelsize=6)
     figure.savefig(path)
 
 
@@ -60,7 +62,11 @@ def maps(rows: Sequence[LayerFacts]) -> tuple[list[str], list[str], np.ndarray, 
     columns, numbers, place = sheet(row.name for row in rows)
     density = np.full((len(numbers), len(columns)), np.nan)
     norm = np.full_like(density, np.nan)
-    for row in rows:
-        density[place[row.name]] = row.density
-        norm[place[row.name]] = np.nan if row.norm is None else row.norm
+    shares: dict[tuple[int, int], list[LayerFacts]] = {}
+    for row in rows:  # experts of one layer, each a linear, share a place
+        shares.setdefault(place[row.name], []).append(row)
+    for at, group in shares.items():
+        density[at] = sum(row.blocks for row in group) / max(1, sum(r.all_blocks for r in group))
+        if all(row.norm is not None for row in group):
+            norm[at] = total_norm([row.norm for row in group])
     return columns, numbers, density, norm

@@ -242,6 +242,14 @@ def measured_text(rows: Sequence[Measured], text: str) -> str:
         "included",
         "times are of this machine at this moment: compare them within this table only",
     ]
+    for name, row in zip(names, rows):
+        sizes = [(r.window, r.prefill_tokens, r.decode_tokens) for r in (one, row)]
+        if sizes[0] != sizes[1]:
+            window, prefill, decode = sizes[1]
+            lines.append(
+                f"{name} has another context: windows of {window}, prefill of {prefill}, decode of "
+                f"{decode} tokens"
+            )
     if len({row.text_hash for row in rows}) > 1:
         lines.append("the tokenizers cut the text differently: perplexities do not compare")
     return "\n".join(lines)
