@@ -232,6 +232,39 @@ def test_a_gguf_is_measured_with_its_own_tokenizer(tmp_path):
     ]  # fmt: skip
 
 
+def test_files_on_a_gguf(tmp_path):
+    from gguf_samples import Model
+    from nibblock.formats.gguf import load_gguf_dense
+
+    base = Model(types={"": "Q4_1", "token_embd": "Q8_0"}).write(tmp_path / "m.gguf")
+    name = "model.layers.1.mlp.up_proj"
+    makers = {
+        "update": ("dense float32", lambda: load_gguf_dense(base)),
+        "adapter": ("exact", lambda: nb.load_gguf(base)),
+        "over_dense": ("dense float32", lambda: load_gguf_dense(base)),
+        "over_bfloat16": ("dense bfloat16", lambda: load_gguf_dense(base, torch.bfloat16)),
+        "whole": ("exact", lambda: nb.load_gguf(base)),
+    }
+    ids = torch.arange(1, 13)[None]
+    for kind, (form, make) in makers.items():
+        model, path = make(), tmp_path / f"{kind}.safetensors"
+        if kind == "update":
+            nb.sparse_update(model, {name: [[0, 0], [3, 1]]})
+        elif kind != "whole":
+            nb.add_adapters(model, nb.AdapterConfig(density=0.1, where=name))
+        with torch.no_grad():
+            for parameter in nb.trainable_parameters(model) if kind != "whole" else ():
+                parameter.add_(0.1)
+            expected = model(ids).logits
+        nb.save(model, path)
+        (one,), _ = models.candidates([str(path)], str(base))
+        assert (one.form, one.files) == (form, (str(path),)), kind
+        sizes = [path.stat().st_size, base.stat().st_size]
+        assert one.disk_bytes == (sizes[0] if kind == "whole" else sum(sizes))
+        with torch.no_grad():
+            assert torch.equal(models.load(one)(ids).logits, expected), kind
+
+
 def test_what_is_no_causal_language_model(tmp_path):
     tiny_bert(1).save_pretrained(tmp_path / "bert")
     (tmp_path / "bare").mkdir()
