@@ -22,6 +22,17 @@ def memory(field: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def forget_peak() -> bool:
+    """Lets "VmHWM" begin again at what is resident now; False where the system does not do that,
+    and the peak of what came before still counts."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return memory("VmHWM") <= 1.02 * memory("VmRSS")
+
+
 def model_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers; storage shared by several of them counts once."""
     storages = {}

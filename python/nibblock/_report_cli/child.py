@@ -42,12 +42,13 @@ class Session:
         source = models.Candidate(**{**candidate, "files": tuple(candidate["files"])})
         tokenizer = models.load_tokenizer(source)
         self.ids = _encode(tokenizer, Path(text), tokens)
+        _measure.forget_peak()
         self.before = _measure.memory("VmRSS")
         start = time.perf_counter()
         self.model = models.load(source)
         seconds = time.perf_counter() - start
         config = self.model.config.get_text_config()
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = config.vocab_size
         if int(self.ids.max()) >= vocabulary:
             raise ValueError(
                 f"report: {Path(source.base).name} must have a tokenizer of its vocabulary of "
@@ -72,10 +73,16 @@ class Session:
     def _count(self) -> int:
         return max(2, min(DECODE, self.limit - len(self._prompt(PROMPT))))
 
+    def warm(self):
+        """One prefill and one decode: the first call of a kernel is slow; and the memory that a
+        deployed model takes, before the logits of whole windows are asked for."""
+        self.prefill()
+        self.decode()
+        return {"peak_bytes": _measure.memory("VmHWM") - self.before}
+
     def perplexity(self):
         window = max(2, min(WINDOW, self.limit))
         found = _measure.perplexity(self.model, self.ids, window)
-        _measure.decode(self.model, self._prompt(PROMPT), 2)  # the first call of a kernel is slow
         return {"perplexity": found if found < float("inf") else None, "window": window}
 
     def prefill(self):
@@ -85,9 +92,6 @@ class Session:
     def decode(self):
         _, seconds = _measure.decode(self.model, self._prompt(PROMPT), self._count())
         return {"rate": 1 / seconds}
-
-    def peak(self):
-        return {"peak_bytes": _measure.memory("VmHWM") - self.before}
 
 
 def _encode(tokenizer: Any, path: Path, tokens: int) -> torch.Tensor:

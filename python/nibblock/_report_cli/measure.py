@@ -29,8 +29,10 @@ class Measured:
         perplexity: of the text, a token; None where it is not finite. text_tokens, text_hash: of
             what was read: perplexities compare where the hashes are equal.
         prefill, decode: tokens a second, one figure a round; medians below.
-        peak_bytes: the process's largest resident memory, loading included, above what it was with
-            everything imported. bytes: of Parameters and buffers. disk_bytes: of the files.
+        peak_bytes: the process's largest resident memory while it loads the model, reads one prompt
+            and decodes, above what it was with everything imported (and, where the system does not
+            let a peak begin again, at least what the imports' own peak was).
+        bytes: of Parameters and buffers. disk_bytes: of the files.
         load_seconds: once; a file that was not in the page cache takes longer.
     """
 
@@ -163,6 +165,7 @@ def measure(
             figures.append(worker.ask("load", candidate=asdict(candidate), **where))
         for worker, found in zip(workers, figures):
             say(f"perplexity of {worker.name} on {found['text_tokens']} tokens")
+            found.update(worker.ask("warm"))
             found.update(worker.ask("perplexity"), prefill=[], decode=[])
         for index in range(rounds):
             say(f"timing round {index + 1} of {rounds}")
@@ -172,8 +175,6 @@ def measure(
                 for worker, found in order:
                     time.sleep(_PAUSE)
                     found[what].append(worker.ask(what)["rate"])
-        for worker, found in zip(workers, figures):
-            found.update(worker.ask("peak"))
     return [
         Measured(path=c.path, form=c.form, disk_bytes=c.disk_bytes, price=price, **found)
         for c, found in zip(candidates, figures)

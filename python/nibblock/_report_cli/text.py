@@ -238,8 +238,8 @@ def measured_text(rows: Sequence[Measured], text: str) -> str:
         f"perplexity of {one.text_tokens} tokens of {text} in windows of {one.window}; prefill of "
         f"{one.prefill_tokens}, decode of {one.decode_tokens} tokens: medians of "
         f"{len(one.prefill)} alternating rounds; {one.threads} threads, {_native.cpu_isa()}",
-        "peak: resident memory of the model's own process above that of its imports, loading "
-        "included",
+        "peak: resident memory of the model's own process above that of its imports, while it "
+        "loads, reads a prompt and decodes",
         "times are of this machine at this moment: compare them within this table only",
     ]
     for name, row in zip(names, rows):
