@@ -389,6 +389,21 @@ def test_every_command_that_prints_facts_prints_json(bench, tmp_path, capsys):
     assert strict(capsys.readouterr().out)["files"][0]["kind"] == "model"
 
 
+def test_a_run_that_diverged_is_json_too(tmp_path, monkeypatch, capsys):
+    from nibblock._finetune import cli as finetune
+
+    def diverged(settings, place, resume, quiet):
+        place.mkdir(parents=True)
+        (place / "result.json").write_text('{"best": {"loss": NaN, "perplexity": Infinity}}')
+        return 0
+
+    monkeypatch.setattr(finetune, "run_child", diverged)
+    monkeypatch.setattr(finetune.report, "plot", lambda results, path: None)
+    assert command.main(["finetune", "--out", str(tmp_path / "run"), "--json"]) == 0
+    (result,) = strict(capsys.readouterr().out)["results"]
+    assert result == {"best": {"loss": None, "perplexity": None}}
+
+
 def test_the_command_itself():
     help_text = subprocess.run(
         [sys.executable, "-m", "nibblock", "report", "--help"],

@@ -23,6 +23,7 @@ from typing import Any, Callable, TextIO
 import torch
 
 from nibblock._measure import decode, model_bytes, perplexity, prefill_seconds, weight_count
+from nibblock._report import plain
 
 PROMPT = "Explain in two sentences why the sky is blue."
 PERPLEXITY_LIMIT = 0.002  # of a lossless import, relative to the dequantised model
@@ -321,7 +322,7 @@ def _run(arguments: argparse.Namespace, out: TextIO) -> int:
             "models": rows,
             "summary": summary,
         }
-        text = json.dumps(figures, indent=2) + "\n"
+        text = json.dumps(plain(figures), indent=2, allow_nan=False) + "\n"
         if arguments.json == "-":
             out.write(text)
         else:

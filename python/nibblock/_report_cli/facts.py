@@ -7,16 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Optional
 
-from nibblock._report import Report
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: tuples are lists, numbers that are not finite are None."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+from nibblock._report import Report, plain
 
 
 def over(part: float, whole: float) -> Optional[float]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from nibblock._report_cli.facts import plain
+from nibblock._report import plain
 from nibblock._report_cli.models import Candidate
 
 _PAUSE = 0.05  # seconds for the threads of the model before to stop spinning
