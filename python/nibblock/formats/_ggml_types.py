@@ -243,3 +243,10 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
         raise NotImplementedError(kind)
     with np.errstate(all="ignore"):  # a corrupt scale is found by its result, which is not finite
         return gguf.quants.dequantize(raw, member)
+
+
+def form(kind: str) -> tuple[int, int, bool, str]:
+    """(bits, group, whether it has offsets, dtype of the scales) of a name in EXACT_TYPES."""
+    # Of a block of zeros, so that the decoders stay the only place that knows.
+    codes = decode(kind, np.zeros((1, _DECODERS[kind][2]), np.uint8))
+    return codes.bits, codes.group, codes.offsets is not None, codes.scales.dtype.name
