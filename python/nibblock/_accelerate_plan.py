@@ -10,6 +10,7 @@ from torch import nn
 from nibblock import _accelerate as _tree
 from nibblock._config import Int4Config
 from nibblock._report import LayerReport, Report
+from nibblock._ties import parameter_owners
 from nibblock.nn import _expert_form as _experts
 from nibblock.nn._conv1d import is_conv1d
 from nibblock.ops import _checks
@@ -29,7 +30,7 @@ def plan(model: nn.Module, config: Optional[Int4Config] = None) -> Report:
     """
     config = Int4Config() if config is None else config
     layers = _tree._find_layers(model, config)
-    owners = _tree._parameter_owners(model)
+    owners = parameter_owners(model)
     _tree._decide(model, layers, owners, config, _tree._selector(None), [], meta=True)
     before = after = _tree.model_bytes(model)
     rows, packed = [], set()
