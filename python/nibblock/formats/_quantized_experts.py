@@ -36,13 +36,12 @@ _MATRIX = re.compile(r"(?P<head>.+)\.(?P<expert>\d+)\.[^.]+\.weight")
 class Place:
     """Where a matrix of the file belongs: rows of one expert of a fused tensor of the model.
 
-    leaves: what the file calls the matrices whose rows follow each other ("w1", "w3"); part: which
-    of them this is. head: the file's name up to the expert's number.
+    leaves: what the file calls the matrices whose rows follow each other ("w1", "w3"). head: the
+    file's name up to the expert's number.
     """
 
     target: str
     expert: int
-    part: int
     leaves: tuple[str, ...]
     head: str
 
@@ -81,8 +80,7 @@ class Names:
             if found is None or operations != wanted or len(converter.target_patterns) != 1:
                 return key, None
             leaves = tuple(source.split(".")[-2] for source in sources)
-            part = sources.index(pattern)
-            return target, Place(target, int(found["expert"]), part, leaves, found["head"])
+            return target, Place(target, int(found["expert"]), leaves, found["head"])
         return name, None
 
 
@@ -229,9 +227,10 @@ class Experts:
         wanted = self.dense[target]
         shape = (wanted.count, wanted.rows * len(wanted.leaves), wanted.columns)
         out = torch.empty(shape, dtype=dtype)
-        for expert, rows, name in wanted.each():
-            key = f"{name}.weight"
-            out[expert, rows] = self.folder.read([key])[key]
+        with self.folder.kept_open():
+            for expert, rows, name in wanted.each():
+                key = f"{name}.weight"
+                out[expert, rows] = self.folder.read([key])[key]
         return out
 
     def read(self, path: str, compute: str) -> tuple[Int4Experts, str]:
@@ -239,7 +238,8 @@ class Experts:
         codes: dict[str, Any] = {}
         bits, groups, notes = {}, {}, []
         for leaf, wanted in self.quantised[path].items():
-            codes[leaf], layer, rounded = self._stack(wanted)
+            with self.folder.kept_open():
+                codes[leaf], layer, rounded = self._stack(wanted)
             bits[leaf], groups[leaf] = layer.bits, layer.group
             scheme = self.schemes[wanted.each()[0][2]]
             if rounded:

@@ -159,11 +159,13 @@ class _Builder:
 
     def build(self, quantised: bool) -> PreTrainedModel:
         self.model = self._empty()
-        self._plan()
-        rows = {
-            self.sources[n]: (s, linear_shape(self._linear(n))[0]) for n, s in self.linears.items()
-        }
-        self.reader.prepare({**rows, **self.experts.layers()})
+        with self.folder.kept_open():  # what is read before all fits is small
+            self._plan()
+            layers = {
+                self.sources[name]: (scheme, linear_shape(self._linear(name))[0])
+                for name, scheme in self.linears.items()
+            }
+            self.reader.prepare({**layers, **self.experts.layers()})
         # All names, shapes and dtypes fit; from here on memory is spent.
         before = 4 * sum(p.numel() for p in self.model.parameters())
         for name in self.dense:
