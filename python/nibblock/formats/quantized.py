@@ -242,36 +242,31 @@ class _Builder:
         """Finds the place of what the file holds quantised under this name; returns the names of
         its tensors, as far as they are known to fit.
         """
-        name = source
+        name, place, reason = source, None, "none"
         if name not in modules:
             key, place = self.names.of(f"{source}.weight")
             name = key.removesuffix(".weight")
-            if place is not None:
-                reason = self.experts.add(place, source, packed=True)
-                if not reason:
-                    return []
-                if not self._ignored(f"{source}.{self.reader.marker}"):
-                    raise self._no_place(source, reason)
-                return []
-        if name not in modules and self._ignored(f"{source}.{self.reader.marker}"):
-            return []
-        return self._plan_linear(name, source, modules.get(name))
+        if place is None and name in modules:
+            return self._plan_linear(name, source, modules[name])
+        if place is not None:
+            reason = self.experts.add(place, source, packed=True)
+        if reason and not self._ignored(f"{source}.{self.reader.marker}"):
+            raise self._no_place(source, reason)
+        return []
 
     def _no_place(self, source: str, reason: str) -> ValueError:
         key = f"{source}.{self.reader.marker}"
         need = f"hold {key} for an nn.Linear of the model"
         return self.folder.fail(need, reason, self.folder.tensors[key].file)
 
-    def _plan_linear(self, name: str, source: str, module: nn.Module | None) -> list[str]:
+    def _plan_linear(self, name: str, source: str, module: nn.Module) -> list[str]:
         """Checks one quantised linear; returns the names of its tensors."""
-        reason = "none"
-        if module is not None:
-            reason = type(module).__name__
-            if isinstance(module, nn.Linear) or is_conv1d(module):
-                parent = self.model.get_submodule(name.rpartition(".")[0])
-                reason = _unfit(_Layer(name, module, [(parent, "")]), meta=True)
-            if not reason and name in self.linears:
-                reason = f"one that {self.sources[name]} is for"
+        reason = type(module).__name__
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            reason = _unfit(_Layer(name, module, [(parent, "")]), meta=True)
+        if not reason and name in self.linears:
+            reason = f"one that {self.sources[name]} is for"
         if reason:
             raise self._no_place(source, reason)
         kind, (rows, columns) = type(module).__name__, linear_shape(module)
