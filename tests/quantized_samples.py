@@ -25,6 +25,11 @@ safetensors_torch = pytest.importorskip(
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _COMMON = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 72}
 _GATED = {"intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 72,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+_ROUTED = {"intermediate_size": 128, "moe_intermediate_size": 96, "num_experts_per_tok": 2}
 ARCHITECTURES = {
     "llama": {**_COMMON, **_GATED},
     "qwen2": {**_COMMON, **_GATED, "tie_word_embeddings": True},
@@ -32,6 +37,24 @@ ARCHITECTURES = {
     "opt": {**_COMMON, "ffn_dim": 192, "word_embed_proj_dim": 128, "max_position_embeddings": 64},
     "falcon": {},
     "gemma2": {**_COMMON, **_GATED, "head_dim": 32, "sliding_window": 16},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 72, "n_positions": 64},
+    "mixtral": {**_SMALL, "intermediate_size": 96, "num_local_experts": 4},
+    "qwen2_moe": {**_SMALL, **_ROUTED, "shared_expert_intermediate_size": 32, "num_experts": 4},
+    "qwen3_moe": {**_SMALL, **_ROUTED, "head_dim": 16, "num_experts": 4},
+    "olmoe": {**_SMALL, "intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        **_SMALL, **_ROUTED, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2,
+        "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32,
+        "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    },
+}  # fmt: skip
+# What files call the experts of a layer, their gate, up and down matrices, and the layer's router.
+EXPERTS = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"),
+        ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    ),
 }
 
 
@@ -119,7 +142,8 @@ class Sample:
         head: quantise the head too.
         settings: put into quantization_config.
         options: g_idx=callable K -> [K]; says: another checkpoint_format than is true; plain: zero
-            points of compressed-tensors unpacked; seed.
+            points of compressed-tensors unpacked; symmetric_where=callable name -> bool; kept: of
+            experts, callable name -> bool; seed.
     """
 
     def __init__(
@@ -214,18 +238,51 @@ class Sample:
                     parameter += 0.1 * torch.randn_like(parameter)
                 parameter.copy_(parameter.half())
                 self.tensors[name] = parameter.half().clone()
+            for name in self.model.state_dict().keys() - self.tensors.keys():
+                if name.endswith("e_score_correction_bias"):  # DeepSeek-V3's router, a buffer
+                    buffer = self.model.get_buffer(name)
+                    buffer.copy_(0.1 * torch.randn_like(buffer).half())
+                    self.tensors[name] = buffer.clone()
+        conv = transformers.pytorch_utils.Conv1D
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, torch.nn.Linear) and (name != "lm_head" or self.head):
-                self._quantise(name, module)
+            if isinstance(module, torch.nn.Linear):
+                # (The gate of a shared expert is one row, which no format packs.)
+                if module.out_features == 1 or (name == "lm_head" and not self.head):
+                    continue
+                module.weight = torch.nn.Parameter(self.draw(name, *module.weight.shape))
+            elif isinstance(module, conv):
+                weight = self.draw(name, module.nf, module.nx)
+                module.weight = torch.nn.Parameter(weight.t().contiguous())
+            elif self.arch in EXPERTS and hasattr(module, "gate_up_proj"):
+                self._split(name, module)
+        inner = EXPERTS.get(self.arch, ("mlp",))[0]
+        self.tensors = {k.replace(".mlp.", f".{inner}."): t for k, t in self.tensors.items()}
 
-    def _quantise(self, name: str, module: torch.nn.Linear) -> None:
-        rows, columns = module.weight.shape
+    def _split(self, name: str, module: torch.nn.Module) -> None:
+        """One linear an expert in the file; `options["kept"](name)` says what stays dense there."""
+        inner, (gate, up, down) = EXPERTS[self.arch]
+        kept = self.options.get("kept", lambda name: False)
+        for fused, leaves in (("gate_up_proj", (gate, up)), ("down_proj", (down,))):
+            del self.tensors[f"{name}.{fused}"]
+            whole = module.get_parameter(fused).data
+            for expert, matrix in enumerate(whole):
+                for leaf, part in zip(leaves, matrix.chunk(len(leaves))):
+                    own = f"{name}.{expert}.{leaf}".replace(".mlp.", f".{inner}.")
+                    if kept(own):
+                        self.tensors[f"{own}.weight"] = part.half().clone()
+                    else:
+                        part.copy_(self.draw(own, *part.shape))
+
+    def draw(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """Puts a linear of this name into the file; returns the weight that it stands for."""
+        only = self.options.get("symmetric_where")
+        symmetric = self.symmetric or bool(only and only(name))
         groups = 1 if self.group == -1 else -(-columns // self.group)
         top = 1 << self.bits
         codes = self.rng.integers(0, top, (rows, columns))
         zeros = self.rng.integers(0, top, (rows, groups))
         zeros[0], zeros[1] = 0, top - 1
-        if self.symmetric:
+        if symmetric:
             zeros[:] = top // 2
         drawn = torch.from_numpy(self.rng.uniform(0.4, 1, (rows, groups)) / 4 / top)
         scales = drawn.to(DTYPES[self.scale_dtype])
@@ -234,7 +291,6 @@ class Sample:
         index = index if g_idx is None else g_idx
         wide = scales.double().numpy()
         weight = wide[:, index] * (codes - zeros[:, index])
-        module.weight = torch.nn.Parameter(torch.from_numpy(weight).float())
         numbers = scales.float().numpy()  # exact; turned back below
         if self.method.startswith("gptq"):
             parts = pack_gptq(codes, numbers, zeros, self.bits, self.method, g_idx)
@@ -250,3 +306,4 @@ class Sample:
                 tensor = tensor.to(DTYPES[self.scale_dtype])
             self.tensors[f"{name}.{part}"] = tensor
         self.codes[name], self.scales[name], self.zeros[name] = codes, wide, zeros
+        return torch.from_numpy(weight).float()

@@ -53,8 +53,8 @@ def build(
             new[name] = Int4Experts.from_codes(
                 old,
                 codes,
-                group_size=form["group_size"],
-                bits=form["bits"],
+                group_size={leaf: record["group_size"] for leaf, record in records.items()},
+                bits={leaf: record["bits"] for leaf, record in records.items()},
                 compute=form["compute"],
             )
         except (TypeError, ValueError) as error:

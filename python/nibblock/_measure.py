@@ -44,17 +44,12 @@ def model_bytes(model: torch.nn.Module) -> int:
 
 def weight_count(model: torch.nn.Module) -> int:
     """How many numbers the model holds; packed weights count by their shape, tied ones once."""
-    from nibblock.nn import Int4Embedding, Int4Linear
-    from nibblock.nn._expert_weight import ExpertWeight
+    from nibblock.nn._packed import PackedWeight
 
     packed = {}
     for module in model.modules():
-        if isinstance(module, Int4Linear):
-            packed[id(module.packed)] = module.in_features * module.out_features
-        elif isinstance(module, Int4Embedding):
-            packed[id(module.packed)] = module.num_embeddings * module.embedding_dim
-        elif isinstance(module, ExpertWeight):
-            packed[id(module.packed)] = module.experts * module._rows * module._columns
+        if isinstance(module, PackedWeight):
+            packed[id(module.packed)] = math.prod(module._dense_shape)
     dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
     return dense + sum(packed.values())
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from nibblock import _native
-from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Linear
+from nibblock.nn import AdapterLinear, BlockSparseLinear, Int4Experts, Int4Linear
+from nibblock.nn._expert_weight import ExpertWeight
 from nibblock.nn.adapter_linear import fused as runs_fused
 from nibblock.ops import _checks, _triton
 
@@ -19,7 +20,8 @@ class Explanation:
     """The choice for one layer shape. `str()` is a small table.
 
     Attributes:
-        layer: its name (or its class), with " xN" for N layers of one shape.
+        layer: its name (or its class), with " xN" for N layers of one shape. Of experts: the
+            projection's name, with " xN" for N products of one shape.
         kernel: id of the row that runs; None when no row serves the call.
         refused: (id, reason) of every other row.
         call: what was asked, in words.
@@ -50,6 +52,7 @@ class Explanations(tuple):
 
 
 Layer = Union[Int4Linear, BlockSparseLinear, AdapterLinear]
+Product = Union[Int4Linear, BlockSparseLinear, AdapterLinear, ExpertWeight]
 _LAYERS = (Int4Linear, BlockSparseLinear, AdapterLinear)
 
 
@@ -62,9 +65,10 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
         x: for a layer, its input [..., K] float32 | bfloat16 | float16 (nothing is computed; it may
             be a meta tensor). For a model, what its forward takes: a tensor, a tuple of positional
             or a dict of keyword arguments; the forward runs once, without gradients, to see the
-            shapes.
+            shapes. `Int4Experts` are a model too: (hidden_states, top_k_index, top_k_weights).
     Returns:
-        An `Explanation`, or for a model `Explanations`, one for each distinct shape; both print. An
+        An `Explanation`, or for a model `Explanations`, one for each distinct shape; both print.
+        Experts run a product for each expert that some token chose. An
         `AdapterLinear` without an active adapter, or with a merged one, runs its base alone.
     Raises:
         TypeError: module is not a module, or x of a dtype that is not served. ValueError: x of
@@ -83,9 +87,10 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"explain: module must be an nn.Module, got {type(module).__name__}")
     layers = layers_of(module)
-    if not layers:
+    experts = {m: name for name, m in module.named_modules() if isinstance(m, Int4Experts)}
+    if not layers and not experts:
         raise ValueError("explain: module must hold an Int4Linear, got none; accelerate it first")
-    seen: dict[tuple, list[tuple[str, Layer, torch.Tensor]]] = {}
+    seen: dict[tuple, list[tuple[str, Product, torch.Tensor]]] = {}
 
     def note(layer, args, kwargs):
         value = args[0] if args else kwargs["input"]
@@ -93,7 +98,20 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
         key = (rows, value.dtype, *shape_key(layer))
         seen.setdefault(key, []).append((layers[layer], layer, value.detach().to("meta")))
 
+    def note_experts(layer, args, kwargs):
+        x = args[0] if args else kwargs["hidden_states"]
+        index = args[1] if len(args) > 1 else kwargs["top_k_index"]
+        # (Index E stands for an expert that is not here; wrong ones are the forward's to refuse.)
+        chosen = index[(index >= 0) & (index < layer._form.experts)].unique(return_counts=True)[1]
+        for leaf, weight in layer.projections.items():
+            name = f"{experts[layer]}.{leaf}".removeprefix(".")
+            for rows in chosen.tolist():
+                key = (rows, x.dtype, ExpertWeight, weight._args, weight._columns)
+                value = torch.empty(rows, weight._columns, dtype=x.dtype, device="meta")
+                seen.setdefault(key, []).append((name, weight, value))
+
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    handles += [e.register_forward_pre_hook(note_experts, with_kwargs=True) for e in experts]
     training = {m: m.training for m in module.modules()}
     try:
         module.eval()
@@ -152,13 +170,15 @@ def shape_key(layer: Layer) -> tuple:
     return key
 
 
-def _explain_layer(name: str, layer: Layer, x: torch.Tensor) -> Explanation:
+def _explain_layer(name: str, layer: Product, x: torch.Tensor) -> Explanation:
     layer = running(layer)
     rows = x.numel() // max(1, x.shape[-1])
     dtype = _checks.dtype_name(x.dtype)
-    call = f"[{rows}, {layer.in_features}] {dtype} -> {layer.out_features}"
+    packed = isinstance(layer, (Int4Linear, ExpertWeight))
+    outputs = layer._rows if packed else layer.out_features
+    call = f"[{rows}, {x.shape[-1]}] {dtype} -> {outputs}"
     cuda = next(layer.parameters()).is_cuda
-    if isinstance(layer, Int4Linear):
+    if packed:
         choice = _cuda_choice(layer, rows, x) if cuda else _int4_choice(layer, rows, dtype)
         call += _int4_text(layer)
     else:
@@ -192,21 +212,22 @@ def _explain_layer(name: str, layer: Layer, x: torch.Tensor) -> Explanation:
     return Explanation(name, choice["kernel"], refused, call, isa)
 
 
-def _cuda_choice(layer: Layer, rows: int, x: torch.Tensor) -> dict:
+def _cuda_choice(layer: Product, rows: int, x: torch.Tensor) -> dict:
     """The Triton rows of a layer on a GPU, as `_native`'s tables answer."""
-    op = "int4_linear" if isinstance(layer, Int4Linear) else "block_sparse_linear"
+    packed = isinstance(layer, (Int4Linear, ExpertWeight))
+    op = "int4_linear" if packed else "block_sparse_linear"
     if isinstance(layer, AdapterLinear) and runs_fused(layer.base):
         op = "int4_block_sparse_linear"
     device = next(layer.parameters()).device
     return _triton.choose(op, rows, x.dtype, device)
 
 
-def _int4_choice(layer: Int4Linear, rows: int, dtype: str) -> dict:
+def _int4_choice(layer: Union[Int4Linear, ExpertWeight], rows: int, dtype: str) -> dict:
     return _native.int4_linear_select(
         "forward",
         rows,
-        layer.out_features,
-        layer.in_features,
+        layer._rows,
+        layer._columns,
         layer.group_size,
         layer.bits,
         layer.affine,
@@ -216,7 +237,7 @@ def _int4_choice(layer: Int4Linear, rows: int, dtype: str) -> dict:
     )
 
 
-def _int4_text(layer: Int4Linear) -> str:
+def _int4_text(layer: Union[Int4Linear, ExpertWeight]) -> str:
     return (
         f", int{layer.bits} group {layer.group_size}, "
         f"{'affine' if layer.affine else 'symmetric'}, compute {layer.compute}"

@@ -1,14 +1,16 @@
 """Reads a transformers folder: config.json and its safetensors files, memory-mapped.
 
 Every tensor's name, shape and dtype is known before any of them is read. Files are opened anew for
-each read, so that the pages of what was read before do not stay mapped.
+each read, so that the pages of what was read before do not stay mapped; within `kept_open` once,
+for a header of thousands of experts takes long to parse.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +84,7 @@ class Folder:
                 f"{op}: path must be a transformers folder with config.json, got {self.path!r}"
             )
         self.config = self._json("config.json")
+        self._kept: tuple[dict[str, Any], contextlib.ExitStack] | None = None
         self.tensors: dict[str, TensorInfo] = {}
         self._list_tensors()
 
@@ -119,10 +122,28 @@ class Folder:
             files.setdefault(self.tensors[name].file, []).append(name)
         out = {}
         for file, members in files.items():
-            with self._open(file) as opened:
+            with self._opened(file) as opened:
                 for name in members:
                     out[name] = opened.get_tensor(name).clone()
         return out
+
+    @contextlib.contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Within it `read` opens each file once, and the pages of all that it read stay mapped."""
+        with contextlib.ExitStack() as stack:
+            self._kept = ({}, stack)
+            try:
+                yield
+            finally:
+                self._kept = None
+
+    def _opened(self, file: str) -> Any:
+        if self._kept is None:
+            return self._open(file)
+        handles, stack = self._kept
+        if file not in handles:
+            handles[file] = stack.enter_context(self._open(file))
+        return contextlib.nullcontext(handles[file])
 
     def _json(self, file: str) -> dict[str, Any]:
         return read_json(os.path.join(self.path, file), self.op)

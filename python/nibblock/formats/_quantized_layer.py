@@ -15,7 +15,7 @@ from typing import Optional
 
 import torch
 
-from nibblock.formats._quantized_folder import Folder, Part
+from nibblock.formats._quantized_folder import FLOATS, Folder, Part
 from nibblock.nn._packed import _exact
 from nibblock.ops._checks import GROUP_SIZES
 
@@ -155,6 +155,23 @@ class Reader:
         """The error about what a tensor of a linear holds."""
         key = f"{name}.{tensor}"
         return self.folder.fail(f"{need} in tensor {key}", got, self.folder.tensors[key].file)
+
+    def zero_bias(self, name: str, rows: int) -> list[str]:
+        """The names of a bias of zeros, which some quantisers write where there was none.
+
+        Raises:
+            ValueError: it has another shape or dtype, or does not hold zeros.
+        """
+        bias = f"{name}.bias"
+        if not self.folder.check(bias, Part.of((rows,), *FLOATS, optional=True)):
+            return []
+        if bool(self.folder.read([bias])[bias].any()):
+            raise self.folder.fail(
+                f"hold zeros in {bias}, for the model has no bias there",
+                "others",
+                self.folder.tensors[bias].file,
+            )
+        return [bias]
 
     def read(self, name: str, scheme: Scheme, rows: int, columns: int) -> Layer:
         """Reads one linear's tensors, which must have been checked.

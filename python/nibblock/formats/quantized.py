@@ -1,5 +1,8 @@
 """Imports quantised transformers folders: a model whose linears are Int4Linear, without loss.
 
+Experts that transformers holds fused are put together from the file's one linear an expert and
+become Int4Experts: formats/_quantized_experts.py.
+
 | quant_method       | what is read                                                               |
 | gptq               | checkpoint_format gptq and gptq_v2; 4 and 8 bits; formats/gptq.py          |
 | awq                | version gemm; 4 bits; formats/awq.py                                       |
@@ -14,6 +17,7 @@ unquantised stays dense, in `dtype`.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import replace
@@ -24,12 +28,16 @@ from torch import nn
 
 from nibblock._accelerate import _Layer, _unfit, model_bytes
 from nibblock._report import LayerReport
+from nibblock.formats._quantized_experts import Experts, Names
 from nibblock.formats._quantized_folder import FLOATS, Folder, Part, read_json
 from nibblock.formats._quantized_layer import Layer, Reader, Scheme
 from nibblock.formats.awq import AWQ
 from nibblock.formats.compressed_tensors import PackQuantized
 from nibblock.formats.gguf import ImportReport
 from nibblock.formats.gptq import GPTQ
+from nibblock.nn import Int4Experts, Int4Linear
+from nibblock.nn._conv1d import is_conv1d, linear_shape
+from nibblock.nn._expert_form import looks_like_experts, matrix_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +62,9 @@ def load_quantized(
     Args:
         path: a local transformers folder: config.json with quantization_config, and
             model.safetensors or its shards with their index. Any architecture that
-            `AutoModelForCausalLM` builds, as long as what is quantised are its `nn.Linear`s.
+            `AutoModelForCausalLM` builds, as long as what is quantised are its `nn.Linear`s, its
+            `Conv1D`s (GPT-2), and its experts where transformers stacks them (Mixtral, Qwen-MoE,
+            OLMoE, DeepSeek): these become `Int4Experts`.
         dtype: float32 | bfloat16 | float16, of the activations, norms, biases and dense weights.
         fuse: run q/k/v and gate/up as one call each (see `accelerate`).
         compute: "bf16" | "int8", the arithmetic of the Int4Linear layers.
@@ -65,7 +75,8 @@ def load_quantized(
     Raises:
         FileNotFoundError: no such folder, no config.json or no safetensors file in it.
         TypeError: dtype is none of the three.
-        ValueError: a method, format, number of bits or group size that has no exact form here;
+        ValueError: experts of one projection with different bits or groups, or only some of them
+            quantised; a method, format, number of bits or group size that has no exact form here;
             columns in activation order; a truncated or corrupt file; a missing, unexpected or
             misshaped tensor, or one of another dtype; scales that are not finite. One line that
             names the file and the key or tensor; all but the last before a layer is built.
@@ -140,20 +151,31 @@ class _Builder:
         self.folder, self.reader, self.method = folder, reader, method
         self.dtype, self.compute = dtype, compute
         self.report = ImportReport()
-        self.linears: dict[str, Scheme] = {}  # what is quantised
+        self.linears: dict[str, Scheme] = {}  # what is quantised, by the model's name
+        self.sources: dict[str, str] = {}  # of those, the file's name of each
+        self.held: dict[str, str] = {}  # name of a dense tensor -> the file's name of it
         self.dense: list[str] = []  # names of tensors that are taken over as they are
         self.tied: dict[str, str] = {}  # name that a file need not hold -> the one that it shares
 
     def build(self, quantised: bool) -> PreTrainedModel:
         self.model = self._empty()
-        self._plan()
-        self.reader.prepare({n: (s, self._linear(n).out_features) for n, s in self.linears.items()})
+        with self.folder.kept_open():  # what is read before all fits is small
+            self._plan()
+            layers = {
+                self.sources[name]: (scheme, linear_shape(self._linear(name))[0])
+                for name, scheme in self.linears.items()
+            }
+            self.reader.prepare({**layers, **self.experts.layers()})
         # All names, shapes and dtypes fit; from here on memory is spent.
         before = 4 * sum(p.numel() for p in self.model.parameters())
         for name in self.dense:
             self._put_dense(name)
+        for name in self.experts.dense:
+            self._put(name, self.experts.read_dense(name, self.dtype))
         for name, scheme in self.linears.items():
             self._put_linear(name, scheme, quantised)
+        for name in self.experts.quantised:
+            self._put_experts(name, quantised)
         model = self.model
         for target, source in self.tied.items():
             path, _, leaf = source.rpartition(".")
@@ -168,7 +190,7 @@ class _Builder:
         model.nibblock_report = self.report
         return model
 
-    def _linear(self, name: str) -> nn.Linear:
+    def _linear(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
 
     # --- the architecture -------------------------------------------------------------------------
@@ -194,61 +216,89 @@ class _Builder:
     def _plan(self) -> None:
         left = dict.fromkeys(self.folder.tensors)
         modules = dict(self.model.named_modules(remove_duplicate=False))
+        self.names = Names(self.model)
+        self.experts = Experts(self.model, self.folder, self.reader)
         marker = f".{self.reader.marker}"
         for tensor in self.folder.tensors:
             if tensor.endswith(marker):
-                name = tensor[: -len(marker)]
-                for part in self._plan_linear(name, modules.get(name)):
+                for part in self._plan_quantised(tensor[: -len(marker)], modules):
                     left.pop(part, None)
-        if not self.linears:
+        self._plan_dense(left)
+        for part in self.experts.check():
+            left.pop(part, None)
+        if not self.linears and not self.experts.quantised:
             raise self.folder.fail(f"hold tensors named *{marker} ({self.method})", "none")
         self._plan_ties()
         for name, tensor in self._wanted():
-            key = self.tied.get(name, name) if name not in self.folder.tensors else name
+            own = name if name in self.held else self.tied.get(name, name)
             dtypes = _INTEGERS.get(tensor.dtype, FLOATS)
-            self.folder.check(key, Part.of(tuple(tensor.shape), *dtypes))
-            left.pop(name, None)
+            self.folder.check(self.held.get(own, own), Part.of(tuple(tensor.shape), *dtypes))
+            left.pop(self.held.get(name, name), None)
             if name not in self.tied:
                 self.dense.append(name)
         self._check_left(left)
 
-    def _plan_linear(self, name: str, module: nn.Module | None) -> list[str]:
+    def _plan_quantised(self, source: str, modules: dict[str, nn.Module]) -> list[str]:
+        """Finds the place of what the file holds quantised under this name; returns the names of
+        its tensors, as far as they are known to fit.
+        """
+        name, place, reason = source, None, "none"
+        if name not in modules:
+            key, place = self.names.of(f"{source}.weight")
+            name = key.removesuffix(".weight")
+        if place is None and name in modules:
+            return self._plan_linear(name, source, modules[name])
+        if place is not None:
+            reason = self.experts.add(place, source, packed=True)
+        if reason and not self._ignored(f"{source}.{self.reader.marker}"):
+            raise self._no_place(source, reason)
+        return []
+
+    def _no_place(self, source: str, reason: str) -> ValueError:
+        key = f"{source}.{self.reader.marker}"
+        need = f"hold {key} for an nn.Linear of the model"
+        return self.folder.fail(need, reason, self.folder.tensors[key].file)
+
+    def _plan_linear(self, name: str, source: str, module: nn.Module) -> list[str]:
         """Checks one quantised linear; returns the names of its tensors."""
-        key = f"{name}.{self.reader.marker}"
-        reason = "none"
-        if module is not None:
-            reason = type(module).__name__
-            if isinstance(module, nn.Linear):
-                parent = self.model.get_submodule(name.rpartition(".")[0])
-                reason = _unfit(_Layer(name, module, [(parent, "")]), meta=True)
+        reason = type(module).__name__
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            reason = _unfit(_Layer(name, module, [(parent, "")]), meta=True)
+        if not reason and name in self.linears:
+            reason = f"one that {self.sources[name]} is for"
         if reason:
-            raise self.folder.fail(
-                f"hold {key} for an nn.Linear of the model",
-                reason,
-                self.folder.tensors[key].file,
-            )
-        kind, rows, columns = type(module).__name__, module.out_features, module.in_features
-        scheme = self.linears[name] = self.reader.scheme(name, kind)
+            raise self._no_place(source, reason)
+        kind, (rows, columns) = type(module).__name__, linear_shape(module)
+        scheme = self.linears[name] = self.reader.scheme(source, kind)
+        self.sources[name] = source
         parts = self.reader.parts(scheme, rows, columns)
-        names = [f"{name}.{part}" for part in parts]
+        names = [f"{source}.{part}" for part in parts]
         for part, need in zip(names, parts.values()):
             self.folder.check(part, need)
-        bias = f"{name}.bias"
-        if module.bias is None and bias in self.folder.tensors:
-            # Some quantisers write a bias of zeros where there was none.
-            self.folder.check(bias, Part.of((rows,), *FLOATS))
-            if bool(self.folder.read([bias])[bias].any()):
+        return names if module.bias is not None else names + self.reader.zero_bias(source, rows)
+
+    def _plan_dense(self, left: dict[str, None]) -> None:
+        """What the model calls the tensors that the file holds unquantised."""
+        saved = self.model.state_dict()
+        for key in left:
+            name, place = self.names.of(key)
+            if key in saved and self.names.converts(key):
                 raise self.folder.fail(
-                    f"hold zeros in {bias}, for the model has no bias there",
-                    "others",
-                    self.folder.tensors[bias].file,
+                    f"hold tensor {key} as the model does",
+                    "one that transformers converts on loading",
+                    self.folder.tensors[key].file,
                 )
-            names.append(bias)
-        return names
+            if key in saved:
+                self.held[key] = key
+            elif place is not None:
+                self.experts.add(place, key.removesuffix(".weight"), packed=False)
+            elif name in saved:
+                self.held.setdefault(name, key)
 
     def _plan_ties(self) -> None:
         """Which of the tied tensors the file holds; two different weights are not tied."""
-        held = self.folder.tensors
+        held = self.held
         for target, source in dict(self.model.all_tied_weights_keys).items():
             head = target.rpartition(".")[0]
             if head in self.linears or (target in held and source in held):
@@ -267,6 +317,7 @@ class _Builder:
                 self.tied[target] = source
 
     def _equal(self, one: str, other: str) -> bool:
+        one, other = self.held[one], self.held[other]
         first, second = (self.folder.tensors[name] for name in (one, other))
         if first.shape != second.shape:
             return False
@@ -277,13 +328,20 @@ class _Builder:
         """What the model needs besides quantised weights."""
         quantised = {f"{name}.weight" for name in self.linears}
         saved = self.model.state_dict()
-        return [(name, tensor) for name, tensor in saved.items() if name not in quantised]
+        return [
+            (name, tensor)
+            for name, tensor in saved.items()
+            if name not in quantised and not self.experts.holds(name)
+        ]
+
+    def _ignored(self, name: str) -> bool:
+        """Whether a tensor of the file is none of the model's business."""
+        patterns = [*(self.model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED]
+        return any(re.search(pattern, name) for pattern in patterns)
 
     def _check_left(self, left: dict[str, None]) -> None:
-        patterns = [*(self.model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED]
-        ignored = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
         for name in left:
-            if not ignored.search(name):
+            if not self._ignored(name):
                 raise self.folder.fail(
                     "hold tensors that the model has",
                     f"{name}, which it has not",
@@ -293,9 +351,12 @@ class _Builder:
     # --- filling ----------------------------------------------------------------------------------
 
     def _put_dense(self, name: str) -> None:
+        key = self.held[name]
+        self._put(name, self.folder.read([key])[key])
+
+    def _put(self, name: str, value: torch.Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        value = self.folder.read([name])[name]
         if leaf in module._buffers:
             module._buffers[leaf] = value.to(module._buffers[leaf].dtype)
         else:
@@ -303,26 +364,38 @@ class _Builder:
             module._parameters[leaf] = nn.Parameter(value.to(old.dtype), old.requires_grad)
 
     def _put_linear(self, name: str, scheme: Scheme, quantised: bool) -> None:
-        from nibblock.nn import Int4Linear
-
         old = self._linear(name)
-        layer = self.reader.read(name, scheme, old.out_features, old.in_features)
+        rows, columns = linear_shape(old)
+        layer = self.reader.read(self.sources[name], scheme, rows, columns)
         module: nn.Module = Int4Linear.from_codes(
             layer.qweight,
             layer.scales,
             layer.offsets,
             old.bias,
-            in_features=old.in_features,
+            in_features=columns,
             group_size=layer.group,
             bits=layer.bits,
             compute=self.compute,
         ).to(self.dtype)
+        module._transposed = is_conv1d(old)
         if quantised:
             self.model.set_submodule(name, module)
         else:
-            old.weight = nn.Parameter(module.dequantize(self.dtype))
+            dense = module.dequantize(self.dtype)
+            old.weight = nn.Parameter(dense.t().contiguous() if is_conv1d(old) else dense)
             module = old
         self._record(name, module, "kept" if not quantised else "", self._reason(scheme, layer))
+
+    def _put_experts(self, name: str, quantised: bool) -> None:
+        module, inexact = self.experts.read(name, self.compute)
+        reason = f"{self.method}: {inexact or 'exact'}"
+        if quantised:
+            self.model.set_submodule(name, module)
+            self._record(name, module, "", reason)
+            return
+        for leaf in list(module.projections):  # one after the other: they are large
+            self._put(f"{name}.{leaf}", module.get_submodule(leaf).dequantize(self.dtype))
+        self._record(name, self.model.get_submodule(name), "kept", reason)
 
     # --- the report -------------------------------------------------------------------------------
 
@@ -335,17 +408,25 @@ class _Builder:
         return text
 
     def _record(self, name: str, module: nn.Module, action: str, reason: str) -> None:
-        embedding = isinstance(module, nn.Embedding)
-        rows = module.num_embeddings if embedding else module.out_features
-        columns = module.embedding_dim if embedding else module.in_features
+        if isinstance(module, nn.Embedding):
+            shape: tuple[int, ...] = (module.num_embeddings, module.embedding_dim)
+            numbers = math.prod(shape)
+        elif isinstance(module, nn.Linear) or is_conv1d(module):
+            shape = linear_shape(module)
+            numbers = math.prod(shape)
+        elif isinstance(module, Int4Experts):
+            shapes = module._form.shapes.values()
+            shape, numbers = max(shapes, key=math.prod), sum(math.prod(size) for size in shapes)
+        else:
+            shape, numbers = matrix_shape(module), sum(p.numel() for p in module.parameters())
         self.report.rows.append(
             LayerReport(
                 name=name,
                 action=action or f"int{module.bits}",
                 reason=reason,
                 kind=type(module).__name__,
-                shape=(rows, columns),
-                bytes_before=4 * rows * columns,
+                shape=shape,
+                bytes_before=4 * numbers,
                 bytes_after=sum(p.numel() * p.element_size() for p in module.parameters()),
             )
         )
@@ -354,11 +435,15 @@ class _Builder:
         """Rows for what stayed dense, all in the model's order."""
         known = {row.name for row in self.report.rows}
         for name, module in self.model.named_modules():
-            if not isinstance(module, (nn.Linear, nn.Embedding)) or name in known:
+            plain = isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
+            if name in known or not (plain or looks_like_experts(module)):
                 continue
-            key = f"{name}.weight"
+            keys = ["weight"] if plain else [k for k, _ in module.named_parameters(recurse=False)]
+            key = f"{name}.{keys[0]}"
             source = self.tied.get(key)
-            dtype = self.folder.tensors[source or key].dtype
+            single = self.experts.dense.get(key)
+            of = self.held[source or key] if single is None else f"{single.each()[0][2]}.weight"
+            dtype = self.folder.tensors[of].dtype
             self._record(name, module, "kept", f"{dtype} in the file: dense")
             if source is not None:
                 row = self.report.rows[-1]
