@@ -161,8 +161,8 @@ class Int4Experts(nn.Module):
         experts: nn.Module,
         codes: dict[str, Parts],
         *,
-        group_size: int,
-        bits: int = 4,
+        group_size: int | dict[str, int],
+        bits: int | dict[str, int] = 4,
         compute: str = "bf16",
     ) -> Int4Experts:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
@@ -171,7 +171,8 @@ class Int4Experts(nn.Module):
             experts: as in the constructor, its weights on any device.
             codes: for each projection its qweight [E, N, ceil(K / 2)] (bits = 8: [E, N, K]) uint8,
                 scales [E, N, ceil(K / G)] float32 | float16, and offsets like scales or None.
-            group_size, bits, compute: as in the constructor.
+            group_size, bits: as in the constructor, or for each projection its own.
+            compute: as in the constructor.
         Returns:
             A new module on the device of the codes.
         Raises:
@@ -192,9 +193,11 @@ class Int4Experts(nn.Module):
                         f"{op}: {name}.{part} must be [{form.experts}, {rows}, ...], got "
                         f"{list(value.shape)}"
                     )
-            packed[name] = pack_experts(qweight, scales, offsets, columns, group_size, bits)
+            group = group_size[name] if isinstance(group_size, dict) else group_size
+            width = bits[name] if isinstance(bits, dict) else bits
+            packed[name] = pack_experts(qweight, scales, offsets, columns, group, width)
             affine = offsets is not None
-            layouts[name] = _layout(group_size, bits, affine, scales.dtype, compute)
+            layouts[name] = _layout(group, width, affine, scales.dtype, compute)
         out = cls.__new__(cls)
         out._build(experts, form, layouts, packed)
         return out
