@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="a GGUF of a Llama-family model or a transformers folder, quantised or not "
-        "(default: SmolLM2-135M)",
+        help="a GGUF file or a transformers folder, quantised or not (default: SmolLM2-135M)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: torch's)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to decode (32)")
@@ -113,7 +112,7 @@ def model_bytes(model: torch.nn.Module) -> int:
 
 def weight_count(model: torch.nn.Module) -> int:
     """How many numbers the model holds; packed weights count by their shape, tied ones once."""
-    from nibblock.nn import Int4Embedding, Int4Linear
+    from nibblock.nn import Int4Embedding, Int4Experts, Int4Linear
 
     packed = {}
     for module in model.modules():
@@ -121,6 +120,9 @@ def weight_count(model: torch.nn.Module) -> int:
             packed[id(module.packed)] = module.in_features * module.out_features
         elif isinstance(module, Int4Embedding):
             packed[id(module.packed)] = module.num_embeddings * module.embedding_dim
+        elif isinstance(module, Int4Experts):
+            for weight in module.projections.values():
+                packed[id(weight.packed)] = math.prod(weight._dense_shape)
     dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
     return dense + sum(packed.values())
 
