@@ -53,6 +53,28 @@ class Codes:
         offsets = None if self.offsets is None else self.offsets[index]
         return Codes(self.qweight[index], self.scales[index], offsets, self.bits, self.group)
 
+    def widened(self, bits: int, group: int, affine: bool, dtype: np.dtype) -> Codes:
+        """The same values in a form that holds this one: more bits, smaller groups that divide
+        these, offsets, wider scales.
+
+        Exact: a symmetric weight's offset -8 * scale (8 bits: -128 * scale) only shifts the
+        exponent.
+        """
+        code, scales, offsets = self.qweight, self.scales.astype(dtype), self.offsets
+        if offsets is not None:
+            offsets = offsets.astype(dtype)
+        elif affine:
+            offsets = scales * scales.dtype.type(-8 if self.bits == 4 else -128)
+        if bits > self.bits:
+            code = np.stack((code & 15, code >> 4), axis=-1).reshape(len(code), -1)
+            if offsets is None:
+                code = code + np.uint8(120)  # 4 bits are centred at 8, 8 bits at 128
+        if group < self.group:
+            times = self.group // group
+            scales = scales.repeat(times, axis=1)
+            offsets = None if offsets is None else offsets.repeat(times, axis=1)
+        return Codes(code, scales, offsets, bits, group)
+
     def dequantize(self) -> np.ndarray:
         """[N, K] float32: scale * code + offset, each operation rounded to float32."""
         if self.bits == 4:
@@ -67,6 +89,19 @@ class Codes:
         else:
             value = code * scales + self.offsets.astype(np.float32)[..., None]
         return value.reshape(rows, -1)
+
+
+def alike(parts: list[Codes]) -> list[Codes]:
+    """Weights of one width in one form, the smallest that holds all of them; values stay."""
+    bits = max(part.bits for part in parts)
+    group = min(part.group for part in parts)
+    affine = any(part.offsets is not None for part in parts)
+    dtype = max((part.scales.dtype for part in parts), key=lambda d: d.itemsize)
+    if affine and any(part.offsets is None for part in parts):
+        dtype = np.dtype(np.float32)  # 128 times a float16 may be none
+    form = (bits, group, affine, dtype)
+    now = [(p.bits, p.group, p.offsets is not None, p.scales.dtype) for p in parts]
+    return [p if have == form else p.widened(*form) for p, have in zip(parts, now)]
 
 
 def _halves(raw: np.ndarray) -> np.ndarray:
