@@ -186,7 +186,8 @@ def _gemma3(sizes: Sizes) -> dict[str, Any]:
         "query_pre_attn_scalar": _query_scalar(sizes, 62),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None if meta.get(capping) is None else meta.real(capping),
-        "sliding_window": window or None,
+        # (Without windows no layer reads it, but transformers makes the mask of one anyway.)
+        "sliding_window": window or sizes.context,
         "layer_types": _windows(sizes, 6) if window else ["full_attention"] * sizes.layers,
         "rope_parameters": {
             "full_attention": rope_parameters(meta, sizes.context),
