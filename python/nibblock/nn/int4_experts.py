@@ -181,6 +181,12 @@ class Int4Experts(nn.Module):
         """
         op = "Int4Experts.from_codes"
         form = _form_of(op, experts)
+        for key, given in (("group_size", group_size), ("bits", bits)):
+            if isinstance(given, dict) and given.keys() != form.sizes.keys():
+                raise ValueError(
+                    f"{op}: {key} must be a number, or one for {' and '.join(form.sizes)}, got "
+                    f"{', '.join(map(str, given)) or 'none'}"
+                )
         layouts, packed = {}, {}
         for name, (rows, columns) in form.sizes.items():
             if name not in codes:
