@@ -131,6 +131,20 @@ def test_matches_transformers(tmp_path, name):
     assert_same_function(nb.load_gguf(path), theirs.eval())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_report_and_demo_count_the_same_weights(written, name):
+    from nibblock._demo import weight_count
+
+    _, path = written(name)
+    model, dense = nb.load_gguf(path), load_gguf_dense(path)
+    assert weight_count(model) == weight_count(dense)
+    report = model.nibblock_report
+    assert not [row.name for row in report if row.action == "kept"]
+    named = {n for n, m in model.named_modules() if isinstance(m, (nb.Int4Linear, nb.Int4Experts))}
+    assert named <= {row.name for row in report}
+    assert report.model_bytes_after < report.model_bytes_before / 2
+
+
 # --- use ------------------------------------------------------------------------------------------
 
 
