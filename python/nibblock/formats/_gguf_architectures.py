@@ -75,7 +75,8 @@ class Architecture:
         qkv_bias, bias: "none", "optional" or "required", of q, k and v and of the other linears.
         own_head_dim: the configuration says head_dim; else it is hidden / heads.
         partial_rotary: rope.dimension_count may be less than the head size.
-        rope_freqs: a tensor rope_freqs.weight may divide the frequencies.
+        rope_tensors: which tensors may divide the rotary frequencies: "freqs" (rope_freqs.weight),
+            "factors" (rope_factors_short.weight and rope_factors_long.weight), or "none".
         epsilon: the configuration's name for the one of norms; unless "rms_norm_eps", they are
             LayerNorm with a bias in place of RMSNorm.
         norm_shift: added to the weights of norms.
@@ -95,7 +96,7 @@ class Architecture:
     bias: str = "none"
     own_head_dim: bool = False
     partial_rotary: bool = False
-    rope_freqs: bool = True
+    rope_tensors: str = "freqs"
     epsilon: str = "rms_norm_eps"
     norm_shift: float = 0.0
     norms: tuple[tuple[str, str], ...] = _NORMS
@@ -269,14 +270,19 @@ ARCHITECTURES = {
     "gemma3": Architecture(
         "gemma3_text",
         own_head_dim=True,
-        rope_freqs=False,
+        rope_tensors="none",
         norm_shift=-1.0,
         norms=_SANDWICH,
         qk_norm="head",
         config=_gemma3,
     ),
     "phi3": Architecture(
-        "phi3", partial_rotary=True, rope_freqs=False, fused=True, mlp=_GATE_UP, config=_phi3
+        "phi3",
+        partial_rotary=True,
+        rope_tensors="factors",
+        fused=True,
+        mlp=_GATE_UP,
+        config=_phi3,
     ),
     "granite": Architecture(
         "granite", interleaved=True, qkv_bias="optional", bias="optional", config=_granite
@@ -289,7 +295,7 @@ ARCHITECTURES = {
         "stablelm",
         qkv_bias="optional",
         partial_rotary=True,
-        rope_freqs=False,
+        rope_tensors="none",
         epsilon="layer_norm_eps",
         optional_norm="ffn_norm",
         qk_norm="each",

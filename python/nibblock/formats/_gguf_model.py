@@ -178,15 +178,15 @@ class _Planner:
             self.result.slots.append(Slot(name, f"{m}.shared_expert_gate", "parameter"))
 
     def rope(self) -> None:
-        half = self.sizes.rotary // 2
-        tensors = self.file.tensors
-        long, short = "rope_factors_long.weight", "rope_factors_short.weight"
-        if self.spec.fused and (long in tensors or short in tensors):
-            self.result.rope_factors = (short, long)
-        elif self.spec.rope_freqs and "rope_freqs.weight" in tensors:
-            self.result.rope_factors = ("rope_freqs.weight",)
-        for name in self.result.rope_factors:
-            self.take(name, (half,))
+        names = {
+            "none": (),
+            "freqs": ("rope_freqs.weight",),
+            "factors": ("rope_factors_short.weight", "rope_factors_long.weight"),
+        }[self.spec.rope_tensors]
+        if any(name in self.file.tensors for name in names):
+            self.result.rope_factors = names
+            for name in names:
+                self.take(name, (self.sizes.rotary // 2,))
 
 
 def _head_dim(meta: Metadata, hidden: int, heads: int, partial: bool) -> tuple[int, int]:

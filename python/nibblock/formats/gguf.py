@@ -77,7 +77,7 @@ def load_gguf(
     Determinism: the same file gives the same bytes.
     Numerics: with requantize=False every weight equals ggml's own float32 dequantisation, then
         `dtype` for dense tensors only. Gemma's norms are stored as w + 1 and become w, rounded
-        to float32. Peak memory is the result plus one tensor (of experts, one layer's).
+        to float32. Peak memory is the result plus one tensor (of experts, about twice a layer's).
     Source: block layouts of ggml; tests/test_gguf.py compares with the gguf package and
     transformers. Example:
         >>> model = nb.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", fuse=True)
