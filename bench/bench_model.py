@@ -29,7 +29,7 @@ def models():
 @pytest.mark.parametrize("what", ["decode", "prefill"])
 @pytest.mark.parametrize("name", ["dense fp32", "nibblock fp32", "nibblock fuse fp32"])
 def bench_smollm2(benchmark, models, name: str, what: str):
-    from nibblock._demo import decode
+    from nibblock._measure import decode
 
     benchmark.group = f"smollm2 {what}"
     ids = torch.arange(1, 1 + PROMPT_TOKENS)

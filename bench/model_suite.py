@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from nibblock import _demo as demo
+    from nibblock import _measure as measure
     from nibblock.formats.gguf import load_tokenizer
 
     began, load = time.monotonic(), OtherLoad()
@@ -76,31 +77,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "benchmark": "model",
         "model": path.name,
-        "weights": demo.weight_count(models[PLAIN[0]]),
+        "weights": measure.weight_count(models[PLAIN[0]]),
         "environment": environment(),
         "ceilings": {"before": ceilings.all(3)},
         "tokens": options.tokens,
         "prefill_tokens": options.prefill,
-        "bytes": {name: demo.model_bytes(m) for name, m in models.items()},
+        "bytes": {name: measure.model_bytes(m) for name, m in models.items()},
         "perplexity": {},
         "continued": {},
     }
     for name, model in models.items():  # also warms every model up
         print(f"perplexity: {name}", flush=True)
-        result["perplexity"][name] = demo.perplexity(model, ids[: options.text_tokens])
-        tokens, _ = demo.decode(model, prompt, options.tokens)
+        result["perplexity"][name] = measure.perplexity(model, ids[: options.text_tokens])
+        tokens, _ = measure.decode(model, prompt, options.tokens)
         result["continued"][name] = tokenizer.decode(tokens)
 
     llama = llama_cpp(path, prompt, ids[: options.prefill], options.tokens)
     print("decode, eager", flush=True)
     eager = {
-        name: (lambda m=model: demo.decode(m, prompt, options.tokens)[1])
+        name: (lambda m=model: measure.decode(m, prompt, options.tokens)[1])
         for name, model in models.items()
     }
     result["decode"] = compare({**eager, **llama["decode"]}, rounds)
     print(f"prefill of {options.prefill}", flush=True)
     prefill = {
-        name: (lambda m=model: demo.prefill_seconds(m, ids[: options.prefill]))
+        name: (lambda m=model: measure.prefill_seconds(m, ids[: options.prefill]))
         for name, model in models.items()
     }
     result["prefill"] = compare({**prefill, **llama["prefill"]}, max(3, rounds // 2))

@@ -133,7 +133,7 @@ def test_matches_transformers(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_report_and_demo_count_the_same_weights(written, name):
-    from nibblock._demo import weight_count
+    from nibblock._measure import weight_count
 
     _, path = written(name)
     model, dense = nb.load_gguf(path), load_gguf_dense(path)

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("nibblock._demo", "a real model, dense beside nibblock"),
     "bench": ("nibblock.bench.cli", "measure an operator or a model beside its baselines"),
     "finetune": ("nibblock._finetune.cli", "train a model's most important blocks, with baselines"),
+    "report": ("nibblock._report_cli.cli", "what files hold, what changed, how models compare"),
     "tune": ("nibblock._tune", "measure launch configurations on this GPU, for later runs"),
     "convert": ("nibblock._convert", "a GGUF file or transformers folder to safetensors"),
 }

@@ -281,12 +281,12 @@ def _added(kind: type, base: type) -> str:
     return ""
 
 
-def _decide(model, layers, owners, config, wanted, skip) -> None:
+def _decide(model, layers, owners, config, wanted, skip, meta: bool = False) -> None:
     for layer in layers:
         if _matches(layer.name, skip):
             layer.reason = "in skip"
         else:
-            layer.reason = _unfit(layer, exact=False)
+            layer.reason = _unfit(layer, meta, exact=False)
         if not layer.reason and not wanted(layer.name, layer.module):
             layer.reason = "not selected by where"
         if not layer.reason and isinstance(config, BlockSparseConfig):

@@ -14,6 +14,7 @@ its own:
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_DTYPES,
         default="float32",
         help="of norms, biases, dense weights (float32)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON, and no table"
     )
     group = parser.add_argument_group("GGUF files, which keep their own groups")
     group.add_argument(
@@ -99,8 +103,9 @@ def _convert(arguments: argparse.Namespace) -> None:
             embeddings=arguments.embeddings,
         )
         model = load_folder(source, dtype)
-        report = nb.accelerate(model, config)
-    print(report)
+        report = nb.accelerate(model, config, progress=False if arguments.json else None)
+    if not arguments.json:
+        print(report)
     if not single:
         tokenizer = load_tokenizer(source) if source.is_file() else load_folder_tokenizer(source)
         target.mkdir(parents=True, exist_ok=True)
@@ -109,4 +114,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         tokenizer.save_pretrained(target)
         target = target / "model.safetensors"
     nb.save(model, target)
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+    size = target.stat().st_size
+    if arguments.json:
+        facts = {"file": str(target), "file_bytes": size, "report": report.to_dict()}
+        print(json.dumps(facts, indent=1))
+    else:
+        print(f"{target}: {size / 1e6:.1f} MB")

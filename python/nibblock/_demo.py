@@ -8,6 +8,7 @@ whose speed drifts slows all of them; each figure is the median of its rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -17,9 +18,12 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TextIO
 
 import torch
+
+from nibblock._measure import decode, model_bytes, perplexity, prefill_seconds, weight_count
+from nibblock._report import plain
 
 PROMPT = "Explain in two sentences why the sky is blue."
 PERPLEXITY_LIMIT = 0.002  # of a lossless import, relative to the dequantised model
@@ -55,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the perplexity text (1024)",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="also write the figures to FILE; without FILE print them as JSON, and no table",
+    )
 
 
 @dataclass
@@ -101,88 +111,11 @@ def smollm2_path() -> Path:
     )
 
 
-def model_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; storage shared by several of them counts once."""
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def weight_count(model: torch.nn.Module) -> int:
-    """How many numbers the model holds; packed weights count by their shape, tied ones once."""
-    from nibblock.nn import Int4Embedding, Int4Experts, Int4Linear
-
-    packed = {}
-    for module in model.modules():
-        if isinstance(module, Int4Linear):
-            packed[id(module.packed)] = module.in_features * module.out_features
-        elif isinstance(module, Int4Embedding):
-            packed[id(module.packed)] = module.num_embeddings * module.embedding_dim
-        elif isinstance(module, Int4Experts):
-            for weight in module.projections.values():
-                packed[id(weight.packed)] = math.prod(weight._dense_shape)
-    dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
-    return dense + sum(packed.values())
-
-
 def english_text() -> str:
     """About 400 kB of English prose about Python: the help topics of the standard library."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, ids: torch.Tensor, window: int = 512) -> float:
-    """exp of the mean negative log-likelihood of each token given those before it in its window.
-
-    Args:
-        model: a causal language model of transformers.
-        ids: [T] int64, at least two tokens.
-        window: tokens a window; windows do not overlap, the first token of each is only read.
-    Returns:
-        the perplexity; infinite or NaN where the model's output is.
-    """
-    total, count = 0.0, 0
-    for first in range(0, len(ids) - 1, window):
-        part = ids[first : first + window]
-        if len(part) < 2:
-            break
-        logits = model(input_ids=part[None], use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum").item()
-        count += len(part) - 1
-    mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-@torch.no_grad()
-def decode(
-    model: torch.nn.Module, prompt: torch.Tensor, count: int, stop: tuple[int, ...] = ()
-) -> tuple[list[int], float]:
-    """Greedy continuation with a key-value cache.
-
-    Returns:
-        (at most `count` tokens, seconds a token after the prompt was read).
-    """
-    out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
-    token = out.logits[0, -1].argmax()
-    tokens = [int(token)]
-    start = time.perf_counter()
-    while len(tokens) < count and tokens[-1] not in stop:
-        out = model(input_ids=token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[0, -1].argmax()
-        tokens.append(int(token))
-    return tokens, (time.perf_counter() - start) / max(len(tokens) - 1, 1)
-
-
-@torch.no_grad()
-def prefill_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """Seconds to read a prompt of len(ids) tokens and give the first logits."""
-    start = time.perf_counter()
-    model(input_ids=ids[None], use_cache=True, logits_to_keep=1)
-    return time.perf_counter() - start
 
 
 def _free_memory() -> int:
@@ -335,7 +268,7 @@ def _print_table(rows: list[dict[str, Any]], count: int) -> None:
             print("  ".join("-" * width for width in widths))
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, out: TextIO) -> int:
     start = time.perf_counter()
 
     def elapsed() -> float:
@@ -389,7 +322,11 @@ def _run(arguments: argparse.Namespace) -> int:
             "models": rows,
             "summary": summary,
         }
-        Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(plain(figures), indent=2, allow_nan=False) + "\n"
+        if arguments.json == "-":
+            out.write(text)
+        else:
+            Path(arguments.json).write_text(text, encoding="utf-8")
     return 0 if summary["ok"] else 1
 
 
@@ -415,7 +352,11 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"demo: {option} must be at least {least}, got {value}", file=sys.stderr)
             return 2
     try:
-        return _run(arguments)
+        if arguments.json != "-":
+            return _run(arguments, sys.stdout)
+        out = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):  # progress and tables: only JSON is printed
+            return _run(arguments, out)
     except (ImportError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from nibblock._version import __version__
+
 _KEY = "nibblock"  # of the metadata
 
 
@@ -30,8 +32,9 @@ def _pack(safetensors, tensors: dict[str, torch.Tensor], header: dict[str, Any])
             raise ValueError(f"save: {key} must hold data, got a tensor on the meta device")
     return safetensors.torch.save(
         {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()},
-        # One key only: safetensors writes several in no fixed order.
-        metadata={_KEY: json.dumps(header)},
+        # One key only: safetensors writes several in no fixed order. "library" is for people: what
+        # may be read is what "version" says.
+        metadata={_KEY: json.dumps({**header, "library": __version__})},
     )
 
 

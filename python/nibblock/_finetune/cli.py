@@ -28,6 +28,7 @@ from nibblock._finetune.settings import (
     parse_size,
 )
 from nibblock._finetune.worker import LOCK, RESULT, SETTINGS
+from nibblock._report import plain
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> int:
     (out / "report.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     report.plot(results, out / "report.png")
     if options.json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps(plain(figures), indent=1, allow_nan=False))
     else:
         print(report.table(results))
         print(f"\n{out / 'report.json'}, {out / 'report.png'}; trained weights in {out}/*/")

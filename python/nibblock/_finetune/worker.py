@@ -7,8 +7,6 @@ own, because the peak of a process's memory is only one run's where no other ran
 from __future__ import annotations
 
 import json
-import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -21,19 +19,9 @@ import torch
 from nibblock._files import _write as write_whole
 from nibblock._finetune import checkpoint as files
 from nibblock._finetune.settings import Settings
+from nibblock._measure import memory
 
 RESULT, SETTINGS, LOCK = "result.json", "settings.json", "lock"
-
-
-def memory(field: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" at most so far."""
-    if os.path.isfile("/proc/self/status"):
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith(field + ":"):
-                    return int(line.split()[1]) * 1024
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def import_everything(settings: Settings) -> None:
@@ -111,9 +99,9 @@ def run(
         settings, folder, resume, progress: as the command line says.
         build: settings -> (model, task, keep), for other beds than text.
     """
-    from nibblock._demo import weight_count
     from nibblock._finetune.loop import train
     from nibblock._finetune.methods import prepare
+    from nibblock._measure import weight_count
     from nibblock.sparse import Selection
 
     if settings.threads:

@@ -53,7 +53,7 @@ class Codes:
         offsets = None if self.offsets is None else self.offsets[index]
         return Codes(self.qweight[index], self.scales[index], offsets, self.bits, self.group)
 
-    def widened(self, bits: int, group: int, affine: bool, dtype: np.dtype) -> Codes:
+    def widened(self, bits: int, group: int, affine: bool, dtype: str) -> Codes:
         """The same values in a form that holds this one: more bits, smaller groups that divide
         these, offsets, wider scales.
 
@@ -91,17 +91,22 @@ class Codes:
         return value.reshape(rows, -1)
 
 
+Form = tuple[int, int, bool, str]  # bits, group, whether it has offsets, dtype of the scales
+
+
+def common_form(forms: list[Form]) -> Form:
+    """The smallest form that holds weights in each of these without rounding."""
+    bits, groups, affine, dtypes = zip(*forms)
+    # (128 times a float16 may be none: where an offset is made, it is a float32.)
+    wide = "float32" in dtypes or len(set(affine)) > 1
+    return max(bits), min(groups), any(affine), "float32" if wide else "float16"
+
+
 def alike(parts: list[Codes]) -> list[Codes]:
-    """Weights of one width in one form, the smallest that holds all of them; values stay."""
-    bits = max(part.bits for part in parts)
-    group = min(part.group for part in parts)
-    affine = any(part.offsets is not None for part in parts)
-    dtype = max((part.scales.dtype for part in parts), key=lambda d: d.itemsize)
-    if affine and any(part.offsets is None for part in parts):
-        dtype = np.dtype(np.float32)  # 128 times a float16 may be none
-    form = (bits, group, affine, dtype)
-    now = [(p.bits, p.group, p.offsets is not None, p.scales.dtype) for p in parts]
-    return [p if have == form else p.widened(*form) for p, have in zip(parts, now)]
+    """Weights of one width in one form; values stay."""
+    forms = [(p.bits, p.group, p.offsets is not None, p.scales.dtype.name) for p in parts]
+    shared = common_form(forms)
+    return [p if f == shared else p.widened(*shared) for p, f in zip(parts, forms)]
 
 
 def _halves(raw: np.ndarray) -> np.ndarray:
@@ -279,3 +284,10 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
         raise NotImplementedError(kind)
     with np.errstate(all="ignore"):  # a corrupt scale is found by its result, which is not finite
         return gguf.quants.dequantize(raw, member)
+
+
+def form(kind: str) -> Form:
+    """(bits, group, whether it has offsets, dtype of the scales) of a name in EXACT_TYPES."""
+    # Of a block of zeros, so that the decoders stay the only place that knows.
+    codes = decode(kind, np.zeros((1, _DECODERS[kind][2]), np.uint8))
+    return codes.bits, codes.group, codes.offsets is not None, codes.scales.dtype.name

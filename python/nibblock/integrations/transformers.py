@@ -190,3 +190,24 @@ def load_folder_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer of a local transformers folder; never downloads."""
     transformers = require_transformers("load_folder")
     return transformers.AutoTokenizer.from_pretrained(os.fspath(path), local_files_only=True)
+
+
+def empty_folder(path: str | os.PathLike[str]) -> PreTrainedModel:
+    """The causal language model that a folder's configuration describes, for `nibblock.load`.
+
+    Parameters are on the meta device where every buffer that no file holds can be made again from
+    the configuration, as rotary embeddings can; else the whole model is made, with random weights.
+    """
+    transformers = require_transformers("load_folder")
+    config = transformers.AutoConfig.from_pretrained(os.fspath(path), local_files_only=True)
+    build = transformers.AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        model = build(config)
+    for name, module in list(model.named_modules()):
+        if any(module._buffers.get(key) is not None for key in module._non_persistent_buffers_set):
+            try:
+                made = type(module)(config=config)
+            except TypeError:
+                return build(config).eval()
+            model.set_submodule(name, made)
+    return model.eval()

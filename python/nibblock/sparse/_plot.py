@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Union
 
 import numpy as np
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
 _GAP = 2  # blocks between two layers
 
 
-def _sheet(selection: Selection) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+def sheet(names: Iterable[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
     """Column and row labels, and each layer's place: kinds side by side, numbers downwards."""
     columns: list[str] = []
     rows: list[str] = []
     place = {}
-    for name in selection.shapes:
+    for name in names:
         numbers = re.findall(r"(?<![^.])\d+(?![^.])", name)
         kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
         number = numbers[0] if numbers else ""
@@ -59,7 +60,7 @@ def plot(selection: Selection, path: Union[str, os.PathLike]) -> None:
         raise ImportError(
             "nibblock: plotting needs matplotlib: pip install nibblock[bench]"
         ) from error
-    columns, rows, place = _sheet(selection)
+    columns, rows, place = sheet(selection.shapes)
     scores, choice, left, top = _canvas(selection, columns, rows, place)
     positive = scores[np.isfinite(scores) & (scores > 0)]
     floor = np.quantile(positive, 0.01) if positive.size else 1.0
