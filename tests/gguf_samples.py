@@ -79,7 +79,7 @@ class Model:
         return out
 
     def kind(self, name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) == 1:
+        if len(shape) == 1 or "norm" in name or "ffn_gate_inp" in name:
             return "F32"
         fits = [part for part in self.types if part in name]
         return self.types[max(fits, key=len)]
@@ -109,7 +109,9 @@ class Model:
     def write(self, path: Path) -> Path:
         writer = gguf.GGUFWriter(path, self.arch)
         for key, value in self.metadata().items():
-            if isinstance(value, float):
+            if isinstance(value, bool):
+                writer.add_bool(key, value)
+            elif isinstance(value, float):
                 writer.add_float32(key, value)
             elif isinstance(value, int):
                 writer.add_uint32(key, value)
@@ -133,7 +135,8 @@ class Model:
                 raw = gguf.quants.quantize(data, type_id(kind))
                 writer.add_tensor(name, raw, raw_dtype=type_id(kind))
             else:
-                raw = blocks(self.rng, kind, *shape)
+                raw = blocks(self.rng, kind, int(np.prod(shape[:-1])), shape[-1])
+                raw = raw.reshape(*shape[:-1], -1)
                 writer.add_tensor(name, raw, raw_dtype=type_id(kind))
         for name, data in self.options.get("extra", {}).items():
             writer.add_tensor(name, data)

@@ -10,7 +10,8 @@ import pytest
 from gguf_samples import Model, blocks, gguf, type_id
 from nibblock.formats._ggml_types import EXACT_TYPES, decode, dequantize
 from nibblock.formats._gguf_file import GGML_TYPES, GGUFFile
-from nibblock.formats._gguf_model import llama3_scaling, plan, unpermute
+from nibblock.formats._gguf_metadata import llama3_scaling
+from nibblock.formats._gguf_model import plan, unpermute
 
 GOLDEN = Path(__file__).parent / "golden" / "ggml_blocks.npz"
 
@@ -209,7 +210,7 @@ def test_random_bytes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "mamba"}, "architecture llama, qwen2, qwen3, got 'mamba'"),
+        ({"arch": "mamba"}, "architecture llama, qwen2, qwen3, .*starcoder2, got 'mamba'"),
         ({"replace": {"blk.1.attn_q.weight": None}}, "hold tensor blk.1.attn_q.weight, got none"),
         ({"replace": {"output_norm.weight": None}}, "hold tensor output_norm.weight"),
         (
@@ -224,7 +225,8 @@ def test_random_bytes_are_refused(tmp_path):
         ),
         ({"meta": {"llama.block_count": None}}, "llama.block_count .* got nothing"),
         ({"meta": {"llama.block_count": "two"}}, "llama.block_count .* got two"),
-        ({"meta": {"llama.expert_count": 8}}, "expert_count as 0"),
+        ({"meta": {"llama.expert_count": 8}}, "llama.expert_used_count .* got nothing"),
+        ({"arch": "qwen3", "meta": {"qwen3.expert_count": 8}}, "expert_count as 0"),
         ({"meta": {"split.count": 2}}, "one whole file"),
         ({"meta": {"llama.attention.head_count_kv": 3}}, "head_count_kv as a divisor"),
         ({"meta": {"llama.attention.value_length": 32}}, "value_length as the head size 64"),

@@ -39,6 +39,32 @@ def test_embedding_follows_dtype_and_state_dict():
     assert nb.Int4Embedding(50, 64, device="meta")(index.to("meta")).shape == (2, 64)
 
 
+def test_multiplier_is_rounded_to_the_dtype_and_no_part_of_the_table():
+    plain = nb.Int4Embedding.from_embedding(nn.Embedding(50, 64))
+    scaled = nb.Int4Embedding.from_packed(
+        plain.packed,
+        num_embeddings=50,
+        embedding_dim=64,
+        group_size=32,
+        affine=False,
+        scale_dtype=plain.scale_dtype,
+        multiplier=33.7,
+    )
+    index = torch.tensor([1, 2])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        plain.to(dtype)
+        scaled.to(dtype)
+        expected = plain(index) * torch.tensor(33.7).to(dtype)
+        for module in (scaled, copy.deepcopy(scaled), pickle.loads(pickle.dumps(scaled))):
+            assert module.multiplier == 33.7
+            assert torch.equal(module(index), expected)
+            assert module(index).dtype == dtype
+    assert torch.equal(scaled.weight, plain.weight)
+    assert torch.equal(scaled.linear().weight, plain.weight)
+    assert "multiplier=33.7" in repr(scaled)
+    assert "multiplier" not in repr(plain)
+
+
 def test_embedding_errors():
     q = nb.Int4Embedding.from_embedding(nn.Embedding(50, 64))
     with pytest.raises(ValueError, match=r"int4_embedding: indices must be in \[0, 50\), got 50"):

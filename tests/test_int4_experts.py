@@ -440,6 +440,43 @@ def test_wrong_makings():
         nb.Int4Experts.from_codes(dense_experts(), {"down_proj": ()}, group_size=32)
 
 
+def test_projections_of_different_formats():
+    """What mixed files hold: each projection keeps its own bits and groups, in copies too."""
+    dense = dense_experts()
+    made = {
+        name: nb.Int4Experts.from_experts(dense, **form)
+        for name, form in (
+            ("gate_up_proj", {"group_size": 64, "bits": 4}),
+            ("down_proj", {"group_size": 32, "bits": 8, "symmetric": True}),
+        )
+    }
+    codes = {}
+    for name, module in made.items():
+        parts = module.projections[name].canonical()
+        codes[name] = (parts["qweight"], parts["scales"], parts.get("offsets"))
+    mixed = nb.Int4Experts.from_codes(
+        dense,
+        codes,
+        group_size={"gate_up_proj": 64, "down_proj": 32},
+        bits={"gate_up_proj": 4, "down_proj": 8},
+    )
+    for name, module in made.items():
+        assert torch.equal(mixed.dequantize()[name], module.dequantize()[name])
+        weight = mixed.projections[name]
+        assert (weight.bits, weight.group_size) == (8, 32) if name == "down_proj" else (4, 64)
+    again = copy.deepcopy(mixed)
+    for weight in again.projections.values():
+        weight.packed.data.zero_()
+    again.load_state_dict(mixed.state_dict())
+    for other in (again, copy.deepcopy(mixed)):
+        for name, weight in other.dequantize().items():
+            assert torch.equal(weight, mixed.dequantize()[name])
+    with pytest.raises(
+        ValueError, match="bits must be a number, or one for gate_up_proj and down_proj, got up"
+    ):
+        nb.Int4Experts.from_codes(dense, codes, group_size=64, bits={"up": 4})
+
+
 def test_constructor_on_an_accelerated_module_keeps_its_gate():
     module = quantised(dense_experts("gpt_oss"))
     again = nb.Int4Experts(module, group_size=64, bits=8)

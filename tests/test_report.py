@@ -255,12 +255,41 @@ def test_gguf(tmp_path, capsys):
     assert facts.layers["dense"] == len(report.kept)
     assert cli.main([str(path)]) == 0
     assert "9 tensors exactly in 4 bits, 3 exactly in 8, 4 dense" in capsys.readouterr().out
-    other = Model("gemma").write(tmp_path / "g.gguf")
+    other = Model("mamba").write(tmp_path / "g.gguf")
     facts = describe(other)
-    assert (facts.architecture, facts.layers, facts.bytes_here) == ("gemma", None, None)
+    assert (facts.architecture, facts.layers, facts.bytes_here) == ("mamba", None, None)
     assert "architecture llama, qwen2, qwen3" in facts.refusal
     assert cli.main([str(other)]) == 0
     assert "load_gguf refuses it: it must hold a model of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "layers"),
+    [
+        # 7 linears and 3 experts' tensors a layer, an embedding, a head; a router, its shared
+        # gate, 3 biases and 2 norms a layer, a norm
+        (
+            "qwen2moe",
+            {"": "Q4_0", "ffn_up_exps": "Q5_1", "ffn_down_exps": "Q4_K"},
+            {"int4": 18, "int8": 4, "dense": 0, "vectors": 15},
+        ),
+        (
+            "mixtral",
+            {"": "Q4_1", "blk.1.ffn_gate_exps": "F16"},
+            {"int4": 13, "int8": 0, "dense": 3, "vectors": 7},
+        ),
+        # norms with a bias, one of each head's norms, 3 biases
+        ("stablelm", {"": "Q8_0"}, {"int4": 0, "int8": 16, "dense": 0, "vectors": 20}),
+    ],
+)
+def test_gguf_of_other_architectures(tmp_path, name, types, layers):
+    from gguf_architectures import Sample
+
+    options = {"hidden": 256, "inner": 256, "expert_inner": 256} if "moe" in name else {}
+    path = Sample(name, types, **options).write(tmp_path / "m.gguf")
+    facts = describe(path)
+    assert facts.layers == layers
+    assert facts.bytes_here == nb.load_gguf(path).nibblock_report.model_bytes_after
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

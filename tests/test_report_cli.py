@@ -225,11 +225,11 @@ def test_a_gguf_is_measured_with_its_own_tokenizer(tmp_path):
     assert (found.form, found.files, left) == ("exact", (), [])
     with pytest.raises(ValueError, match="must hold a tokenizer"):
         models.load_tokenizer(found)
-    other = Model("gemma").write(tmp_path / "g.gguf")
-    assert models.candidates([str(other)], None)[1] == [
-        (str(other), "load_gguf does not build it: it must hold a model of architecture llama, "
-         "qwen2, qwen3, got 'gemma'")
-    ]  # fmt: skip
+    other = Model("mamba").write(tmp_path / "g.gguf")
+    ((path, why),) = models.candidates([str(other)], None)[1]
+    assert path == str(other)
+    assert why.startswith("load_gguf does not build it: it must hold a model of architecture llama")
+    assert why.endswith("got 'mamba'")
 
 
 def test_files_on_a_gguf(tmp_path):

@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="a GGUF of a Llama-family model or a transformers folder, quantised or not "
-        "(default: SmolLM2-135M)",
+        help="a GGUF file or a transformers folder, quantised or not (default: SmolLM2-135M)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: torch's)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to decode (32)")

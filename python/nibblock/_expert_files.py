@@ -48,14 +48,13 @@ def build(
         for leaf, record in records.items():
             key = f"{name}.{leaf}"
             codes[leaf] = _parts(path, header["shared"].get(key, key), record, tensors)
-        form = records["down_proj"]
         try:
             new[name] = Int4Experts.from_codes(
                 old,
                 codes,
                 group_size={leaf: record["group_size"] for leaf, record in records.items()},
                 bits={leaf: record["bits"] for leaf, record in records.items()},
-                compute=form["compute"],
+                compute=records["down_proj"]["compute"],
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"load: {name}: {error}") from error

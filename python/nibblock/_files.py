@@ -128,6 +128,8 @@ def _describe(module: nn.Module) -> dict[str, Any]:
         record.update(kind=_expert_files.KIND, experts=module.experts, compute=module.compute)
     else:
         record.update(kind="embedding", padding_idx=module.padding_idx)
+        if module.multiplier is not None:
+            record["multiplier"] = module.multiplier
     return record
 
 
@@ -365,6 +367,7 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
             return Int4Linear.from_codes(*parts, bias, **form)
         dtype = old._dtype if isinstance(old, Int4Embedding) else old.weight.dtype
         form.update(embedding_dim=record["columns"], padding_idx=record["padding_idx"], dtype=dtype)
+        form["multiplier"] = record.get("multiplier")
         if source is not None:
             return Int4Embedding.from_packed(
                 source.packed, num_embeddings=record["rows"], **form, **tied

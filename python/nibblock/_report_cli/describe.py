@@ -14,9 +14,9 @@ from nibblock._report_cli.facts import Facts, GGUFFacts
 from nibblock._report_cli.model_file import describe_model
 from nibblock._report_cli.tensor_file import open_file
 from nibblock._report_cli.trained_file import describe_trained
-from nibblock.formats._ggml_types import EXACT_TYPES, form
+from nibblock.formats._ggml_types import EXACT_TYPES, Form, common_form, form
 from nibblock.formats._gguf_file import GGUFFile
-from nibblock.formats._gguf_model import plan
+from nibblock.formats._gguf_model import ExpertSlot, plan
 from nibblock.ops import _checks
 
 
@@ -64,23 +64,48 @@ def _describe_gguf(given: str, path: Path) -> GGUFFacts:
     architecture = file.metadata.get("general.architecture", "")
     facts = {"architecture": str(architecture), "types": types}
     try:
-        slots = plan(file).slots
+        layout = plan(file)
     except ValueError as error:  # of an architecture that load_gguf does not build, or damaged
         reason = str(error).partition(": ")[2]
         return GGUFFacts(given, file.size, **facts, layers=None, bytes_here=None, refusal=reason)
     counts: Counter = Counter({"int4": 0, "int8": 0, "dense": 0, "vectors": 0})
     held = 0
-    for slot in slots:
-        info = file.tensors[slot.tensor]
-        if slot.kind not in ("linear", "embedding"):
+    kinds = {slot.tensor: slot.kind for slot in layout.slots}  # a tensor may fill several modules
+    for name, kind in kinds.items():
+        info = file.tensors[name]
+        if kind not in ("linear", "embedding"):
             counts["vectors"] += 1
         elif info.type not in EXACT_TYPES:
             counts["dense"] += 1
         else:
-            bits, group, affine, dtype = form(info.type)
-            counts[f"int{bits}"] += 1
-            scales = getattr(torch, dtype)
-            held += _checks.packed_bytes(info.rows, info.columns, group, bits, affine, scales)
+            counts[f"int{form(info.type)[0]}"] += 1
+            held += _packed_bytes(info.rows, info.columns, form(info.type))
             continue
         held += 4 * info.rows * info.columns
+    for slot in layout.experts:
+        held += _count_experts(file, slot, counts)
     return GGUFFacts(given, file.size, **facts, layers=dict(counts), bytes_here=held)
+
+
+def _packed_bytes(rows: int, columns: int, layout: Form) -> int:
+    bits, group, affine, dtype = layout
+    return _checks.packed_bytes(rows, columns, group, bits, affine, getattr(torch, dtype))
+
+
+def _count_experts(file: GGUFFile, slot: ExpertSlot, counts: Counter) -> int:
+    """Bytes of the experts of one layer; their tensors are added to counts."""
+    projections = [
+        [file.tensors[name] for name in names] for names in (slot.gate + slot.up, slot.down)
+    ]
+    flat = [info for tensors in projections for info in tensors]
+    if any(info.type not in EXACT_TYPES for info in flat):  # one makes all of them dense
+        counts["dense"] += len(flat)
+        return 4 * sum(info.rows * info.columns for info in flat)
+    experts = len(slot.down) if len(slot.down) > 1 else projections[1][0].shape[0]
+    held = 0
+    for tensors in projections:
+        layout = common_form([form(info.type) for info in tensors])
+        counts[f"int{layout[0]}"] += len(tensors)
+        rows = sum(info.rows for info in tensors) // experts
+        held += experts * _packed_bytes(rows, tensors[0].columns, layout)
+    return held

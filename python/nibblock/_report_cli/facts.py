@@ -208,8 +208,9 @@ class GGUFFacts(Facts):
     Attributes:
         architecture: as in its metadata; "" where it names none.
         types: tensor type -> {"tensors", "weights", "bytes"}.
-        layers: "int4", "int8", "dense" (linears and embeddings) and "vectors" (norms, biases) ->
-            how many tensors become that in `load_gguf`; None where it refuses the file.
+        layers: "int4", "int8", "dense" (linears, experts and embeddings) and "vectors" (norms,
+            biases, routers) -> how many tensors become that in `load_gguf`; None where it refuses
+            the file.
         bytes_here: of that model's Parameters with dense tensors in float32; None as well.
         refusal: why `load_gguf` refuses; empty where it does not.
     """

@@ -53,6 +53,28 @@ class Codes:
         offsets = None if self.offsets is None else self.offsets[index]
         return Codes(self.qweight[index], self.scales[index], offsets, self.bits, self.group)
 
+    def widened(self, bits: int, group: int, affine: bool, dtype: str) -> Codes:
+        """The same values in a form that holds this one: more bits, smaller groups that divide
+        these, offsets, wider scales.
+
+        Exact: a symmetric weight's offset -8 * scale (8 bits: -128 * scale) only shifts the
+        exponent.
+        """
+        code, scales, offsets = self.qweight, self.scales.astype(dtype), self.offsets
+        if offsets is not None:
+            offsets = offsets.astype(dtype)
+        elif affine:
+            offsets = scales * scales.dtype.type(-8 if self.bits == 4 else -128)
+        if bits > self.bits:
+            code = np.stack((code & 15, code >> 4), axis=-1).reshape(len(code), -1)
+            if offsets is None:
+                code = code + np.uint8(120)  # 4 bits are centred at 8, 8 bits at 128
+        if group < self.group:
+            times = self.group // group
+            scales = scales.repeat(times, axis=1)
+            offsets = None if offsets is None else offsets.repeat(times, axis=1)
+        return Codes(code, scales, offsets, bits, group)
+
     def dequantize(self) -> np.ndarray:
         """[N, K] float32: scale * code + offset, each operation rounded to float32."""
         if self.bits == 4:
@@ -67,6 +89,24 @@ class Codes:
         else:
             value = code * scales + self.offsets.astype(np.float32)[..., None]
         return value.reshape(rows, -1)
+
+
+Form = tuple[int, int, bool, str]  # bits, group, whether it has offsets, dtype of the scales
+
+
+def common_form(forms: list[Form]) -> Form:
+    """The smallest form that holds weights in each of these without rounding."""
+    bits, groups, affine, dtypes = zip(*forms)
+    # (128 times a float16 may be none: where an offset is made, it is a float32.)
+    wide = "float32" in dtypes or len(set(affine)) > 1
+    return max(bits), min(groups), any(affine), "float32" if wide else "float16"
+
+
+def alike(parts: list[Codes]) -> list[Codes]:
+    """Weights of one width in one form; values stay."""
+    forms = [(p.bits, p.group, p.offsets is not None, p.scales.dtype.name) for p in parts]
+    shared = common_form(forms)
+    return [p if f == shared else p.widened(*shared) for p, f in zip(parts, forms)]
 
 
 def _halves(raw: np.ndarray) -> np.ndarray:
@@ -223,7 +263,8 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
         NotImplementedError: a type that the gguf package cannot read either.
     """
     if kind in EXACT_TYPES:
-        return decode(kind, raw).dequantize()
+        with np.errstate(all="ignore"):  # as below
+            return decode(kind, raw).dequantize()
     if kind == "F32":
         return raw.view("<f4")
     if kind == "F16":
@@ -245,7 +286,7 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
         return gguf.quants.dequantize(raw, member)
 
 
-def form(kind: str) -> tuple[int, int, bool, str]:
+def form(kind: str) -> Form:
     """(bits, group, whether it has offsets, dtype of the scales) of a name in EXACT_TYPES."""
     # Of a block of zeros, so that the decoders stay the only place that knows.
     codes = decode(kind, np.zeros((1, _DECODERS[kind][2]), np.uint8))

@@ -12,6 +12,11 @@ What becomes of each tensor:
 | norms, biases                   | dense, in `dtype`                                              |
 
 The embedding follows the same table with Int4Embedding; a tied head shares its packed storage.
+The experts of a layer become one Int4Experts; where one of its tensors has no codes (Q6_K downs in
+Q4_K_M files), all of that layer's experts are dense. Routers are dense.
+
+Architectures: llama (Mistral's and Mixtral's files too), qwen2, qwen3, qwen2moe, qwen3moe, gemma,
+gemma2, gemma3 (text), phi3, granite, smollm3, olmo2, stablelm, starcoder2.
 """
 
 from __future__ import annotations
@@ -25,22 +30,17 @@ import torch
 from torch import nn
 
 from nibblock._report import LayerReport, Report
-from nibblock.formats._ggml_types import EXACT_TYPES, Codes, decode, dequantize
+from nibblock.formats._ggml_types import EXACT_TYPES, Codes
+from nibblock.formats._gguf_experts import put_experts
 from nibblock.formats._gguf_file import GGUFFile
-from nibblock.formats._gguf_model import (
-    ModelPlan,
-    Slot,
-    llama3_scaling,
-    longrope_scaling,
-    plan,
-    unpermute,
-)
+from nibblock.formats._gguf_metadata import llama3_scaling, longrope_scaling
+from nibblock.formats._gguf_model import ModelPlan, Slot, plan
+from nibblock.formats._gguf_tensors import FLOATS, TensorReader, as_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK_VALUES = 1 << 24  # float32 values dequantised at a time: 64 MB
 
 
 def load_gguf(
@@ -56,14 +56,14 @@ def load_gguf(
         w[n, k] = scale[n, k / group] * code[n, k] + offset[n, k / group]
 
     Args:
-        path: a GGUF file, version 2 or 3, of architecture llama (Mistral's files too), qwen2 or
-        qwen3.
+        path: a GGUF file, version 2 or 3, of an architecture that the module's docstring lists.
         dtype: float32 | bfloat16 | float16, of the activations, norms, biases and dense weights.
-        fuse: run q/k/v and gate/up as one call each (see `accelerate`).
+        fuse: run q/k/v and gate/up as one call each (see `accelerate`); in phi3 they are one
+            linear each already.
         compute: "bf16" | "int8", the arithmetic of the Int4Linear layers.
-        requantize: store linears and embeddings of types that have no exact form here (Q6_K, Q2_K
-            and rarer ones; the module's docstring has the table) in 8 bits, group 32, symmetric,
-            rounded to nearest, instead of dense. No longer lossless for those layers.
+        requantize: store linears, experts and embeddings of types that have no exact form here
+            (Q6_K, Q2_K and rarer ones; the module's docstring has the table) in 8 bits, group 32,
+            symmetric, rounded to nearest, instead of dense. No longer lossless for those layers.
     Returns:
         the model in eval mode on the CPU. `model.nibblock_report` prints what became of each layer.
     Raises:
@@ -76,7 +76,8 @@ def load_gguf(
     weights.
     Determinism: the same file gives the same bytes.
     Numerics: with requantize=False every weight equals ggml's own float32 dequantisation, then
-        `dtype` for dense tensors only. Peak memory is the result plus one tensor.
+        `dtype` for dense tensors only. Gemma's norms are stored as w + 1 and become w, rounded
+        to float32. Peak memory is the result plus one tensor (of experts, about twice a layer's).
     Source: block layouts of ggml; tests/test_gguf.py compares with the gguf package and
     transformers. Example:
         >>> model = nb.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", fuse=True)
@@ -88,6 +89,11 @@ def load_gguf(
 
         report = builder.report
         report.fused, report.not_fused = fuse_where_possible(model)
+        if builder.layout.fused:
+            report.notes.append(
+                f"fuse: nothing to do, a {builder.layout.model_type} model has q/k/v and gate/up "
+                "as one linear each"
+            )
     model.nibblock_report = builder.report
     return model
 
@@ -169,76 +175,9 @@ class _Builder:
         compute: str,
         requantize: bool,
     ) -> None:
-        self.file, self.layout, self.dtype = file, layout, dtype
-        self.quantised, self.compute, self.requantize = quantised, compute, requantize
+        self.file, self.layout, self.dtype, self.compute = file, layout, dtype, compute
+        self.reader = TensorReader(file, dtype, quantised, requantize)
         self.report = ImportReport()
-
-    # --- reading ----------------------------------------------------------------------------------
-
-    def _codes(self, slot: Slot) -> Codes | None:
-        """The slot's tensor in canonical form, or None when it is to be dense."""
-        info = self.file.tensors[slot.tensor]
-        if not self.quantised:
-            return None
-        if info.type in EXACT_TYPES:
-            codes = decode(info.type, self.file.read(slot.tensor))
-            self._check_finite(slot, codes.scales, codes.offsets)
-        elif self.requantize and info.type not in ("F32", "F16", "BF16", "F64"):
-            codes = self._requantized(slot)
-        else:
-            return None
-        return codes.rows(unpermute(info.shape[0], slot.heads)) if slot.heads else codes
-
-    def _check_finite(self, slot: Slot, *arrays: np.ndarray | None) -> None:
-        for array in arrays:
-            if array is not None and not np.isfinite(array).all():
-                raise self.file.fail(
-                    f"hold finite scales in tensor {slot.tensor}",
-                    "NaN or infinity; the file is corrupt",
-                )
-
-    def _requantized(self, slot: Slot) -> Codes:
-        info = self.file.tensors[slot.tensor]
-        parts = []
-        for _, values in self._chunks(slot):
-            pad = -values.shape[1] % 32
-            groups = np.pad(values, ((0, 0), (0, pad))).reshape(len(values), -1, 32)
-            scales = np.abs(groups).max(-1) / np.float32(127)
-            inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-            code = np.rint(groups * inverse[..., None]).clip(-127, 127) + 128
-            code = code.astype(np.uint8).reshape(len(values), -1)[:, : info.columns]
-            parts.append((code, scales))
-        code, scales = (np.concatenate(p) for p in zip(*parts))
-        return Codes(np.ascontiguousarray(code), scales, None, 8, 32)
-
-    def _chunks(self, slot: Slot) -> Any:
-        """(first row, [rows, K] float32) of the tensor in file order, a bounded piece at a time."""
-        info = self.file.tensors[slot.tensor]
-        step = max(1, _CHUNK_VALUES // max(info.columns, 1))
-        for first in range(0, info.rows, step):
-            raw = self.file.read(slot.tensor, first, min(step, info.rows - first))
-            try:
-                values = dequantize(info.type, raw)
-            except NotImplementedError:  # dequantize names the type, this the tensor and file
-                raise self.file.fail(
-                    f"hold tensor {slot.tensor} in a type that can be read", info.type
-                ) from None
-            yield first, values.reshape(-1, info.columns)
-
-    def _dense(self, slot: Slot) -> torch.Tensor:
-        """The slot's tensor in `dtype`."""
-        info = self.file.tensors[slot.tensor]
-        out = torch.empty(info.rows, info.columns, dtype=self.dtype)
-        for first, values in self._chunks(slot):
-            self._check_finite(slot, values)
-            rows = torch.from_numpy(np.ascontiguousarray(values))
-            out[first : first + len(values)] = rows
-        out = out.reshape(info.shape)
-        if slot.heads:
-            out = out[torch.from_numpy(unpermute(info.shape[0], slot.heads))]
-        return out
-
-    # --- building ---------------------------------------------------------------------------------
 
     def build(self) -> PreTrainedModel:
         from nibblock._tied_keys import rename_tied_keys
@@ -252,13 +191,18 @@ class _Builder:
             raise self.file.fail(f"describe a {kind} model", error) from error
         biases = {s.module: s for s in self.layout.slots if s.kind == "bias"}
         for slot in self.layout.slots:
-            if slot.kind == "norm":
-                model.get_submodule(slot.module).weight = nn.Parameter(self._dense(slot))
+            if slot.kind == "parameter":
+                module = model.get_submodule(slot.module)
+                # (A router's gate for the shared expert is a vector here and a row there.)
+                value = self.reader.dense(slot).reshape(getattr(module, slot.leaf).shape)
+                setattr(module, slot.leaf, nn.Parameter(value))
             elif slot.kind == "linear":
                 bias = biases.get(slot.module)
-                self._put_linear(model, slot, None if bias is None else self._dense(bias))
+                self._put_linear(model, slot, None if bias is None else self.reader.dense(bias))
             elif slot.kind == "embedding":
                 self._put_embedding(model, slot)
+        for experts in self.layout.experts:
+            self.report.rows.append(put_experts(model, experts, self.reader, self.compute))
         rename_tied_keys(model)
         model.eval()
         sizes = [info.rows * info.columns for info in self.file.tensors.values()]
@@ -272,13 +216,18 @@ class _Builder:
         A converted model has nothing else to know them from. Returns those that the model must
         still divide by, because the configuration's formula only comes close to them.
         """
-        name = self.layout.rope_factors
-        if name is None:
+        names = self.layout.rope_factors
+        if not names:
             return None
-        factors = self._dense_float32(name)
+        for name in names:
+            factors = self.reader.float32(name)
+            if not np.isfinite(factors).all() or (factors <= 0).any():
+                raise self.file.fail(f"hold positive numbers in tensor {name}", "others")
         rope = self.layout.config["rope_parameters"]
-        if not np.isfinite(factors).all() or (factors <= 0).any():
-            raise self.file.fail(f"hold positive numbers in tensor {name}", "others")
+        if len(names) == 2:
+            for key, name in zip(("short_factor", "long_factor"), names):
+                rope[key] = [float(value) for value in self.reader.float32(name)]
+            return None
         if rope["rope_type"] != "default":
             raise self.file.fail(
                 f"hold either tensor {name} or rope scaling {rope['rope_type']}", "both"
@@ -296,25 +245,22 @@ class _Builder:
         )
         return None
 
-    def _dense_float32(self, name: str) -> np.ndarray:
-        return dequantize(self.file.tensors[name].type, self.file.read(name)).reshape(-1)
-
     def _put_linear(self, model: PreTrainedModel, slot: Slot, bias: torch.Tensor | None) -> None:
         info = self.file.tensors[slot.tensor]
         if bias is None and model.get_submodule(slot.module).bias is not None:
             # The configuration has one switch for several linears. One that lacks a bias here gets
             # zeros, so that a model made from the configuration takes this one's tensors.
             bias = torch.zeros(info.shape[0], dtype=self.dtype)
-        codes = self._codes(slot)
+        codes = self.reader.slot_codes(slot)
         if codes is None:
             module = nn.Linear(info.columns, info.shape[0], bias=False, device="meta")
-            module.weight = nn.Parameter(self._dense(slot))
+            module.weight = nn.Parameter(self.reader.dense(slot))
             module.bias = None if bias is None else nn.Parameter(bias)
         else:
             from nibblock.nn import Int4Linear
 
             module = Int4Linear.from_codes(
-                *_tensors(codes),
+                *as_tensors(codes),
                 bias,
                 in_features=info.columns,
                 group_size=codes.group,
@@ -326,10 +272,10 @@ class _Builder:
 
     def _put_embedding(self, model: PreTrainedModel, slot: Slot) -> None:
         info = self.file.tensors[slot.tensor]
-        codes = self._codes(slot)
+        codes = self.reader.slot_codes(slot)
         old = model.get_submodule(slot.module)
         if codes is None:
-            old.weight = nn.Parameter(self._dense(slot))
+            old.weight = nn.Parameter(self.reader.dense(slot))
             self._record(slot, old, codes)
             if self.layout.tied:
                 model.lm_head.weight = old.weight
@@ -338,12 +284,13 @@ class _Builder:
         from nibblock.nn import Int4Embedding
 
         embedding = Int4Embedding.from_codes(
-            *_tensors(codes),
+            *as_tensors(codes),
             embedding_dim=info.columns,
             group_size=codes.group,
             bits=codes.bits,
             padding_idx=old.padding_idx,
             dtype=self.dtype,
+            multiplier=getattr(old, "scalar_embed_scale", None),  # Gemma's class has one
         )
         model.set_submodule(slot.module, embedding)
         self._record(slot, embedding, codes)
@@ -355,7 +302,7 @@ class _Builder:
         info = self.file.tensors[slot.tensor]
         if codes is None:
             reason = f"{info.type}: dense"
-            if info.type not in ("F32", "F16", "BF16", "F64") and self.quantised:
+            if info.type not in FLOATS and self.reader.quantised:
                 reason = f"{info.type} has no exact form here: dense; requantize=True stores 8 bits"
         elif info.type in EXACT_TYPES:
             reason = f"{info.type}: exact"
@@ -385,9 +332,3 @@ def _bytes(module: nn.Module) -> int:
     return sum(
         p.numel() * p.element_size() for p in {id(p): p for p in module.parameters()}.values()
     )
-
-
-def _tensors(codes: Codes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """qweight, scales, offsets as tensors on the same memory."""
-    offsets = None if codes.offsets is None else torch.from_numpy(codes.offsets)
-    return torch.from_numpy(codes.qweight), torch.from_numpy(codes.scales), offsets

@@ -114,7 +114,7 @@ def build_empty(
     """As `empty_model`, of an architecture by name and with rotary frequencies of the file's own.
 
     Args:
-        model_type: transformers' name of the architecture ("llama", "qwen2", "qwen3").
+        model_type: transformers' name of the architecture ("llama", "gemma3_text", ...).
         values: the configuration.
         dtype: of the parameters, written into the configuration.
         rope_divisors: [head_dim / 2] float32 that divide the plain rotary frequencies, or None.

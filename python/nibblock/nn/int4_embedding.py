@@ -18,7 +18,7 @@ _embedding = torch.ops.nibblock.int4_embedding.default
 class Int4Embedding(PackedWeight, nn.Embedding):
     """An embedding table stored in 8 or 4 bits; stands wherever a frozen `nn.Embedding` stands.
 
-        y[..., k] = scale[i, g(k)] * code[i, k] + offset[i, g(k)],   i = input[...]
+        y[..., k] = multiplier * (scale[i, g(k)] * code[i, k] + offset[i, g(k)]),   i = input[...]
 
     Args:
         num_embeddings, embedding_dim: rows and columns of the table.
@@ -31,6 +31,10 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             on.
         device: where the table lives; "meta" allocates nothing.
 
+    The attribute `multiplier` is None (for 1), or what each row is multiplied by after it was
+    rounded to the output dtype, itself rounded to that dtype, as transformers' Gemma does it; it is
+    no part of `weight` nor of a tied head. `from_codes` and `from_packed` take it.
+
     `linear()` makes an `Int4Linear` on the same `packed` Parameter: a tied head without a second
     copy. The state dict holds `qweight`, `scales` and, unless symmetric, `offsets`; a dense
     `weight` is accepted on loading and rounded to nearest.
@@ -39,6 +43,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
     Raises: TypeError for another dtype, ValueError for an index out of range.
     Gradients: none. Determinism: bitwise.
     """
+
+    multiplier: Optional[float] = None
 
     def __init__(
         self,
@@ -77,6 +83,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         dtype,
         packed,
         device=None,
+        multiplier=None,
     ):
         nn.Module.__init__(self)
         op = type(self).__name__
@@ -91,6 +98,12 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             )
         if padding_idx is not None and padding_idx < 0:
             padding_idx += num_embeddings
+        if multiplier is not None:
+            self.multiplier = float(multiplier)
+            # (Made once: a tensor and back takes as long as the lookup of a row.)
+            self._multipliers = {
+                kind: torch.tensor(self.multiplier, dtype=kind).item() for kind in _checks.FLOATS
+            }
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx
         # What nn.Embedding's readers look for; none of them applies to a frozen table.
@@ -159,6 +172,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         bits: int = 8,
         padding_idx: Optional[int] = None,
         dtype: torch.dtype = torch.float32,
+        multiplier: Optional[float] = None,
     ) -> Int4Embedding:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
@@ -166,6 +180,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them; the dtype of scales is
                 kept.
             embedding_dim, group_size, bits, padding_idx, dtype: as in the constructor.
+            multiplier: of the output; see the class.
         Returns:
             A new module on the device of qweight.
         Raises:
@@ -184,6 +199,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             scale_dtype=scales.dtype,
             padding_idx=padding_idx,
             dtype=dtype,
+            multiplier=multiplier,
         )
 
     @classmethod
@@ -199,6 +215,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         scale_dtype: torch.dtype = torch.float32,
         padding_idx: Optional[int] = None,
         dtype: torch.dtype = torch.float32,
+        multiplier: Optional[float] = None,
     ) -> Int4Embedding:
         """Wraps an already packed table; a Parameter is shared, not copied.
 
@@ -207,6 +224,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype: the table's
             format.
             padding_idx, dtype: as in the constructor.
+            multiplier: of the output; see the class.
         Returns:
             A new module.
         Raises:
@@ -223,6 +241,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             scale_dtype,
             dtype,
             packed,
+            multiplier=multiplier,
         )
         return out
 
@@ -251,7 +270,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         try:
-            return _embedding(
+            rows = _embedding(
                 input,
                 self._parameters["packed"],
                 self._rows,
@@ -262,6 +281,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
                 self._scale_dtype,
                 self._dtype,
             )
+            return rows if self.multiplier is None else rows * self._multipliers[self._dtype]
         except RuntimeError:
             if self._follow_packed():
                 return self.forward(input)
@@ -293,4 +313,5 @@ class Int4Embedding(PackedWeight, nn.Embedding):
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._format_repr()}"
+        times = "" if self.multiplier is None else f", multiplier={self.multiplier:g}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._format_repr()}{times}"

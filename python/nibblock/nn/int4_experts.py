@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import nn
@@ -161,8 +161,8 @@ class Int4Experts(nn.Module):
         experts: nn.Module,
         codes: dict[str, Parts],
         *,
-        group_size: Union[int, dict[str, int]],
-        bits: Union[int, dict[str, int]] = 4,
+        group_size: int | dict[str, int],
+        bits: int | dict[str, int] = 4,
         compute: str = "bf16",
     ) -> Int4Experts:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
@@ -171,8 +171,8 @@ class Int4Experts(nn.Module):
             experts: as in the constructor, its weights on any device.
             codes: for each projection its qweight [E, N, ceil(K / 2)] (bits = 8: [E, N, K]) uint8,
                 scales [E, N, ceil(K / G)] float32 | float16, and offsets like scales or None.
-            group_size, bits, compute: as in the constructor; the first two may be given for each
-                projection, by name.
+            group_size, bits: as in the constructor, or for each projection its own.
+            compute: as in the constructor.
         Returns:
             A new module on the device of the codes.
         Raises:
@@ -181,6 +181,12 @@ class Int4Experts(nn.Module):
         """
         op = "Int4Experts.from_codes"
         form = _form_of(op, experts)
+        for key, given in (("group_size", group_size), ("bits", bits)):
+            if isinstance(given, dict) and given.keys() != form.sizes.keys():
+                raise ValueError(
+                    f"{op}: {key} must be a number, or one for {' and '.join(form.sizes)}, got "
+                    f"{', '.join(map(str, given)) or 'none'}"
+                )
         layouts, packed = {}, {}
         for name, (rows, columns) in form.sizes.items():
             if name not in codes:
