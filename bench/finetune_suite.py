@@ -28,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--minutes", type=float, default=0, help="start no cell after these (no limit)")
     p.add_argument("--beds", nargs="+", choices=ALL_BEDS, default=list(ALL_BEDS))
-    p.add_argument("--variants", nargs="+", metavar="V", help=f"of: {'; '.join(VARIANTS)}")
+    names = "; ".join(VARIANTS).replace("%", "%%")  # argparse formats its help
+    p.add_argument("--variants", nargs="+", metavar="V", help=f"of: {names}")
     p.add_argument("--rates", nargs="+", type=float, default=(), help="run these too, with --seeds")
     p.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2, 3, 4), help="of --rates")
     p.add_argument("--steps", action="store_true", help="time single steps, and no cells")
