@@ -161,10 +161,14 @@ def _int4_table(stem: str, run: dict[str, Any]) -> str:
 
 
 def model_figures(found: dict[str, dict[str, Any]]) -> str:
-    stem, run = _newest(found, "model")
+    """A table for every instruction set that a run is committed of, the widest first."""
+    return "\n\n".join(_model_table(stem, run) for stem, run in _runs(found, "model"))
 
+
+def _model_table(stem: str, run: dict[str, Any]) -> str:
     def rate(kind: str, name: str, count: int) -> str:
-        return f"{count / run[kind][name]['median_s']:.1f}" if name in run[kind] else ""
+        line = run.get(kind, {}).get(name)
+        return f"{count / line['median_s']:.1f}" if line else ""
 
     rows = [
         (
