@@ -170,6 +170,10 @@ class Sample:
 
     def write(self, folder: Path, shards: int = 1) -> Path:
         self.make()
+        return self.write_made(folder, shards)
+
+    def write_made(self, folder: Path, shards: int = 1) -> Path:
+        """As `write`, of what `make` made before."""
         folder.mkdir(parents=True, exist_ok=True)
         values = self.model.config.to_dict() | {"quantization_config": self.quantization()}
         (folder / "config.json").write_text(json.dumps(values, indent=1))

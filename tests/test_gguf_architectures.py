@@ -9,29 +9,13 @@ import pytest
 import torch
 from gguf_architectures import BLOCKS, MODEL_TYPES, Sample, configuration, expected_state
 from nibblock.formats.gguf import load_gguf_dense
+from test_gguf import assert_read_alike, assert_same_function, logits, tokens
 
 transformers = pytest.importorskip(
     "transformers", reason="the transformers package is not installed"
 )
 
 NAMES = [name for name in BLOCKS if name != "llama"]  # test_gguf.py has that one
-
-
-def tokens(model, length=13):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, model.config.vocab_size, (2, length), generator=generator)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids).logits.float()
-
-
-def assert_same_function(model, dense, tolerance=2e-2):
-    ids = tokens(dense)
-    expected, got = logits(dense, ids), logits(model, ids)
-    assert torch.isfinite(got).all()
-    assert (got - expected).norm() <= tolerance * expected.norm()
 
 
 def dense_values(model) -> dict[str, torch.Tensor]:
@@ -117,18 +101,7 @@ ORACLES = {
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_matches_transformers(tmp_path, name):
-    path = Sample(name, **ORACLES[name]).write(tmp_path / "m.gguf")
-    ours = load_gguf_dense(path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        str(tmp_path), gguf_file=path.name, dtype=torch.float32
-    )
-    mine, other = ours.state_dict(), theirs.state_dict()
-    assert mine.keys() == other.keys()
-    for key in mine:
-        assert torch.equal(mine[key], other[key]), key
-    ids = tokens(ours)
-    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=1e-5, atol=1e-5)
-    assert_same_function(nb.load_gguf(path), theirs.eval())
+    assert_read_alike(Sample(name, **ORACLES[name]).write(tmp_path / "m.gguf"))
 
 
 @pytest.mark.parametrize("name", NAMES)

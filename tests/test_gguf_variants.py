@@ -12,7 +12,8 @@ from nibblock.formats._ggml_types import EXACT_TYPES, alike, decode
 from nibblock.formats._gguf_file import GGUFFile
 from nibblock.formats._gguf_model import plan
 from nibblock.formats.gguf import load_gguf_dense
-from test_gguf_architectures import assert_same_function, dense_values, logits, tokens
+from test_gguf import assert_same_function, logits, tokens
+from test_gguf_architectures import dense_values
 
 transformers = pytest.importorskip(
     "transformers", reason="the transformers package is not installed"

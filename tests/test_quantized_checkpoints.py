@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
-import textwrap
 
 import nibblock as nb
 import numpy as np
 import pytest
 import torch
 from nibblock.formats.quantized import is_quantized, load_quantized_dense
+from peak_memory import peak_of_loading
 from quantized_samples import DTYPES, Sample, configuration, transformers
 
 
@@ -453,30 +451,13 @@ def test_the_files_may_go(tmp_path):
 
 def test_peak_memory(tmp_path):
     """Loading costs the result and a layer, not a float32 copy of the quantised weights."""
-    code = """
-        import json, sys
-        import nibblock as nb
-        def peak():  # (ru_maxrss of a child starts at its parent's)
-            with open("/proc/self/status") as file:
-                return next(int(l.split()[1]) for l in file if l.startswith("VmHWM")) / 1024
-        nb.load_quantized(sys.argv[1])  # a tiny model: pays for the imports
-        before = peak()
-        model = nb.load_quantized(sys.argv[2])
-        print(json.dumps([before, peak(), sum(p.numel() for p in model.parameters()) / 2**20]))
-    """
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2}
     big, tiny = Sample("gptq", config=sizes, symmetric=True), Sample("gptq")
-    paths = [str(s.write(tmp_path / n)) for n, s in (("tiny", tiny), ("big", big))]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *paths],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    before, after, result = json.loads(done.stdout.splitlines()[-1])
+    paths = [s.write(tmp_path / n) for n, s in (("tiny", tiny), ("big", big))]
+    added, result = peak_of_loading("load_quantized", *paths)
     dense = 4 * sum(codes.size for codes in big.codes.values()) / 2**20
     assert dense > 65
-    assert after - before < result + 20 < 0.5 * dense, (before, after, result)
+    assert added < result + 20 < 0.5 * dense, (added, result)
 
 
 def test_samples_hold_what_they_say():

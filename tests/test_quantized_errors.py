@@ -43,12 +43,7 @@ def sample(request):
 
 @pytest.fixture
 def folder(sample, tmp_path):
-    path = tmp_path / "m"
-    path.mkdir()
-    config = sample.model.config.to_dict() | {"quantization_config": sample.quantization()}
-    (path / "config.json").write_text(json.dumps(config))
-    sample.save(path)
-    return path
+    return sample.write_made(tmp_path / "m")
 
 
 # --- arguments ------------------------------------------------------------------------------------

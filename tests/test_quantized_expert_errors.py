@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
@@ -26,12 +25,7 @@ def sample(request):
 
 @pytest.fixture
 def folder(sample, tmp_path):
-    path = tmp_path / "m"
-    path.mkdir()
-    config = sample.model.config.to_dict() | {"quantization_config": sample.quantization()}
-    (path / "config.json").write_text(json.dumps(config))
-    sample.save(path)
-    return path
+    return sample.write_made(tmp_path / "m")
 
 
 def of(sample, name):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import subprocess
 import sys
-import textwrap
 
 import nibblock as nb
 import numpy as np
 import pytest
 import torch
 from nibblock.formats.quantized import load_quantized_dense
+from peak_memory import peak_of_loading
 from quantized_samples import EXPERTS, Sample, configuration, safetensors_torch, transformers
 from test_quantized_checkpoints import assert_same_function, edit, logits, tokens
 
@@ -292,31 +291,14 @@ def test_convert(tmp_path):
 
 def test_peak_memory(tmp_path):
     """Loading costs the result and a layer's codes, not a dense copy of the experts."""
-    code = """
-        import json, sys
-        import nibblock as nb
-        def peak():
-            with open("/proc/self/status") as file:
-                return next(int(l.split()[1]) for l in file if l.startswith("VmHWM")) / 1024
-        nb.load_quantized(sys.argv[1])  # a tiny model: pays for the imports
-        before = peak()
-        model = nb.load_quantized(sys.argv[2])
-        print(json.dumps([before, peak(), sum(p.numel() for p in model.parameters()) / 2**20]))
-    """
     sizes = {"hidden_size": 512, "moe_intermediate_size": 1024, "num_experts": 8}
     big = Sample("gptq", arch="qwen3_moe", config=sizes, symmetric=True)
     tiny = Sample("gptq", arch="qwen3_moe")
-    paths = [str(s.write(tmp_path / n)) for n, s in (("tiny", tiny), ("big", big))]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *paths],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    before, after, result = json.loads(done.stdout.splitlines()[-1])
+    paths = [s.write(tmp_path / n) for n, s in (("tiny", tiny), ("big", big))]
+    added, result = peak_of_loading("load_quantized", *paths)
     dense = 4 * sum(codes.size for codes in big.codes.values()) / 2**20
     assert dense > 90
-    assert after - before < 1.5 * result + 20 < 0.5 * dense, (before, after, result)
+    assert added < 1.5 * result + 20 < 0.5 * dense, (added, result)
 
 
 def test_explain(tmp_path):

@@ -40,49 +40,37 @@ namespace {
 
 constexpr int64_t kRowChunk = 256;  // rows quantised and multiplied at a time: bounds the workspace
 
-// Codes of 8 k for one vector of rows, as operands of the dot product: ACT == 16 gives 4 vectors of
-// 16-bit pairs, ACT == 8 gives 2 vectors of byte quadruples.
+// The operand of one step of the dot product, out of 8 k of codes for one vector of rows: ACT == 16
+// takes 4 steps of 16-bit pairs, ACT == 8 two of byte quadruples. With 8 bits the codes are two
+// vectors, of which odd steps take the second.
 template <class O, int BITS, int ACT>
-NB_INLINE void unpack8(const uint8_t* at, typename O::I* w) {
+NB_INLINE typename O::I operand_of(typename O::I codes, int step) {
   if (BITS == 4 && ACT == 16) {
-    const typename O::I line = O::load(at);
-    w[0] = O::and_(line, O::set1(0x000f000f));
-    w[1] = O::and_(O::template shr16<4>(line), O::set1(0x000f000f));
-    w[2] = O::and_(O::template shr16<8>(line), O::set1(0x000f000f));
-    w[3] = O::template shr16<12>(line);
-  } else if (BITS == 4) {
-    const typename O::I line = O::load(at);
-    w[0] = O::and_(line, O::set1(0x0f0f0f0f));
-    w[1] = O::and_(O::template shr16<4>(line), O::set1(0x0f0f0f0f));
-  } else if (ACT == 16) {
-    const typename O::I a = O::load(at), b = O::load(at + 64);
-    w[0] = O::and_(a, O::set1(0x00ff00ff));
-    w[1] = O::and_(b, O::set1(0x00ff00ff));
-    w[2] = O::template shr16<8>(a);
-    w[3] = O::template shr16<8>(b);
-  } else {
-    w[0] = O::load(at);
-    w[1] = O::load(at + 64);
-  }
-}
-
-// The operand of one step of 8 k alone, the same as unpack8's w[step].
-template <class O, int BITS, int ACT>
-NB_INLINE typename O::I unpack_step(const uint8_t* at, int step) {
-  if (BITS == 4 && ACT == 16) {
-    const typename O::I line = O::load(at);
-    if (step == 0) return O::and_(line, O::set1(0x000f000f));
-    if (step == 1) return O::and_(O::template shr16<4>(line), O::set1(0x000f000f));
-    if (step == 2) return O::and_(O::template shr16<8>(line), O::set1(0x000f000f));
-    return O::template shr16<12>(line);
+    if (step == 0) return O::and_(codes, O::set1(0x000f000f));
+    if (step == 1) return O::and_(O::template shr16<4>(codes), O::set1(0x000f000f));
+    if (step == 2) return O::and_(O::template shr16<8>(codes), O::set1(0x000f000f));
+    return O::template shr16<12>(codes);
   }
   if (BITS == 4) {
-    const typename O::I line = O::load(at);
-    return O::and_(step ? O::template shr16<4>(line) : line, O::set1(0x0f0f0f0f));
+    return O::and_(step ? O::template shr16<4>(codes) : codes, O::set1(0x0f0f0f0f));
   }
-  const typename O::I half = O::load(at + (step % 2) * 64);
-  if (ACT == 8) return half;
-  return step < 2 ? O::and_(half, O::set1(0x00ff00ff)) : O::template shr16<8>(half);
+  if (ACT == 8) return codes;
+  return step < 2 ? O::and_(codes, O::set1(0x00ff00ff)) : O::template shr16<8>(codes);
+}
+
+template <class O, int BITS, int ACT>
+NB_INLINE typename O::I unpack_step(const uint8_t* at, int step) {
+  return operand_of<O, BITS, ACT>(O::load(at + (BITS == 8 ? step % 2 * 64 : 0)), step);
+}
+
+// All steps, each vector loaded once.
+template <class O, int BITS, int ACT>
+NB_INLINE void unpack8(const uint8_t* at, typename O::I* w) {
+  const typename O::I first = O::load(at), second = BITS == 8 ? O::load(at + 64) : first;
+  NB_UNROLL
+  for (int step = 0; step < (ACT == 16 ? 4 : 2); ++step) {
+    w[step] = operand_of<O, BITS, ACT>(BITS == 8 && step % 2 ? second : first, step);
+  }
 }
 
 }  // namespace
@@ -193,40 +181,22 @@ static void tile(const TileArgs& a) {
         x += 4;
       }
     }
-  } else if constexpr (O::kStepwise) {
+  } else {
     constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
     for (int64_t at = 0; at < a.lines * kLineBytes; at += kLineBytes) {
+      typename O::I wv[C][kSteps];
       NB_UNROLL
       for (int c = 0; c < C; ++c) {
         O::prefetch(a.w[c] + at + O::kPrefetch);
         if (BITS == 8) O::prefetch(a.w[c] + at + O::kPrefetch + 64);
+        if (!O::kStepwise) unpack8<O, BITS, ACT>(a.w[c] + at, wv[c]);
       }
       NB_UNROLL
       for (int s = 0; s < kSteps; ++s) {
-        typename O::I wv[C];
         NB_UNROLL
-        for (int c = 0; c < C; ++c) wv[c] = unpack_step<O, BITS, ACT>(a.w[c] + at, s);
-        NB_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const typename O::I xv = O::broadcast(x + r * a.x_stride + 4 * s);
-          NB_UNROLL
-          for (int c = 0; c < C; ++c) sum[r][c] = O::template dot<ACT>(sum[r][c], wv[c], xv);
+        for (int c = 0; c < C && O::kStepwise; ++c) {
+          wv[c][s] = unpack_step<O, BITS, ACT>(a.w[c] + at, s);
         }
-      }
-      x += 4 * kSteps;
-    }
-  } else {
-    for (int64_t line = 0; line < a.lines; ++line) {
-      typename O::I wv[C][kSteps];
-      NB_UNROLL
-      for (int c = 0; c < C; ++c) {
-        const uint8_t* at = a.w[c] + line * (BITS == 4 ? 64 : 128);
-        O::prefetch(at + O::kPrefetch);
-        if (BITS == 8) O::prefetch(at + O::kPrefetch + 64);
-        unpack8<O, BITS, ACT>(at, wv[c]);
-      }
-      NB_UNROLL
-      for (int s = 0; s < kSteps; ++s) {
         NB_UNROLL
         for (int r = 0; r < R; ++r) {
           const typename O::I xv = O::broadcast(x + r * a.x_stride + 4 * s);

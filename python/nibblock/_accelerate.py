@@ -416,15 +416,7 @@ def _embedding(layer: _Layer, config: Int4Config) -> Int4Embedding:
 
 def _tied_linear(twin: nn.Module, module: nn.Linear, config: Int4Config) -> Int4Linear:
     return Int4Linear.from_packed(
-        twin.packed,
-        module.bias,
-        in_features=twin._columns,
-        out_features=twin._rows,
-        group_size=twin.group_size,
-        bits=twin.bits,
-        affine=twin.affine,
-        scale_dtype=twin.scale_dtype,
-        compute=config.compute,
+        twin.packed, module.bias, compute=config.compute, **twin._layout()
     )
 
 

@@ -104,7 +104,7 @@ def _main_dtype(dtypes: dict[str, int], config: dict[str, Any]) -> torch.dtype:
 
 
 def _on_meta(path: Path, architecture: str, dtype: torch.dtype) -> torch.nn.Module:
-    from nibblock.integrations.transformers import require_transformers
+    from nibblock.integrations.transformers import last_line, require_transformers
 
     transformers = require_transformers("report")
     try:
@@ -114,10 +114,9 @@ def _on_meta(path: Path, architecture: str, dtype: torch.dtype) -> torch.nn.Modu
         with torch.device("meta"):
             return build(config, dtype=dtype)
     except Exception as error:  # configurations fail in ways of their own
-        lines = str(error).strip().splitlines() or [repr(error)]
         raise ValueError(
             f"report: {path.name} must hold a configuration that transformers can build, got: "
-            f"{lines[-1].strip()}"
+            f"{last_line(error)}"
         ) from error
 
 

@@ -136,11 +136,11 @@ class Reader:
 
     def scheme(self, name: str, kind: str) -> Scheme:
         """The scheme of the module of this name and class name."""
-        raise NotImplementedError
+        raise NotImplementedError  # every format has its own
 
     def parts(self, scheme: Scheme, rows: int, columns: int) -> dict[str, Part]:
         """The tensors of one linear, by the last part of their names."""
-        raise NotImplementedError
+        raise NotImplementedError  # every format has its own
 
     def prepare(self, layers: dict[str, tuple[Scheme, int]]) -> None:
         """Finds out what the whole folder must tell. layers: (scheme, N) by name."""
@@ -149,7 +149,7 @@ class Reader:
         self, name: str, scheme: Scheme, rows: int, columns: int, parts: dict[str, torch.Tensor]
     ) -> Layer:
         """The linear in canonical form."""
-        raise NotImplementedError
+        raise NotImplementedError  # every format has its own
 
     def fail(self, name: str, tensor: str, need: str, got: object) -> ValueError:
         """The error about what a tensor of a linear holds."""

@@ -60,12 +60,13 @@ def empty_model(config: Any, dtype: torch.dtype, caller: str) -> PreTrainedModel
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # strict validation raises types of its own
-        raise ValueError(_last_line(error)) from error
+        raise ValueError(last_line(error)) from error
     _fill_buffers(model)
     return model
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+    """What an error of transformers says, in one line: its last, where the reason stands."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return lines[-1].strip()
 
@@ -127,7 +128,7 @@ def build_empty(
     try:
         config = transformers.AutoConfig.for_model(model_type, **values)
     except Exception as error:  # strict validation raises types of its own
-        raise ValueError(_last_line(error)) from error
+        raise ValueError(last_line(error)) from error
     model = empty_model(config, dtype, "load_gguf")
     if rope_divisors is not None:
         # The file's own divisors win over a formula: they are what the model was quantised with.
@@ -164,7 +165,7 @@ def load_config(path: str | os.PathLike[str], caller: str) -> tuple[Any, Any]:
         if os.path.isfile(os.path.join(path, "generation_config.json")):
             generation = transformers.GenerationConfig.from_pretrained(path, **local)
     except Exception as error:  # strict validation raises types of its own
-        raise ValueError(_last_line(error)) from error
+        raise ValueError(last_line(error)) from error
     return config, generation
 
 

@@ -118,16 +118,7 @@ class ExpertWeight(PackedWeight, nn.Module):
         Raises:
             TypeError: another dtype.
         """
-        dtype = torch.float32 if dtype is None else dtype
-        form = {
-            "out_features": self._rows,
-            "in_features": self._columns,
-            "group_size": self.group_size,
-            "bits": self.bits,
-            "affine": self.affine,
-            "scale_dtype": self.scale_dtype,
-            "dtype": dtype,
-        }
+        form = {**self._layout(), "dtype": torch.float32 if dtype is None else dtype}
         out = None
         for index, row in enumerate(self.packed.detach()):
             dense = _ops.int4_dequantize(row, **form)
@@ -143,17 +134,9 @@ class ExpertWeight(PackedWeight, nn.Module):
         out = {k: torch.empty(s, dtype=d, device=device) for k, (s, d) in shapes.items()}
         if self.packed.is_meta:
             return out
+        form = self._layout()
         for index, row in enumerate(self.packed.detach()):
-            parts = _ops.int4_unpack(
-                row,
-                out_features=self._rows,
-                in_features=self._columns,
-                group_size=self.group_size,
-                bits=self.bits,
-                affine=self.affine,
-                scale_dtype=self.scale_dtype,
-            )
-            for tensor, part in zip(out.values(), parts):
+            for tensor, part in zip(out.values(), _ops.int4_unpack(row, **form)):
                 tensor[index] = part
         return out
 

@@ -82,6 +82,17 @@ class PackedWeight:
         self._follow_packed()
         return self._scale_dtype
 
+    def _layout(self) -> dict[str, Any]:
+        """Keywords of `int4_unpack` and `int4_dequantize`: how a packed matrix is stored."""
+        return {
+            "out_features": self._rows,
+            "in_features": self._columns,
+            "group_size": self.group_size,
+            "bits": self.bits,
+            "affine": self.affine,
+            "scale_dtype": self.scale_dtype,
+        }
+
     def _packed_bytes(self, scale_dtype: torch.dtype) -> int:
         return _checks.packed_bytes(
             self._rows, self._columns, self.group_size, self.bits, self.affine, scale_dtype
@@ -159,31 +170,15 @@ class PackedWeight:
         Raises:
             TypeError: another dtype.
         """
-        return _ops.int4_dequantize(
-            self.packed.detach(),
-            out_features=self._rows,
-            in_features=self._columns,
-            group_size=self.group_size,
-            bits=self.bits,
-            affine=self.affine,
-            scale_dtype=self.scale_dtype,
-            dtype=torch.float32 if dtype is None else dtype,
-        )
+        dtype = torch.float32 if dtype is None else dtype
+        return _ops.int4_dequantize(self.packed.detach(), dtype=dtype, **self._layout())
 
     def canonical(self) -> dict[str, torch.Tensor]:
         """The state dict's form of the weight: `qweight`, `scales` and, when affine, `offsets`."""
         if self.packed.is_meta:
             shapes = self._canonical_shapes(self.scale_dtype)
             return {k: torch.empty(s, dtype=d, device="meta") for k, (s, d) in shapes.items()}
-        qweight, scales, offsets = _ops.int4_unpack(
-            self.packed,
-            out_features=self._rows,
-            in_features=self._columns,
-            group_size=self.group_size,
-            bits=self.bits,
-            affine=self.affine,
-            scale_dtype=self.scale_dtype,
-        )
+        qweight, scales, offsets = _ops.int4_unpack(self.packed, **self._layout())
         out = {"qweight": qweight, "scales": scales}
         if offsets is not None:
             out["offsets"] = offsets

@@ -256,16 +256,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             A new module that shares this one's storage.
         """
         return Int4Linear.from_packed(
-            self.packed,
-            bias,
-            in_features=self.embedding_dim,
-            out_features=self.num_embeddings,
-            group_size=self.group_size,
-            bits=self.bits,
-            affine=self.affine,
-            scale_dtype=self.scale_dtype,
-            compute=compute,
-            dtype=self._dtype,
+            self.packed, bias, compute=compute, dtype=self._dtype, **self._layout()
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
