@@ -204,9 +204,8 @@ def _unfit_parent(layer: _Layer) -> str:
             return "linear of nn.TransformerEncoderLayer, whose fast path reads the weight directly"
         if isinstance(parent, AdapterLinear) and parent.merged is not None:
             return f"the adapter {parent.merged!r} is merged into it"
-        if hasattr(parent, "get_param") and hasattr(
-            parent, "parameter_name"
-        ):  # peft's ParamWrapper
+        if all(hasattr(parent, name) for name in ("get_param", "parameter_name")):
+            # peft's ParamWrapper
             return f"wrapped by {type(parent).__name__}, which reads its {parent.parameter_name}"
     return ""
 
