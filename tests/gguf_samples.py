@@ -11,7 +11,7 @@ import pytest
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 # byte offsets of the float16 numbers in a block: the rest of a block may be any bytes
-_HALVES = {
+HALVES = {
     "Q4_0": (0,),
     "Q4_1": (0, 2),
     "Q5_0": (0,),
@@ -22,8 +22,17 @@ _HALVES = {
     "Q6_K": (208,),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
+    "IQ1_S": (0,),
+    "IQ1_M": (),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
 }
 
 
@@ -35,10 +44,15 @@ def blocks(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.n
     """[rows, bytes] random blocks of a type: any codes, scales near 0.02 (K types less)."""
     values, size = gguf.GGML_QUANT_SIZES[type_id(kind)]
     raw = rng.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
-    for at in _HALVES[kind]:
-        size_of = 0.0005 if kind.endswith(("_K", "XS", "NL")) or kind == "Q8_0" else 0.01
+    for at in HALVES[kind]:
+        size_of = 0.0005 if kind.endswith(("_K", "XS", "NL", "XXS")) or kind == "Q8_0" else 0.01
         half = (rng.standard_normal((rows, columns // values, 1)) * size_of).astype(np.float16)
         raw[..., at : at + 2] = half.view(np.uint8)
+    if kind == "IQ1_M":  # the float16 lies in the top nibbles of the block's last four words
+        half = (rng.standard_normal((rows, columns // values, 1)) * 0.01).astype(np.float16)
+        nibbles = half.view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16) << 12
+        words = raw[..., 48:].view(np.uint16)
+        words[...] = (words & 0x0FFF) | nibbles
     return raw.reshape(rows, -1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,12 @@ from torch import nn
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
 X_DTYPES = ("float32", "bfloat16", "float16")
-GROUPS = (32, 64, 128, 256, -1)
+GROUPS = {4: (32, 64, 128, 256, -1), 8: (16, 32, 64, 128, 256, -1)}  # by bits
+FORMS = [(group, bits) for bits, groups in GROUPS.items() for group in groups]
+FORMATS = [
+    (*form, affine, scale_dtype)
+    for form, affine, scale_dtype in itertools.product(FORMS, (False, True), ("float16", "float32"))
+]
 TABLES = ("forward", "dx")
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

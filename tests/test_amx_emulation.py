@@ -224,7 +224,7 @@ SHAPES = [
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bf16_against_float64(library, which, bits):
     rng = np.random.default_rng(bits + which)
-    groups = itertools.cycle([32, 64, 128, 256, -1])
+    groups = itertools.cycle([32, 64, 128, 256, -1, *([16, 16] if bits == 8 else [])])
     rest = itertools.cycle(
         itertools.product([False, True], [F16, F32], [F32, BF16, F16], [None, F32, BF16, F16])
     )

@@ -118,6 +118,16 @@ CASES = [
         for op in GOOD
         for group in (0, 16, 96, -2)
     ],
+    *[
+        (
+            op,
+            {"group_size": group, "bits": 8},
+            ValueError,
+            f"group_size must be 16, 32, 64, 128, 256 or -1 (whole row), got {group}",
+        )
+        for op in GOOD
+        for group in (0, 8, 48)
+    ],
     *[(op, {"bits": 3}, ValueError, "bits must be 4 or 8, got 3") for op in GOOD],
     *[
         (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_samples import Model, blocks, gguf, type_id
-from nibblock.formats._ggml_types import EXACT_TYPES, decode, dequantize
+from gguf_samples import HALVES, Model, blocks, gguf, type_id
+from nibblock.formats._ggml_types import EXACT_TYPES, decode, dequantize, form
 from nibblock.formats._gguf_file import GGML_TYPES, GGUFFile
 from nibblock.formats._gguf_metadata import llama3_scaling
 from nibblock.formats._gguf_model import plan, unpermute
@@ -55,8 +55,10 @@ def test_codes_are_exact(kind):
     assert codes.qweight.dtype == np.uint8
     assert codes.qweight.shape == (5, 768 * codes.bits // 8)
     assert codes.scales.shape == (5, 768 // codes.group)
-    wide = kind.endswith("_K") or kind == "IQ4_XS"
-    assert codes.scales.dtype == (np.float32 if wide else np.float16)
+    narrow = kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+    assert codes.scales.dtype == (np.float16 if narrow else np.float32)
+    found = (codes.bits, codes.group, codes.offsets is not None, codes.scales.dtype.name)
+    assert form(kind) == found
 
 
 @pytest.mark.parametrize("kind", sorted(EXACT_TYPES))
@@ -65,10 +67,8 @@ def test_extreme_codes_are_exact(kind):
     values, size = gguf.GGML_QUANT_SIZES[type_id(kind)]
     raw = blocks(np.random.default_rng(5), kind, 258, values)
     fill = np.concatenate((np.arange(256), [0, 255])).astype(np.uint8)[:, None]
-    halves = {"Q3_K": slice(0, 108)}.get(
-        kind, slice(4 if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else 2, size)
-    )
-    raw[:, halves] = fill
+    kept = [at + i for at in HALVES[kind] for i in range(2)] or range(48, 56)  # (IQ1_M's nibbles)
+    raw[:, np.setdiff1d(np.arange(size), kept)] = fill
     np.testing.assert_array_equal(
         decode(kind, raw).dequantize(), gguf.quants.dequantize(raw, type_id(kind))
     )
@@ -84,8 +84,8 @@ def test_golden_blocks():
             np.testing.assert_array_equal(got, golden[f"values_{kind}"], err_msg=kind)
 
 
-@pytest.mark.parametrize("kind", ["Q6_K", "Q2_K"])
-def test_other_types_go_through_gguf(kind):
+@pytest.mark.parametrize("kind", sorted(EXACT_TYPES))
+def test_dense_values_are_those_of_gguf(kind):
     raw = blocks(np.random.default_rng(3), kind, 3, 512)
     np.testing.assert_array_equal(dequantize(kind, raw), gguf.quants.dequantize(raw, type_id(kind)))
 

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import pytest
 import reference as ref
-from harness import GROUPS, X_DTYPES, native, refusal, row_params, store
+from harness import FORMATS, X_DTYPES, native, refusal, row_params, store
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -69,12 +69,11 @@ def guarded_rows(guard: Guarded, rows: np.ndarray, gap: int, at_end: bool) -> np
 def walk(which: str, kernel_id: str) -> int:
     """Runs one row over all shapes behind guard pages; returns how many calls it served."""
     rng = np.random.default_rng(60)
-    formats = list(itertools.product(GROUPS, (4, 8), (False, True), ("float16", "float32")))
     served = 0
     size = 1 << 17
     guards = {name: Guarded(size) for name in ("x", "packed", "bias", "y")}
     for i, (m, n, k) in enumerate(FORWARD_SHAPES):
-        weight = ref.random_weight(rng, n, k, *formats[(13 * i) % len(formats)])
+        weight = ref.random_weight(rng, n, k, *FORMATS[(13 * i) % len(FORMATS)])
         packed = ref.pack(weight)
         width, out = (k, n) if which == "forward" else (n, k)
         for x_dtype, compute in itertools.product(X_DTYPES, ("bf16", "int8")):

@@ -10,6 +10,8 @@ import pytest
 import reference as ref
 import torch
 from harness import (
+    FORMATS,
+    FORMS,
     GROUPS,
     TORCH,
     X_DTYPES,
@@ -35,10 +37,9 @@ def test_values_at_every_level(level, compute):
     """The torch op, its autograd-free twin and dx, for a dealt subset of all shapes and formats."""
     native.set_cpu_isa(level)
     rng = np.random.default_rng(20)
-    formats = list(itertools.product(GROUPS, (4, 8), (False, True), ("float16", "float32")))
     shapes = itertools.product((1, 2, 4, 5, 9, 17, 70), (1, 17, 100), (3, 64, 118, 129, 576))
     for i, (m, n, k) in enumerate(shapes):
-        w = ref.random_weight(rng, n, k, *formats[(11 * i) % len(formats)])
+        w = ref.random_weight(rng, n, k, *FORMATS[(7 * i) % len(FORMATS)])
         packed, arguments = torch_packed(w), op_arguments(w, compute)
         x_dtype, bias_dtype = X_DTYPES[i % 3], (None, *X_DTYPES)[i % 4]
         x = random_x(rng, (m, k), x_dtype)
@@ -278,8 +279,7 @@ def test_error_on_activations_with_outliers(level):
     st.lists(st.integers(0, 5), max_size=3),
     st.integers(1, 80),
     st.integers(1, 300),
-    st.sampled_from(GROUPS),
-    st.sampled_from((4, 8)),
+    st.sampled_from(FORMS),
     st.booleans(),
     st.sampled_from(X_DTYPES),
     st.booleans(),
@@ -287,9 +287,9 @@ def test_error_on_activations_with_outliers(level):
     st.integers(0, 9),
     st.integers(0, 2**16),
 )
-def test_random_shapes(lead, n, k, group, bits, affine, x_dtype, with_bias, compute, gap, seed):
+def test_random_shapes(lead, n, k, form, affine, x_dtype, with_bias, compute, gap, seed):
     rng = np.random.default_rng(seed)
-    w = ref.random_weight(rng, n, k, group, bits, affine)
+    w = ref.random_weight(rng, n, k, *form, affine)
     x = random_x(rng, (*lead, k + gap), x_dtype)[..., gap // 2 : gap // 2 + k]
     bias = random_x(rng, (n,), x_dtype) if with_bias else None
     y = nb.ops.int4_linear(x, torch_packed(w), bias, **op_arguments(w, compute))
@@ -303,7 +303,7 @@ def test_random_shapes(lead, n, k, group, bits, affine, x_dtype, with_bias, comp
 def test_dequantize(bits):
     rng = np.random.default_rng(36)
     for group, affine, scale_dtype in itertools.product(
-        GROUPS, (False, True), ("float16", "float32")
+        GROUPS[bits], (False, True), ("float16", "float32")
     ):
         w = ref.random_weight(rng, 19, 150, group, bits, affine, scale_dtype)
         for name, dtype in TORCH.items():

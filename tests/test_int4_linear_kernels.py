@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import reference as ref
 from harness import (
-    GROUPS,
+    FORMATS,
+    FORMS,
     X_DTYPES,
     load,
     packed_of,
@@ -63,10 +64,9 @@ def one_call(which, kernel_id, rng, m, weight, x_dtype, bias_dtype=None, compute
 def test_row_is_right_at_every_shape(which, kernel_id, x_dtype):
     """All M x all K; N, group, bits, symmetry, scales, bias and compute are dealt out in turn."""
     rng = np.random.default_rng(1)
-    formats = list(itertools.product(GROUPS, (4, 8), (False, True), ("float16", "float32")))
     served = 0
     for i, (m, k) in enumerate(itertools.product(MS, KS)):
-        group, bits, affine, scale_dtype = formats[(7 * i) % len(formats)]
+        group, bits, affine, scale_dtype = FORMATS[(7 * i) % len(FORMATS)]
         weight = ref.random_weight(rng, NS[i % len(NS)], k, group, bits, affine, scale_dtype)
         for compute in ("bf16", "int8") if which == "forward" else ("bf16",):
             bias_dtype = BIASES[i % len(BIASES)]
@@ -79,9 +79,7 @@ def test_row_is_right_in_every_format(which, kernel_id):
     """The full product of formats, at shapes that leave a remainder everywhere."""
     rng = np.random.default_rng(2)
     served = 0
-    for group, bits, affine, scale_dtype in itertools.product(
-        GROUPS, (4, 8), (False, True), ("float16", "float32")
-    ):
+    for group, bits, affine, scale_dtype in FORMATS:
         for n, k, m in ((37, 300, 1), (50, 323, 4), (35, 289, 21)):
             weight = ref.random_weight(rng, n, k, group, bits, affine, scale_dtype)
             for compute in ("bf16", "int8") if which == "forward" else ("bf16",):
@@ -99,7 +97,7 @@ def test_row_reads_every_code_at_its_place(which, kernel_id):
     """One-hot rows give back single weights, so a misplaced code or scale cannot hide in a sum."""
     rng = np.random.default_rng(15)
     served = 0
-    for i, (group, bits, affine) in enumerate(itertools.product(GROUPS, (4, 8), (False, True))):
+    for i, ((group, bits), affine) in enumerate(itertools.product(FORMS, (False, True))):
         weight = ref.random_weight(rng, 53, 161, group, bits, affine, ("float16", "float32")[i % 2])
         packed = packed_of(weight)
         w, bound = weight.dense(), bounds_on_single_weights(weight, "bf16")
@@ -130,7 +128,7 @@ def test_row_reads_every_code_at_its_place(which, kernel_id):
 def test_row_at_the_ends_of_the_codes(which, kernel_id):
     """All codes 0 or at their largest, all activations at full scale: no integer sum overflows."""
     rng = np.random.default_rng(16)
-    for bits, group, m in itertools.product((4, 8), GROUPS, (1, 5, 20)):
+    for (group, bits), m in itertools.product(FORMS, (1, 5, 20)):
         for fill in (0, (1 << bits) - 1):
             weight = ref.random_weight(rng, 20, 700, group, bits, group == 64)
             weight.qweight = ref.canonical(np.full((20, 700), fill), bits)
@@ -201,8 +199,7 @@ def dealt_shapes():
         st.integers(1, 70),
         st.integers(1, 70),
         st.integers(1, 400),
-        st.sampled_from(GROUPS),
-        st.sampled_from((4, 8)),
+        st.sampled_from(FORMS),
         st.booleans(),
         st.sampled_from(("float16", "float32")),
         st.sampled_from(X_DTYPES),
@@ -214,9 +211,9 @@ def dealt_shapes():
 
 @given(dealt_shapes())
 def test_rows_at_random_shapes(case):
-    m, n, k, group, bits, affine, scale_dtype, x_dtype, bias_dtype, compute, seed = case
+    m, n, k, form, affine, scale_dtype, x_dtype, bias_dtype, compute, seed = case
     rng = np.random.default_rng(seed)
-    weight = ref.random_weight(rng, n, k, group, bits, affine, scale_dtype)
+    weight = ref.random_weight(rng, n, k, *form, affine, scale_dtype)
     for which in ("forward", "dx"):
         for row in rows(which):
             if row["available"]:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from harness import GROUPS
 from hypothesis import given
 from hypothesis import strategies as st
 from nibblock import _native
 
-GROUPS = (32, 64, 128, 256, -1)
+GROUPED = [
+    (bits, symmetric, group)
+    for bits in (4, 8)
+    for symmetric in (False, True)
+    for group in GROUPS[bits]
+]
 FORMS = [(bits, symmetric) for bits in (4, 8) for symmetric in (False, True)]
 
 
@@ -72,8 +78,7 @@ def assert_same(a, b):
             np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("bits, symmetric", FORMS)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits, symmetric, group", GROUPED)
 def test_round_to_nearest_is_the_formula(bits, symmetric, group):
     rng = np.random.default_rng(3)
     for n, k in ((1, 1), (3, 17), (5, 118), (16, 300), (2, 576)):
@@ -88,12 +93,12 @@ def test_round_to_nearest_is_the_formula(bits, symmetric, group):
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 300), st.sampled_from(GROUPS), st.sampled_from(FORMS),
+    st.integers(1, 9), st.integers(1, 300), st.sampled_from(GROUPED),
     st.integers(0, 2**32 - 1), st.sampled_from(["normal", "outlier", "shifted", "heavy", "few"]),
     st.booleans(),
 )  # fmt: skip
-def test_search_is_never_worse(n, k, group, form, seed, kind, weighted):
-    bits, symmetric = form
+def test_search_is_never_worse(n, k, form, seed, kind, weighted):
+    bits, symmetric, group = form
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((n, k), dtype=np.float32)
     if kind == "outlier":
@@ -249,6 +254,10 @@ PACKED = np.zeros(_native.packed_bytes(4, 64, 32, 4, True, "float32"), np.uint8)
      lambda: _native.quantize(W[0], 32, 4, False)),
     (ValueError, "quantize: group_size must be 32, 64, 128, 256 or -1 (whole row), got 48",
      lambda: _native.quantize(W, 48, 4, False)),
+    (ValueError, "quantize: group_size must be 32, 64, 128, 256 or -1 (whole row), got 16",
+     lambda: _native.quantize(W, 16, 4, False)),
+    (ValueError, "quantize: group_size must be 16, 32, 64, 128, 256 or -1 (whole row), got 48",
+     lambda: _native.quantize(W, 48, 8, False)),
     (ValueError, "quantize: bits must be 4 or 8, got 3", lambda: _native.quantize(W, 32, 3, False)),
     (ValueError, 'quantize: method must be "rtn" or "mse", got "best"',
      lambda: _native.quantize(W, 32, 4, False, "best")),

@@ -75,6 +75,11 @@ INT4 = [
     (3, 20, 100, 32, 8, False, "float16", "bfloat16"),
     (67, 34, 70, 32, 8, True, "float32", "float16"),
     (2, 1, 1, 32, 8, True, "float32", "float32"),
+    (3, 20, 100, 16, 8, False, "float32", "bfloat16"),
+    (1, 33, 1040, 16, 8, True, "float32", "float16"),
+    (67, 34, 70, 16, 8, True, "float16", "float16"),
+    (66, 18, 40, 16, 8, False, "float32", "bfloat16"),
+    (5, 17, 70, 16, 8, False, "float32", "float32"),
 ]
 
 

@@ -43,6 +43,7 @@ def _int4_calls():
     for m in (1, 128):  # the other formats, in the dtype that most use
         for group, bits, affine, scale in (
             (32, 4, True, F32), (64, 4, False, F16), (-1, 4, True, F32), (32, 8, False, F16),
+            (16, 8, False, F32), (16, 8, True, F32),
         ):  # fmt: skip
             for dx in (False, True):
                 call = int4_call(m, BF16, dx, group, bits, affine, scale, bias=False)

@@ -15,8 +15,8 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
                                void (*device)(const char*, const char*,
                                               const Tensor&) = check_cpu) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
-  STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || group == 256 || group == -1, op,
-                  ": group_size must be 32, 64, 128, 256 or -1 (whole row), got ", group);
+  STD_TORCH_CHECK(int4_has_group(group, bits), op, ": group_size must be ", int4_groups_text(bits),
+                  ", got ", group);
   STD_TORCH_CHECK(scale_dtype == ScalarType::Half || scale_dtype == ScalarType::Float, op,
                   ": scale_dtype must be float16 or float32, got ", dtype_name(scale_dtype));
   STD_TORCH_CHECK(n >= 0, op, ": out_features must be at least 0, got ", n);
@@ -49,7 +49,7 @@ struct FormatCode {
 };
 
 inline FormatCode decode_format(int64_t code) {
-  static constexpr int64_t kGroups[8] = {32, 64, 128, 256, -1, 0, 0, 0};
+  static constexpr int64_t kGroups[8] = {32, 64, 128, 256, -1, 16, 0, 0};
   FormatCode f;
   f.bits = code & 1 ? 8 : 4;
   f.affine = code & 2;

@@ -142,7 +142,8 @@ bool is_int8(const Int4LinearParams& p) { return p.compute == Compute::kInt8; }
 // An AMX tile multiplies 16 rows in the time of one: below 5 rows the vector kernels, which run at
 // the speed of memory, are as fast and need no tile set-up.
 bool amx_bf16(const Int4LinearParams& p) { return p.m >= 5 && p.compute == Compute::kBF16; }
-bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p); }
+// (A block of 16 fills a quarter of a tile row: VNNI is as fast.)
+bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p) && p.w.group != 16; }
 // Fewer rows are bound by memory, and int16 keeps more of x; 8-bit codes would saturate.
 bool avx2_int8(const Int4LinearParams& p) { return p.m >= 3 && is_int8(p) && p.w.bits == 4; }
 bool amx_dx(const Int4LinearParams& p) { return p.m >= 5; }
@@ -150,8 +151,8 @@ bool amx_dx(const Int4LinearParams& p) { return p.m >= 5; }
 const Int4LinearKernel kForward[] = {
     {"int4_linear.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5, compute bf16", amx_bf16,
      int4_linear_amx_bf16},
-    {"int4_linear.cpu.amx.int8_tile", Isa::kAmx, "m >= 5, compute int8", amx_int8,
-     int4_linear_amx_int8},
+    {"int4_linear.cpu.amx.int8_tile", Isa::kAmx, "m >= 5, compute int8, groups of 32 and more",
+     amx_int8, int4_linear_amx_int8},
     {"int4_linear.cpu.avx512_vnni.int8", Isa::kAvx512Vnni, "compute int8", is_int8,
      int4_linear_avx512_vnni_int8},
     {"int4_linear.cpu.avx512_vnni.int16", Isa::kAvx512Vnni, "any call", any,

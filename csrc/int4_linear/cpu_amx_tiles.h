@@ -42,26 +42,37 @@ NB_AMX_INLINE __m512 load_scales(const uint8_t* section, Dtype type, int64_t gro
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(section + group * 32)));
 }
 
-// Scale and centred offset of one panel's rows for one group, and for 4 bits the tables made of
-// them.
+// Scale and centred offset of one panel's rows for the 32 k of a step, and for 4 bits the tables
+// made of them.
 struct PanelScales {
   alignas(64) uint16_t table[16 * 16];
-  alignas(64) float scale[16];
-  alignas(64) float offset[16];
+  alignas(64) float scale[2 * 16];
+  alignas(64) float offset[2 * 16];
+  int second;  // where those of the second 16 k start: 16 if these are a group of their own, else 0
 };
 
 // offset' = offset + zero * scale; a symmetric weight's offset is -zero * scale, so its offset' is
 // 0.
-NB_AMX_INLINE void load_panel_scales(const Int4Format& f, const Int4Geometry& g,
-                                     const uint8_t* panel, int64_t group, PanelScales* out) {
+NB_AMX_INLINE void load_group_scales(const Int4Format& f, const Int4Geometry& g,
+                                     const uint8_t* panel, int64_t group, float* scale_out,
+                                     float* offset_out) {
   const __m512 scale = load_scales(panel + g.scales_at, f.scale_type, group);
   __m512 offset = _mm512_setzero_ps();
   if (f.affine) {
     offset = _mm512_fmadd_ps(_mm512_set1_ps(f.bits == 8 ? 128.0f : 8.0f), scale,
                              load_scales(panel + g.offsets_at, f.scale_type, group));
   }
-  _mm512_store_ps(out->scale, scale);
-  _mm512_store_ps(out->offset, offset);
+  _mm512_store_ps(scale_out, scale);
+  _mm512_store_ps(offset_out, offset);
+}
+
+// Of the step whose first k lies in `group`.
+NB_AMX_INLINE void load_panel_scales(const Int4Format& f, const Int4Geometry& g,
+                                     const uint8_t* panel, int64_t group, PanelScales* out) {
+  load_group_scales(f, g, panel, group, out->scale, out->offset);
+  // (Behind the last group there are only codes of padding, which meet zeros of x.)
+  out->second = g.group == kStepK / 2 && group + 1 < g.groups ? 16 : 0;
+  if (out->second) load_group_scales(f, g, panel, group + 1, out->scale + 16, out->offset + 16);
   if (f.bits == 8) return;
   compiler_barrier();
   const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -137,9 +148,10 @@ struct RowReader<8> {
     compiler_barrier();
   }
   NB_AMX_MEMBER __m512i row(const PanelScales& s, int r) const {
-    const __m512 scale = _mm512_set1_ps(s.scale[r]), offset = _mm512_set1_ps(s.offset[r]);
     __m512 w[2];
     for (int half = 0; half < 2; ++half) {
+      const int i = r + half * s.second;
+      const __m512 scale = _mm512_set1_ps(s.scale[i]), offset = _mm512_set1_ps(s.offset[i]);
       const __m128i bytes =
           _mm_load_si128(reinterpret_cast<const __m128i*>(codes + 256 * half + row_at(r)));
       w[half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale, offset);

@@ -34,6 +34,9 @@ void check_status(Status s, const Int4CudaParams& p, const Int4CudaPlan& plan,
                     " must have a GPU of compute capability 9.0, got ", plan.capability / 10, ".",
                     plan.capability % 10, "; use the Triton backend");
   }
+  STD_TORCH_CHECK(
+      s != kNotServed || p.w.group != 16, kOp,
+      ": group_size must be at least 32 for a CUDA kernel, got 16; use the Triton backend");
   STD_TORCH_CHECK(s != kNotServed, kOp, ": no CUDA kernel ", kernel, " for ", p.m,
                   " rows of x on this GPU: 1 to ", cuda::kMaxRowsOfX,
                   " rows of bfloat16 or float16 are served; use the Triton backend");

@@ -141,12 +141,11 @@ Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_f
   if (in_features < 0 || in_features >= kLimit) {
     fail_value(op, "in_features must be 0 to 2^31 - 1, got " + std::to_string(in_features));
   }
-  if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128 &&
-      group_size != 256) {
-    fail_value(op, "group_size must be 32, 64, 128, 256 or -1 (whole row), got " +
+  if (bits != 4 && bits != 8) fail_value(op, "bits must be 4 or 8, got " + std::to_string(bits));
+  if (!int4_has_group(group_size, bits)) {
+    fail_value(op, std::string("group_size must be ") + int4_groups_text(bits) + ", got " +
                        std::to_string(group_size));
   }
-  if (bits != 4 && bits != 8) fail_value(op, "bits must be 4 or 8, got " + std::to_string(bits));
   return {out_features, in_features, group_size, static_cast<int32_t>(bits), affine, scale_type};
 }
 

@@ -10,7 +10,7 @@ import torch
 
 from nibblock.ops import _checks
 from nibblock.ops._block_checks import VALUES, check_block
-from nibblock.ops._checks import GROUP_SIZES
+from nibblock.ops._checks import GROUP_SIZES, groups_text
 from nibblock.sparse._choose import check_density
 
 Where = Union[None, str, Iterable[str], Callable[[str, torch.nn.Module], bool]]
@@ -21,8 +21,8 @@ class Int4Config:
     """How `nibblock.accelerate` stores the linears and experts of a model.
 
     Args:
-        group_size: 32, 64, 128, 256, or -1 for one group per row. Weights of a row that share one
-            scale.
+        group_size: 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16. Weights of
+            a row that share one scale.
         symmetric: True stores scales only (zero is exact); False stores a scale and an offset per
             group.
         bits: 4 or 8 bits a weight.
@@ -53,13 +53,12 @@ class Int4Config:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"Int4Config: {name} must be bool, got {type(value).__name__}")
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(
-                f"Int4Config: group_size must be 32, 64, 128, 256 or -1 (whole row), "
-                f"got {self.group_size}"
-            )
         if self.bits not in (4, 8):
             raise ValueError(f"Int4Config: bits must be 4 or 8, got {self.bits}")
+        if self.group_size not in GROUP_SIZES[self.bits]:
+            raise ValueError(
+                f"Int4Config: group_size must be {groups_text(self.bits)}, got {self.group_size}"
+            )
         if self.compute not in ("bf16", "int8"):
             raise ValueError(f'Int4Config: compute must be "bf16" or "int8", got {self.compute!r}')
         if self.method not in ("rtn", "mse"):

@@ -40,10 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--requantize",
         action="store_true",
-        help="store types without an exact form here (Q6_K, ...) in 8 bits instead of dense",
+        help="round linears and embeddings stored as floats to 8 bits instead of leaving them so",
     )
     group = parser.add_argument_group("transformers folders that are not quantised")
-    group.add_argument("--group-size", type=int, default=128, help="32, 64, 128, 256 or -1 (128)")
+    group.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        help="32, 64, 128, 256 or -1; with 8 bits also 16 (128)",
+    )
     group.add_argument("--symmetric", action="store_true", help="scales only, no offsets")
     group.add_argument("--bits", type=int, default=4, help="4 or 8 (4)")
     group.add_argument("--method", default="rtn", help="rtn or mse (rtn)")

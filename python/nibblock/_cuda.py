@@ -143,7 +143,8 @@ def int4_linear(
             the sm90a kernels, which need x and its rows at multiples of 16 bytes.
         packed: uint8 [bytes], the packed weight on the same device.
         bias: [N] float32 | bfloat16 | float16, or None.
-        out_features: N. group_size: 32, 64, 128, 256 or -1. bits: 4 or 8. affine: offsets are
+        out_features: N. group_size: 32, 64, 128, 256 or -1; groups of 16 are Triton's. bits: 4 or
+            8. affine: offsets are
             stored. scale_dtype: float16 | float32.
         values: S's blocks [Z, block, block] float32 | bfloat16 | float16, rounded to x's dtype in
             the product; bits must be 4. layout: int32, from `block_layout`, on the device; its

@@ -12,13 +12,14 @@
 | Q8_0            | 8    | 32    | float16 | d * q                as code q + 128       |
 | IQ4_NL          | 8    | 32    | float16 | d * table[q]         as code table + 128   |
 | IQ4_XS          | 8    | 32    | float32 | (d * sc) * table[q]  as code table + 128   |
+| Q6_K            | 8    | 16    | float32 | (d * sc) * (q - 32)  as code q + 96        |
 | Q3_K            | 8    | 256   | float32 | d * (sc * q)         as code sc * q + 127  |
+| Q2_K            | 8    | 16    | float32 | (d * sc) * q - dmin * mn                   |
+| IQ1, IQ2, IQ3,  | 8    | 16,   | float32 | _ggml_grids.py                             |
+| TQ1, TQ2        |      | 32... |         |                                            |
 
 The products d * sc have at most 19 significant bits, so they are exact in float32. In Q3_K the
 six-bit scale times the three-bit code lies in -124..128 and is itself a code of 8 bits.
-
-Not here, because a group of 32 cannot hold them exactly: Q6_K (two signed 8-bit scales per 32
-values, 13-bit products) and Q2_K (two minima per 32 values). They are dequantised.
 
 Source: the block layouts of ggml (ggml-common.h); the arithmetic is tested against gguf's.
 """
@@ -28,6 +29,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from nibblock.formats._ggml_grids import GRIDS, grid_codes, nibble_pairs
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Codes:
         these, offsets, wider scales.
 
         Exact: a symmetric weight's offset -8 * scale (8 bits: -128 * scale) only shifts the
-        exponent.
+        exponent. (But scale * code may then have more than 24 bits: `dequantize` of Q6_K or IQ
+        codes with offsets can differ in the last bit.)
         """
         code, scales, offsets = self.qweight, self.scales.astype(dtype), self.offsets
         if offsets is not None:
@@ -195,6 +199,28 @@ def _q3_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     return code.astype(np.uint8), d, d * np.float32(-127)
 
 
+def _q6_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    lead = b.shape[:-1]
+    # A half of a block has 128 values: 64 bytes of low nibbles, 32 bytes of high bit pairs. Run j
+    # of its 32 values has pair j of each byte.
+    low = _nibbles(b[..., :128].reshape(*lead, 2, 64)).reshape(*lead, 2, 4, 32)
+    pair = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    high = (b[..., 128:192].reshape(*lead, 2, 1, 32) >> pair) & 3
+    scale = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.float32)
+    d = _halves(b[..., 208:210]).astype(np.float32)
+    return (low | (high << 4)) + 96, d * scale, None
+
+
+def _q2_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    lead = b.shape[:-1]
+    pair = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    code = (b[..., 16:80].reshape(*lead, 2, 1, 32) >> pair) & 3
+    d = _halves(b[..., 80:82]).astype(np.float32)
+    dmin = _halves(b[..., 82:84]).astype(np.float32)
+    scale, minimum = b[..., :16] & 15, b[..., :16] >> 4
+    return code, d * scale.astype(np.float32), -(dmin * minimum.astype(np.float32))
+
+
 # The sixteen levels shared by IQ4_NL and IQ4_XS.
 _IQ4_LEVELS = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16
@@ -210,9 +236,7 @@ def _iq4_xs(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     lead = b.shape[:-1]
     d = _halves(b[..., :2]).astype(np.float32)
     high = np.ascontiguousarray(b[..., 2:4]).view("<u2") >> (2 * np.arange(8, dtype=np.uint16))
-    low = b[..., 4:8]
-    low = np.stack((low & 15, low >> 4), axis=-1).reshape(*lead, 8)
-    scale = (low | ((high & 3) << 4).astype(np.uint8)).astype(np.float32) - 32
+    scale = (nibble_pairs(b[..., 4:8]) | ((high & 3) << 4).astype(np.uint8)).astype(np.float32) - 32
     return _IQ4_CODES[_nibbles(b[..., 8:].reshape(*lead, 8, 16))], d * scale, None
 
 
@@ -227,10 +251,12 @@ _DECODERS = {
     "Q8_0": (_q8_0, 32, 34, 8, 32),
     "IQ4_NL": (_iq4_nl, 32, 18, 8, 32),
     "IQ4_XS": (_iq4_xs, 256, 136, 8, 32),
+    "Q6_K": (_q6_k, 256, 210, 8, 16),
     "Q3_K": (_q3_k, 256, 110, 8, 256),
+    "Q2_K": (_q2_k, 256, 84, 8, 16),
 }
 
-EXACT_TYPES = frozenset(_DECODERS)
+EXACT_TYPES = frozenset(_DECODERS) | frozenset(GRIDS)
 
 
 def decode(kind: str, raw: np.ndarray) -> Codes:
@@ -241,10 +267,16 @@ def decode(kind: str, raw: np.ndarray) -> Codes:
         raw: [N, bytes per row] uint8, whole blocks.
     Returns:
         Codes whose dequantised values equal ggml's in float32.
+    Raises:
+        ImportError: as `dequantize`, of the types in _ggml_grids.py.
     """
-    decoder, _, block_bytes, bits, group = _DECODERS[kind]
-    rows = raw.shape[0]
-    code, scales, offsets = decoder(raw.reshape(rows, raw.shape[1] // block_bytes, block_bytes))
+    with np.errstate(all="ignore"):  # a corrupt scale is found by its result, which is not finite
+        if kind in GRIDS:
+            code, scales = grid_codes(kind, raw, _gguf_values)
+            return Codes(code, scales, None, 8, GRIDS[kind][2])
+        decoder, _, block_bytes, bits, group = _DECODERS[kind]
+        rows = raw.shape[0]
+        code, scales, offsets = decoder(raw.reshape(rows, raw.shape[1] // block_bytes, block_bytes))
     code = code.reshape(rows, -1)
     return Codes(
         qweight=_pack_nibbles(code) if bits == 4 else np.ascontiguousarray(code),
@@ -262,8 +294,8 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
         ImportError: a type that only the gguf package can read, and it is not installed.
         NotImplementedError: a type that the gguf package cannot read either.
     """
-    if kind in EXACT_TYPES:
-        with np.errstate(all="ignore"):  # as below
+    if kind in _DECODERS:
+        with np.errstate(all="ignore"):  # as in decode
             return decode(kind, raw).dequantize()
     if kind == "F32":
         return raw.view("<f4")
@@ -273,6 +305,10 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if kind == "F64":
         return raw.view("<f8").astype(np.float32)
+    return _gguf_values(kind, raw)
+
+
+def _gguf_values(kind: str, raw: np.ndarray) -> np.ndarray:
     try:
         import gguf
     except ImportError as error:
@@ -282,12 +318,14 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
     member = getattr(gguf.GGMLQuantizationType, kind, None)
     if member is None:
         raise NotImplementedError(kind)
-    with np.errstate(all="ignore"):  # a corrupt scale is found by its result, which is not finite
+    with np.errstate(all="ignore"):  # as in decode
         return gguf.quants.dequantize(raw, member)
 
 
 def form(kind: str) -> Form:
     """(bits, group, whether it has offsets, dtype of the scales) of a name in EXACT_TYPES."""
+    if kind in GRIDS:
+        return 8, GRIDS[kind][2], False, "float32"
     # Of a block of zeros, so that the decoders stay the only place that knows.
     codes = decode(kind, np.zeros((1, _DECODERS[kind][2]), np.uint8))
     return codes.bits, codes.group, codes.offsets is not None, codes.scales.dtype.name

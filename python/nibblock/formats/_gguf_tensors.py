@@ -22,7 +22,7 @@ class TensorReader:
         file: an opened GGUFFile.
         dtype: of dense tensors.
         quantised: False for dense tensors only.
-        requantize: round types without an exact form to 8 bits.
+        requantize: round floats, and types without an exact form, to 8 bits.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TensorReader:
         """Whether a tensor of this type gets codes; else it is dense."""
         if not self.quantised:
             return False
-        return kind in EXACT_TYPES or (self.requantize and kind not in FLOATS)
+        return kind in EXACT_TYPES or self.requantize
 
     def codes(self, tensor: str) -> Codes | None:
         """A tensor in canonical form, its rows in file order; None when it is to be dense."""

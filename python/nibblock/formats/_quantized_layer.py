@@ -67,7 +67,7 @@ def regroup(index: torch.Tensor, group: int) -> Optional[tuple[int, torch.Tensor
         (size, the file's group of each of ours [ceil(K/size)]): a group of 512 is one of 256
         twice. None where no size does it: columns that share 32 belong to several groups.
     """
-    own = [group] if group in GROUP_SIZES else []
+    own = [group] if group in GROUP_SIZES[4] else []
     for size in (*own, -1, 256, 128, 64, 32):
         step = max(len(index), 1) if size == -1 else size
         first = index[::step]

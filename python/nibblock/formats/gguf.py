@@ -4,16 +4,16 @@ What becomes of each tensor:
 
 | tensor type                     | becomes                                                        |
 | Q4_0, Q4_1, Q4_K                | Int4Linear, 4 bits, group 32, codes and scales exactly         |
-| Q5_0, Q5_1, Q5_K, Q8_0, IQ4_NL, | Int4Linear with bits=8: their codes fit 8 bits exactly         |
-| IQ4_XS, Q3_K                    |                                                                |
-| Q6_K, Q2_K, other IQ*, TQ*, ... | a dense nn.Linear in `dtype`, because no group of 32 holds     |
-|                                 | them exactly; `requantize=True` rounds them to 8 bits instead  |
-| F32, F16, BF16                  | a dense nn.Linear in `dtype`                                   |
+| every other quantised type:     | Int4Linear with bits=8, group 16, 32 or 256: their codes fit   |
+| Q5_*, Q6_K, Q8_0, Q2_K, Q3_K,   | 8 bits exactly (IQ1 to IQ3 and TQ need the gguf package)       |
+| IQ1_* to IQ4_*, TQ*             |                                                                |
+| F32, F16, BF16                  | a dense nn.Linear in `dtype`; `requantize=True` rounds it to   |
+|                                 | 8 bits, group 32, instead                                      |
 | norms, biases                   | dense, in `dtype`                                              |
 
 The embedding follows the same table with Int4Embedding; a tied head shares its packed storage.
-The experts of a layer become one Int4Experts; where one of its tensors has no codes (Q6_K downs in
-Q4_K_M files), all of that layer's experts are dense. Routers are dense.
+The experts of a layer become one Int4Experts; where one of its tensors is dense, all of that
+layer's experts are. Routers are dense.
 
 Architectures: llama (Mistral's and Mixtral's files too), qwen2, qwen3, qwen2moe, qwen3moe, gemma,
 gemma2, gemma3 (text), phi3, granite, smollm3, olmo2, stablelm, starcoder2.
@@ -61,9 +61,9 @@ def load_gguf(
         fuse: run q/k/v and gate/up as one call each (see `accelerate`); in phi3 they are one
             linear each already.
         compute: "bf16" | "int8", the arithmetic of the Int4Linear layers.
-        requantize: store linears, experts and embeddings of types that have no exact form here
-            (Q6_K, Q2_K and rarer ones; the module's docstring has the table) in 8 bits, group 32,
-            symmetric, rounded to nearest, instead of dense. No longer lossless for those layers.
+        requantize: store linears, experts and embeddings that the file holds as floats (or in a
+            type newer than the module's table) in 8 bits, group 32, symmetric, rounded to nearest,
+            instead of dense. No longer lossless for those layers.
     Returns:
         the model in eval mode on the CPU. `model.nibblock_report` prints what became of each layer.
     Raises:
@@ -76,8 +76,10 @@ def load_gguf(
     weights.
     Determinism: the same file gives the same bytes.
     Numerics: with requantize=False every weight equals ggml's own float32 dequantisation, then
-        `dtype` for dense tensors only. Gemma's norms are stored as w + 1 and become w, rounded
-        to float32. Peak memory is the result plus one tensor (of experts, about twice a layer's).
+        `dtype` for dense tensors only. (Where the gates of a layer's experts have offsets and the
+        ups have none, or the reverse, `dequantize` may round their last bit.) Gemma's norms are
+        stored as w + 1 and become w, rounded to float32. Peak memory is the result plus one tensor
+        (of experts, about twice a layer's).
     Source: block layouts of ggml; tests/test_gguf.py compares with the gguf package and
     transformers. Example:
         >>> model = nb.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", fuse=True)

@@ -30,7 +30,8 @@ class Int4Experts(nn.Module):
     Args:
         experts: a module whose class is decorated with transformers' `use_experts_implementation`.
             Its biases, submodules and attributes are taken over, its weights are not looked at.
-        group_size: 32, 64, 128, 256, or -1 for one group per row of an expert's matrix.
+        group_size: 32, 64, 128, 256, or -1 for one group per row of an expert's matrix; with 8
+            bits also 16.
         symmetric: True stores scales only, False scales and offsets.
         bits: 4 or 8.
         compute: "bf16", or "int8" to quantise activations on the fly; may be changed at any time.

@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 
-GROUP_SIZES = (32, 64, 128, 256, -1)
+GROUP_SIZES = {4: (32, 64, 128, 256, -1), 8: (16, 32, 64, 128, 256, -1)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_DTYPES = (torch.float32, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -25,6 +25,11 @@ def dtype_name(dtype: object) -> str:
     """`torch.float32` as "float32"; anything else as its repr."""
     text = str(dtype)
     return text[6:] if text.startswith("torch.") else repr(dtype)
+
+
+def groups_text(bits: int) -> str:
+    """What an error says the group size has to be."""
+    return f"{', '.join(map(str, GROUP_SIZES[bits][:-1]))} or -1 (whole row)"
 
 
 def groups_of(in_features: int, group_size: int) -> int:
@@ -88,8 +93,8 @@ def check_format(
     check_int(op, "group_size", group_size)
     torch._check_value(bits in (4, 8), lambda: f"{op}: bits must be 4 or 8, got {bits}")
     torch._check_value(
-        group_size in GROUP_SIZES,
-        lambda: f"{op}: group_size must be 32, 64, 128, 256 or -1 (whole row), got {group_size}",
+        group_size in GROUP_SIZES[bits],
+        lambda: f"{op}: group_size must be {groups_text(bits)}, got {group_size}",
     )
     torch._check_type(
         scale_dtype in SCALE_DTYPES,
@@ -179,7 +184,7 @@ def check_device(
         )
 
 
-_GROUP_CODES = {32: 0, 64: 1, 128: 2, 256: 3, -1: 4}
+_GROUP_CODES = {32: 0, 64: 1, 128: 2, 256: 3, -1: 4, 16: 5}
 
 
 def format_code(

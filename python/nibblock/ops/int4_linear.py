@@ -68,7 +68,7 @@ def int4_linear(
             columns of the weight. `Int4Linear` knows its K and refuses.
         bias: [N] float32 | bfloat16 | float16, or None. Added in float32.
         out_features: N.
-        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
         bits: 4 or 8.
         affine: whether packed holds offsets.
         scale_dtype: float32 | float16, of the scales and offsets inside packed.
@@ -296,7 +296,7 @@ def int4_pack(
         offsets: [N, ceil(K / G)], dtype of scales, the weight of code 0; None for a symmetric
             weight.
         in_features: K.
-        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
         bits: 4 or 8.
     Returns:
         [packed_bytes(N, K, ...)] uint8, device of qweight.
@@ -414,7 +414,7 @@ def int4_quantize(
 
     Args:
         weight: [N, K] float32 | bfloat16 | float16, finite.
-        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
         bits: 4 or 8.
         symmetric: True for scales only, False for scales and offsets.
         method: "rtn" or "mse".
