@@ -21,7 +21,8 @@ transformers = pytest.importorskip(
 )
 
 LOSSLESS = ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K"]
-DENSE = ["F32", "F16", "BF16", "Q6_K", "Q2_K"]
+LOSSLESS += ["MXFP4"]
+DENSE = ["F32", "F16", "BF16", "Q6_K", "Q2_K", "NVFP4"]
 
 
 def smollm2() -> Path:

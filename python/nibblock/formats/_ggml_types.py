@@ -12,6 +12,7 @@
 | Q8_0            | 8    | 32    | float16 | d * q                as code q + 128       |
 | IQ4_NL          | 8    | 32    | float16 | d * table[q]         as code table + 128   |
 | IQ4_XS          | 8    | 32    | float32 | (d * sc) * table[q]  as code table + 128   |
+| MXFP4           | 8    | 32    | float32 | formats/_e2m1.py                           |
 | Q3_K            | 8    | 256   | float32 | d * (sc * q)         as code sc * q + 127  |
 
 The products d * sc have at most 19 significant bits, so they are exact in float32. In Q3_K the
@@ -28,6 +29,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from nibblock.formats import _e2m1
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,11 @@ def _iq4_xs(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     return _IQ4_CODES[_nibbles(b[..., 8:].reshape(*lead, 8, 16))], d * scale, None
 
 
+def _mxfp4(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    # 16 low nibbles, then 16 high ones. (ggml takes the exponent 255 for 2^128, here it is NaN.)
+    return np.concatenate(_e2m1.unpack(b[..., 1:]), axis=-1), _e2m1.half_scales(b[..., :1]), None
+
+
 # type: (decoder, values per block, bytes per block, bits, group)
 _DECODERS = {
     "Q4_0": (_q4_0, 32, 18, 4, 32),
@@ -228,6 +236,7 @@ _DECODERS = {
     "IQ4_NL": (_iq4_nl, 32, 18, 8, 32),
     "IQ4_XS": (_iq4_xs, 256, 136, 8, 32),
     "Q3_K": (_q3_k, 256, 110, 8, 256),
+    "MXFP4": (_mxfp4, 32, 17, 8, 32),
 }
 
 EXACT_TYPES = frozenset(_DECODERS)
