@@ -5,7 +5,7 @@ What becomes of each tensor:
 | tensor type                     | becomes                                                        |
 | Q4_0, Q4_1, Q4_K                | Int4Linear, 4 bits, group 32, codes and scales exactly         |
 | Q5_0, Q5_1, Q5_K, Q8_0, IQ4_NL, | Int4Linear with bits=8: their codes fit 8 bits exactly         |
-| IQ4_XS, Q3_K                    |                                                                |
+| IQ4_XS, Q3_K, MXFP4             |                                                                |
 | Q6_K, Q2_K, other IQ*, TQ*, ... | a dense nn.Linear in `dtype`, because no group of 32 holds     |
 |                                 | them exactly; `requantize=True` rounds them to 8 bits instead  |
 | F32, F16, BF16                  | a dense nn.Linear in `dtype`                                   |
@@ -16,7 +16,7 @@ The experts of a layer become one Int4Experts; where one of its tensors has no c
 Q4_K_M files), all of that layer's experts are dense. Routers are dense.
 
 Architectures: llama (Mistral's and Mixtral's files too), qwen2, qwen3, qwen2moe, qwen3moe, gemma,
-gemma2, gemma3 (text), phi3, granite, smollm3, olmo2, stablelm, starcoder2.
+gemma2, gemma3 (text), phi3, granite, smollm3, olmo2, stablelm, starcoder2, gpt-oss.
 """
 
 from __future__ import annotations

@@ -80,8 +80,9 @@ def load_quantized(
         ValueError: experts of one projection with different bits or groups, or only some of them
             quantised; a method, format, number of bits or group size that has no exact form here;
             columns in activation order; a truncated or corrupt file; a missing, unexpected or
-            misshaped tensor, or one of another dtype; scales that are not finite. One line that
-            names the file and the key or tensor; all but the last before a layer is built.
+            misshaped tensor, or one of another dtype; scales that are not finite, or lead out of
+            float32. One line that names the file and the key or tensor; all but the last before a
+            layer is built.
         ImportError: transformers or safetensors is not installed.
     Gradients: as of `Int4Linear`: through the layers and to norms and biases, not to packed
     weights.
