@@ -17,7 +17,12 @@ from gguf_samples import Model, gguf
 _MIXED = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q4_1", "token_embd": "Q8_0", "output.": "Q8_0"}
 
 # transformers' model_type, where it is not the name in the file
-MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+MODEL_TYPES = {
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+}
 
 # what a block of each architecture holds: name -> shape in letters (see `Sample.size`)
 _NORMS = {"attn_norm.weight": "h", "ffn_norm.weight": "h"}
@@ -86,6 +91,19 @@ BLOCKS = {
         "ffn_down.weight": "hi",
         "ffn_down.bias": "h",
     },
+    "gpt-oss": {
+        "attn_norm.weight": "h",
+        "post_attention_norm.weight": "h",
+        **_ATTENTION,
+        **_BIASES,
+        "attn_output.bias": "h",
+        "attn_sinks.weight": "a",
+        **_EXPERTS,
+        "ffn_gate_inp.bias": "e",
+        "ffn_gate_exps.bias": "ex",
+        "ffn_up_exps.bias": "ex",
+        "ffn_down_exps.bias": "eh",
+    },
 }
 
 
@@ -137,9 +155,9 @@ class Sample(Model):
         if self.name in ("stablelm", "starcoder2"):
             epsilon = out.pop(f"{a}.attention.layer_norm_rms_epsilon")
             out[f"{a}.attention.layer_norm_epsilon"] = epsilon
-        if self.name in ("mixtral", "qwen2moe", "qwen3moe"):
+        if "ffn_gate_exps.weight" in BLOCKS[self.name]:
             out[f"{a}.expert_count"], out[f"{a}.expert_used_count"] = self.experts, self.used
-        if self.name in ("qwen2moe", "qwen3moe"):
+        if self.name in ("qwen2moe", "qwen3moe", "gpt-oss"):
             out[f"{a}.expert_feed_forward_length"] = self.expert_inner
         if self.name == "qwen2moe":
             out[f"{a}.expert_shared_feed_forward_length"] = self.shared
@@ -181,6 +199,19 @@ def _options(arch: str) -> dict[str, Any]:
         "smollm3": {"tied": True, "layers": 5, "keys": {"rope.freq_base": 5e6}},
         "stablelm": {"keys": {"rope.dimension_count": 4}},
         "starcoder2": {"tied": True},
+        "gpt-oss": {
+            "head_dim": 32,
+            "layers": 3,
+            "inner": 96,
+            "keys": {
+                "attention.sliding_window": 4,
+                "rope.freq_base": 1.5e5,
+                "rope.dimension_count": None,
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 32.0,
+                "rope.scaling.original_context_length": 16,
+            },
+        },
     }
     return {**out, **own.get(arch, {})}
 
@@ -207,6 +238,7 @@ _LAYER = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "attn_sinks": "self_attn.sinks",
 }
 _OTHERWISE = {
     ("gemma2", "ffn_norm"): "pre_feedforward_layernorm",
@@ -214,6 +246,7 @@ _OTHERWISE = {
     ("phi3", "ffn_up"): "mlp.gate_up_proj",
     ("starcoder2", "ffn_up"): "mlp.c_fc",
     ("starcoder2", "ffn_down"): "mlp.c_proj",
+    ("gpt-oss", "ffn_gate_inp"): "mlp.router",
 }
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -242,6 +275,8 @@ def expected_state(path: Path, sample: Sample) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{layer}."
         if part.endswith("_exps") or expert is not None:
             key = f"{prefix}mlp.experts.{part.removesuffix('_exps')}"
+            if leaf == "bias":
+                key += "_bias"
             if expert is not None:
                 value = (
                     np.concatenate((experts[key], value[None])) if key in experts else value[None]
@@ -259,15 +294,35 @@ def expected_state(path: Path, sample: Sample) -> dict[str, torch.Tensor]:
                 value = _halves(value, sample.kv_heads)
         if part == "ffn_gate_inp_shexp":
             value = value.reshape(1, -1)
-        out[f"{prefix}{_OTHERWISE.get((sample.name, part), _LAYER[part])}.{leaf}"] = value
+        place = prefix + _OTHERWISE.get((sample.name, part), _LAYER[part])
+        out[place if part == "attn_sinks" else f"{place}.{leaf}"] = value
     for key in [key for key in experts if key.endswith("ffn_gate")]:
         stem = key.removesuffix("ffn_gate")
+        if sample.name == "gpt-oss":
+            out |= _gpt_oss_experts(stem, experts)
+            continue
         both = (experts[key], experts[f"{stem}ffn_up"])
         out[f"{stem}gate_up_proj"] = np.concatenate(both, axis=1)
         out[f"{stem}down_proj"] = experts[f"{stem}ffn_down"]
     if sample.tied:
         out["lm_head.weight"] = out["model.embed_tokens.weight"]
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in out.items()}
+
+
+def _gpt_oss_experts(stem: str, experts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """gate is in the even columns of gate_up_proj [E, K, N] and up in the odd ones."""
+    out = {f"{stem}down_proj": experts[f"{stem}ffn_down"].swapaxes(1, 2)}
+    out[f"{stem}down_proj_bias"] = experts[f"{stem}ffn_down_bias"]
+    gate, up = (experts[f"{stem}ffn_{name}"] for name in ("gate", "up"))
+    both = np.empty((gate.shape[0], gate.shape[2], 2 * gate.shape[1]), np.float32)
+    for row in range(gate.shape[1]):
+        both[:, :, 2 * row], both[:, :, 2 * row + 1] = gate[:, row], up[:, row]
+    out[f"{stem}gate_up_proj"] = both
+    biases = np.empty((gate.shape[0], 2 * gate.shape[1]), np.float32)
+    biases[:, 0::2] = experts[f"{stem}ffn_gate_bias"]
+    biases[:, 1::2] = experts[f"{stem}ffn_up_bias"]
+    out[f"{stem}gate_up_proj_bias"] = biases
+    return out
 
 
 def configuration(sample: Sample) -> dict[str, Any]:
@@ -325,5 +380,25 @@ def configuration(sample: Sample) -> dict[str, Any]:
             "rope_parameters": {**rope, "partial_rotary_factor": 0.25},
         },
         "starcoder2": {"norm_epsilon": 1e-5, "use_bias": True},
+        "gpt-oss": {
+            "intermediate_size": sample.expert_inner,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1.5e5,
+                "factor": 32.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
     }
     return {**out, **own.get(sample.name, {})}

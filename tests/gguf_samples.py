@@ -44,7 +44,11 @@ def blocks(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.n
     """[rows, bytes] random blocks of a type: any codes, scales near 0.02 (K types less)."""
     values, size = gguf.GGML_QUANT_SIZES[type_id(kind)]
     raw = rng.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
-    for at in HALVES[kind]:
+    if kind == "MXFP4":
+        raw[..., 0] = rng.integers(118, 124, raw.shape[:2])  # scales of 2^-9 to 2^-4
+    if kind == "NVFP4":
+        raw[..., :4] = rng.integers(1, 12, (*raw.shape[:2], 4))  # of 2^-9 to 2^-5
+    for at in HALVES.get(kind, ()):
         size_of = 0.0005 if kind.endswith(("_K", "XS", "NL", "XXS")) or kind == "Q8_0" else 0.01
         half = (rng.standard_normal((rows, columns // values, 1)) * size_of).astype(np.float16)
         raw[..., at : at + 2] = half.view(np.uint8)
@@ -93,7 +97,8 @@ class Model:
         return out
 
     def kind(self, name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) == 1 or "norm" in name or "ffn_gate_inp" in name:
+        plain = len(shape) == 1 or name.endswith(".bias")
+        if plain or "norm" in name or "ffn_gate_inp" in name:
             return "F32"
         fits = [part for part in self.types if part in name]
         return self.types[max(fits, key=len)]

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mxfp4_samples
 import numpy as np
 import pytest
 import torch
@@ -134,8 +135,8 @@ class Sample:
     """A quantised folder to be written.
 
     Args:
-        method: "gptq", "gptq_v2", "awq" or "compressed".
-        bits, group: of all linears; a group of -1 is the row.
+        method: "gptq", "gptq_v2", "awq", "compressed", or "mxfp4" (of compressed-tensors).
+        bits, group: of all linears; a group of -1 is the row. ("mxfp4" has its own.)
         symmetric: all zero points are the middle code.
         scale_dtype: "F16", "BF16" or "F32".
         arch, config: the model, as `configuration`.
@@ -212,6 +213,17 @@ class Sample:
                 "group_size": self.group,
                 "zero_point": True,
             }
+        elif self.method == "mxfp4":
+            weights = {
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 32,
+                "dynamic": False,
+                "scale_dtype": "torch.uint8",
+            }
+            values = self._compressed("mxfp4-pack-quantized", weights)
         else:
             weights = {
                 "num_bits": self.bits,
@@ -221,15 +233,18 @@ class Sample:
                 "group_size": None if self.group == -1 else self.group,
                 "dynamic": False,
             }
-            group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-            values = {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "quantization_status": "compressed",
-                "config_groups": {"group_0": group},
-                "ignore": [] if self.head else ["lm_head"],
-            }
+            values = self._compressed("pack-quantized", weights)
         return {**values, **self.settings}
+
+    def _compressed(self, form: str, weights: dict[str, Any]) -> dict[str, Any]:
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": form,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": [] if self.head else ["lm_head"],
+        }
 
     def make(self) -> None:
         torch.manual_seed(self.options.get("seed", 0))
@@ -279,6 +294,8 @@ class Sample:
 
     def draw(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """Puts a linear of this name into the file; returns the weight that it stands for."""
+        if self.method == "mxfp4":
+            return self._draw_mxfp4(name, rows, columns)
         only = self.options.get("symmetric_where")
         symmetric = self.symmetric or bool(only and only(name))
         groups = 1 if self.group == -1 else -(-columns // self.group)
@@ -311,3 +328,16 @@ class Sample:
             self.tensors[f"{name}.{part}"] = tensor
         self.codes[name], self.scales[name], self.zeros[name] = codes, wide, zeros
         return torch.from_numpy(weight).float()
+
+    def _draw_mxfp4(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        nibbles = self.rng.integers(0, 16, (rows, columns), dtype=np.uint8)
+        low, high = self.options.get("exponents", (118, 124))
+        exponents = self.rng.integers(low, high, (rows, -(-columns // 32)), dtype=np.uint8)
+        self.tensors.pop(f"{name}.weight", None)
+        self.tensors[f"{name}.weight_packed"] = torch.from_numpy(mxfp4_samples.pairs(nibbles))
+        self.tensors[f"{name}.weight_scale"] = torch.from_numpy(exponents)
+        # What a reader must find: the same in symmetric codes of 8 bits.
+        self.codes[name] = (128 + 2 * mxfp4_samples.ELEMENTS[nibbles]).astype(np.int64)
+        self.scales[name] = np.ldexp(1.0, exponents.astype(np.int64) - 128)
+        self.zeros[name] = np.full(exponents.shape, 128)
+        return torch.from_numpy(mxfp4_samples.dense(nibbles, exponents)).float()

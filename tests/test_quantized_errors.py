@@ -86,8 +86,8 @@ KEYS = {
         ({"group_size": -2}, "group_size as -1 or a positive number, got -2"),
     ],
     "compressed": [
-        ({"format": "int-quantized"}, 'format as "pack-quantized", got "int-quantized"'),
-        ({"format": None}, 'format as "pack-quantized", got null'),
+        ({"format": "int-quantized"}, 'format as "pack-quantized" or "mxfp4-pack-quantized", got '),
+        ({"format": None}, 'format as "pack-quantized" or "mxfp4-pack-quantized", got null'),
         ({"quantization_status": "frozen"}, None),  # older files say so, packed all the same
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme as null"),
         ({"transform_config": {"config_groups": {"r": 1}}}, "transform_config as null"),
@@ -144,7 +144,7 @@ def test_unknown_methods(folder, value):
     refused(
         folder,
         r"^load_quantized: 'm/config.json' must hold quantization_config.quant_method as "
-        f'"gptq" or "awq" or "compressed-tensors", got {re.escape(json.dumps(value))}$',
+        f'"gptq" or "awq" or "compressed-tensors" or "mxfp4", got {re.escape(json.dumps(value))}$',
     )
 
 

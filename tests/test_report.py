@@ -280,6 +280,13 @@ def test_gguf(tmp_path, capsys):
         ),
         # norms with a bias, one of each head's norms, 3 biases
         ("stablelm", {"": "Q8_0"}, {"int4": 0, "int8": 16, "dense": 0, "vectors": 20}),
+        # 4 linears and 3 experts' tensors a layer, an embedding, a head; a router, 8 biases, sinks
+        # and 2 norms a layer, a norm
+        (
+            "gpt-oss",
+            {"": "Q8_0", "_exps": "MXFP4", "blk.0.ffn_up_exps": "F32"},
+            {"int4": 0, "int8": 20, "dense": 3, "vectors": 37},
+        ),
     ],
 )
 def test_gguf_of_other_architectures(tmp_path, name, types, layers):

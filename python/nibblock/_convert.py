@@ -1,6 +1,7 @@
 """`python -m nibblock convert SRC DST`: a GGUF file or transformers folder to int4 safetensors.
 
-A folder that is quantised already (GPTQ, AWQ, compressed-tensors) keeps its codes and scales.
+A folder that is quantised already (`nb.load_quantized` lists the formats) keeps its codes and
+scales.
 
 DST ending in .safetensors is that one file, for `nb.load(DST, model)`. Any other DST is a folder
 that gets model.safetensors with the configuration and tokenizer beside it, so that it stands on

@@ -98,11 +98,13 @@ def _count_experts(file: GGUFFile, slot: ExpertSlot, counts: Counter) -> int:
         [file.tensors[name] for name in names] for names in (slot.gate + slot.up, slot.down)
     ]
     flat = [info for tensors in projections for info in tensors]
+    biases = [file.tensors[name] for name in slot.biases]
+    counts["vectors"] += len(biases)
+    held = 4 * sum(info.rows * info.columns for info in biases)
     if any(info.type not in EXACT_TYPES for info in flat):  # one makes all of them dense
         counts["dense"] += len(flat)
-        return 4 * sum(info.rows * info.columns for info in flat)
+        return held + 4 * sum(info.rows * info.columns for info in flat)
     experts = len(slot.down) if len(slot.down) > 1 else projections[1][0].shape[0]
-    held = 0
     for tensors in projections:
         layout = common_form([form(info.type) for info in tensors])
         counts[f"int{layout[0]}"] += len(tensors)

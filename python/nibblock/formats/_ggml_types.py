@@ -13,6 +13,8 @@
 | IQ4_NL          | 8    | 32    | float16 | d * table[q]         as code table + 128   |
 | IQ4_XS          | 8    | 32    | float32 | (d * sc) * table[q]  as code table + 128   |
 | Q6_K            | 8    | 16    | float32 | (d * sc) * (q - 32)  as code q + 96        |
+| MXFP4           | 8    | 32    | float32 | formats/_e2m1.py                           |
+| NVFP4           | 8    | 16    | float16 | the same elements, scales of 8 bits (E4M3) |
 | Q3_K            | 8    | 256   | float32 | d * (sc * q)         as code sc * q + 127  |
 | Q2_K            | 8    | 16    | float32 | (d * sc) * q - dmin * mn                   |
 | IQ1, IQ2, IQ3,  | 8    | 16,   | float32 | _ggml_grids.py                             |
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nibblock.formats import _e2m1
 from nibblock.formats._ggml_grids import GRIDS, grid_codes, nibble_pairs
 
 
@@ -68,7 +71,8 @@ class Codes:
         if offsets is not None:
             offsets = offsets.astype(dtype)
         elif affine:
-            offsets = scales * scales.dtype.type(-8 if self.bits == 4 else -128)
+            with np.errstate(over="ignore"):  # of MXFP4 alone; found by what is not finite
+                offsets = scales * scales.dtype.type(-8 if self.bits == 4 else -128)
         if bits > self.bits:
             code = np.stack((code & 15, code >> 4), axis=-1).reshape(len(code), -1)
             if offsets is None:
@@ -240,6 +244,18 @@ def _iq4_xs(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     return _IQ4_CODES[_nibbles(b[..., 8:].reshape(*lead, 8, 16))], d * scale, None
 
 
+def _mxfp4(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    # 16 low nibbles, then 16 high ones. (ggml takes the exponent 255 for 2^128, here it is NaN.)
+    return np.concatenate(_e2m1.unpack(b[..., 1:]), axis=-1), _e2m1.half_scales(b[..., :1]), None
+
+
+def _nvfp4(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    low, high = _e2m1.unpack(b[..., 4:].reshape(*b.shape[:-1], 4, 8))
+    # ggml takes the scales without their sign, and the byte of a NaN as 0.
+    scale = _e2m1.half_e4m3(b[..., :4] & 127)
+    return np.concatenate((low, high), axis=-1), np.nan_to_num(scale), None
+
+
 # type: (decoder, values per block, bytes per block, bits, group)
 _DECODERS = {
     "Q4_0": (_q4_0, 32, 18, 4, 32),
@@ -254,6 +270,8 @@ _DECODERS = {
     "Q6_K": (_q6_k, 256, 210, 8, 16),
     "Q3_K": (_q3_k, 256, 110, 8, 256),
     "Q2_K": (_q2_k, 256, 84, 8, 16),
+    "MXFP4": (_mxfp4, 32, 17, 8, 32),
+    "NVFP4": (_nvfp4, 64, 36, 8, 16),
 }
 
 EXACT_TYPES = frozenset(_DECODERS) | frozenset(GRIDS)

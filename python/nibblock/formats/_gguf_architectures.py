@@ -4,8 +4,8 @@ One row for each in `ARCHITECTURES`; what a row cannot say is a function that gi
 configuration. Nothing here needs torch or transformers.
 
 Source: the GGUF specification's tensor names and keys; values that no key holds (window patterns,
-layers without rotary positions, Gemma's scale of 27B models) after llama.cpp; names of modules and
-configurations after transformers.
+layers without rotary positions, Gemma's scale of 27B models) after llama.cpp, and after its
+converter how gpt-oss is stored; names of modules and configurations after transformers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _BEHIND = (
     ("post_attention_norm", "post_attention_layernorm"),
     ("post_ffw_norm", "post_feedforward_layernorm"),
 )
+_POST = (_NORMS[0], ("post_attention_norm", "post_attention_layernorm"))
 _GATED = (("ffn_gate", "gate_proj", 1), ("ffn_up", "up_proj", 1), ("ffn_down", "down_proj", 0))
 _PLAIN = (("ffn_up", "c_fc", 1), ("ffn_down", "c_proj", 0))
 _GATE_UP = (("ffn_up", "gate_up_proj", 2), ("ffn_down", "down_proj", 0))
@@ -87,6 +88,9 @@ class Architecture:
         fused: q, k and v are one tensor, as are gate and up, in the file and in transformers.
         mlp: (tensor, module, rows / inner).
         experts: a block has a router and experts in place of an MLP.
+        router: what transformers calls the router.
+        expert_bias: the router has a bias, and so has each projection of each expert.
+        sinks: a block's attention has a sink for each head.
         config: the rest of the configuration.
     """
 
@@ -105,6 +109,9 @@ class Architecture:
     fused: bool = False
     mlp: tuple[tuple[str, str, int], ...] = _GATED
     experts: bool = False
+    router: str = "gate"
+    expert_bias: bool = False
+    sinks: bool = False
     config: Callable[[Sizes], dict[str, Any]] = _nothing
 
     @property
@@ -242,6 +249,21 @@ def _stablelm(sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(sizes: Sizes) -> dict[str, Any]:
+    rope = rope_parameters(sizes.meta, sizes.context)
+    if rope["rope_type"] == "yarn":
+        # No key says it: these models were made without rounding the range of frequencies.
+        rope["truncate"] = False
+    return {
+        "num_local_experts": sizes.experts,
+        "num_experts_per_tok": sizes.experts_used,
+        "intermediate_size": sizes.expert_inner,
+        "sliding_window": sizes.meta.integer("attention.sliding_window"),
+        "layer_types": _windows(sizes, 2),
+        "rope_parameters": rope,
+    }
+
+
 def _starcoder2(sizes: Sizes) -> dict[str, Any]:
     return {**_window(sizes), "use_bias": bool(sizes.biased)}
 
@@ -308,6 +330,19 @@ ARCHITECTURES = {
         epsilon="norm_epsilon",
         mlp=_PLAIN,
         config=_starcoder2,
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        qkv_bias="required",
+        bias="required",
+        own_head_dim=True,
+        rope_tensors="none",
+        norms=_POST,
+        experts=True,
+        router="router",
+        expert_bias=True,
+        sinks=True,
+        config=_gpt_oss,
     ),
 }
 

@@ -46,6 +46,7 @@ class ExpertSlot:
     gate: tuple[str, ...]
     up: tuple[str, ...]
     down: tuple[str, ...]
+    biases: tuple[str, ...] = ()  # of gate, up and down, [E, N] each; empty: there are none
 
 
 @dataclass
@@ -128,6 +129,9 @@ class _Planner:
             self.linear(f"{b}.attn_v", f"{a}.v_proj", kv_rows, size.hidden, bias)
         self.linear(f"{b}.attn_output", f"{a}.o_proj", size.hidden, q_rows, spec.bias)
         self.qk_norms(b, a)
+        if spec.sinks:
+            shape = (size.heads,)
+            self.add(f"{b}.attn_sinks.weight", a, "parameter", shape, leaf="sinks")
         if spec.experts:
             self.experts(b, f"{m}.mlp")
             return
@@ -149,10 +153,12 @@ class _Planner:
                     self.add(name, module, "parameter", (heads, size.head_dim), row=head)
 
     def experts(self, b: str, m: str) -> None:
-        size = self.sizes
-        names = {}
-        router = f"{b}.ffn_gate_inp.weight"
-        self.add(router, f"{m}.gate", "parameter", (size.experts, size.hidden))
+        size, router = self.sizes, f"{m}.{self.spec.router}"
+        names, biases = {}, []
+        name = f"{b}.ffn_gate_inp"
+        self.add(f"{name}.weight", router, "parameter", (size.experts, size.hidden))
+        if self.spec.expert_bias:
+            self.add(f"{name}.bias", router, "parameter", (size.experts,), leaf="bias")
         for kind in ("gate", "up", "down"):
             n, k = size.expert_inner, size.hidden
             matrix = (k, n) if kind == "down" else (n, k)
@@ -167,7 +173,11 @@ class _Planner:
             else:
                 names[kind] = (joined,)
                 self.take(joined, (size.experts, *matrix))
-        self.result.experts.append(ExpertSlot(f"{m}.experts", **names))
+            if self.spec.expert_bias:
+                biases.append(f"{b}.ffn_{kind}_exps.bias")
+                self.take(biases[-1], (size.experts, matrix[0]))
+        slot = ExpertSlot(f"{m}.experts", **names, biases=tuple(biases))
+        self.result.experts.append(slot)
         if size.shared_inner:
             shared, n, k = f"{m}.shared_expert", size.shared_inner, size.hidden
             self.linear(f"{b}.ffn_gate_shexp", f"{shared}.gate_proj", n, k, "none")

@@ -13,6 +13,7 @@ from nibblock.formats._gguf_model import Slot, unpermute
 
 FLOATS = frozenset(("F32", "F16", "BF16", "F64"))
 _CHUNK_VALUES = 1 << 24  # float32 values dequantised at a time: 64 MB
+_SAFE_SCALE = float(np.finfo(np.float32).max) / 256  # times any code it stays in float32
 
 
 class TensorReader:
@@ -46,6 +47,9 @@ class TensorReader:
             return self._requantized(tensor)
         codes = decode(kind, self.file.read(tensor))
         self._check_finite(tensor, codes.scales, codes.offsets)
+        if float(np.abs(codes.scales).max(initial=0)) > _SAFE_SCALE:
+            with np.errstate(over="ignore"):
+                self._check_finite(tensor, codes.dequantize())
         return codes
 
     def slot_codes(self, slot: Slot) -> Codes | None:

@@ -9,6 +9,8 @@ other (Concatenate). Its own table is used here, so that no architecture is name
 | model.layers.0.block_sparse_moe.experts.7.w3     | Mixtral         | gate_up_proj[7], 2nd half|
 | model.layers.0.mlp.experts.7.down_proj           | Qwen, DeepSeek  | down_proj[7]             |
 
+A file may also hold the fused tensor itself, quantised (`Reader.fused`).
+
 Source: transformers/conversion_mapping.py and core_model_loading.py.
 """
 
@@ -104,6 +106,14 @@ class _Matrices:
         ]
 
 
+@dataclass(frozen=True)
+class _Stacked(_Matrices):
+    """The same, where the file holds all of them in one tensor: `head` is its name too."""
+
+    def each(self) -> list[tuple[int, slice, str]]:
+        return [(e, slice(0, self.rows), self.head) for e in range(self.count)]
+
+
 class Experts:
     """The fused tensors of a model whose matrices lie in the folder one by one.
 
@@ -152,18 +162,35 @@ class Experts:
         (self._packed if packed else self._single).add(name)
         return ""
 
+    def add_stacked(self, target: str) -> str:
+        """As `add`, of a fused tensor that the file holds quantised as a whole."""
+        path, _, leaf = target.rpartition(".")
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError:
+            return "none"
+        reason = _expert_form.unfit(module, meta=True)
+        if reason:
+            return f"{type(module).__name__}: {reason}"
+        form = _expert_form.read_form(module)
+        if leaf not in form.sizes:
+            return f"{type(module).__name__}, which has no {leaf}"
+        self._found[target] = _Stacked(target, form.experts, *form.sizes[leaf], (leaf,), target)
+        self._packed.add(target)
+        return ""
+
     def check(self) -> list[str]:
         """Checks that all matrices are there and fit; returns the names of their tensors."""
         used = []
         for target, wanted in self._found.items():
-            names = [name for _, _, name in wanted.each()]
+            names = list(dict.fromkeys(name for _, _, name in wanted.each()))
             packed = [name for name in names if name in self._packed]
             single = [name for name in names if name in self._single]
             if packed and single:
                 raise self.folder.fail(
                     f"hold all experts of {target} quantised, or none",
                     f"{packed[0]} quantised and {single[0]} not",
-                    self.folder.tensors[f"{packed[0]}.{self.reader.marker}"].file,
+                    self.folder.tensors[self.reader.key(packed[0], self.reader.marker)].file,
                 )
             if packed:
                 path, _, leaf = target.rpartition(".")
@@ -201,9 +228,10 @@ class Experts:
             self.schemes[name] = scheme
             parts = self.reader.parts(scheme, wanted.rows, wanted.columns)
             for part, need in parts.items():
-                self.folder.check(f"{name}.{part}", need)
-                used.append(f"{name}.{part}")
-            used += self.reader.zero_bias(name, wanted.rows)
+                need = need.stacked(wanted.count) if self.reader.fused else need
+                self.folder.check(self.reader.key(name, part), need)
+                used.append(self.reader.key(name, part))
+            used += [] if self.reader.fused else self.reader.zero_bias(name, wanted.rows)
         return used
 
     def layers(self) -> dict[str, tuple[Scheme, int]]:
@@ -255,7 +283,8 @@ class Experts:
         first: Optional[Layer] = None
         affine = rounded = False
         for expert, rows, name in wanted.each():
-            layer = self.reader.read(name, self.schemes[name], wanted.rows, wanted.columns)
+            sizes, one = (wanted.rows, wanted.columns), expert if self.reader.fused else None
+            layer = self.reader.read(name, self.schemes[name], *sizes, one)
             if first is None:
                 first, known = layer, name
                 shape = (wanted.count, wanted.rows * len(wanted.leaves))

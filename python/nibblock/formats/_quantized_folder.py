@@ -44,6 +44,10 @@ class Part:
         """One shape in any of these dtypes."""
         return cls(tuple((dtype, shape) for dtype in dtypes), optional)
 
+    def stacked(self, count: int) -> Part:
+        """So many of them in one tensor."""
+        return Part(tuple((dtype, (count, *s)) for dtype, s in self.forms), self.optional)
+
     def __str__(self) -> str:
         shapes: dict[tuple[int, ...], list[str]] = {}
         for dtype, shape in self.forms:
@@ -115,8 +119,8 @@ class Folder:
             raise self.fail(f"hold tensor {name} as {part}", info, info.file)
         return True
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Copies of these tensors."""
+    def read(self, names: Iterable[str], index: int | None = None) -> dict[str, torch.Tensor]:
+        """Copies of these tensors, or of what each holds at an index of its first dimension."""
         files: dict[str, list[str]] = {}
         for name in names:
             files.setdefault(self.tensors[name].file, []).append(name)
@@ -124,7 +128,9 @@ class Folder:
         for file, members in files.items():
             with self._opened(file) as opened:
                 for name in members:
-                    out[name] = opened.get_tensor(name).clone()
+                    whole = index is None
+                    part = opened.get_tensor(name) if whole else opened.get_slice(name)[index]
+                    out[name] = part.clone()
         return out
 
     @contextlib.contextmanager

@@ -15,11 +15,14 @@ from typing import Optional
 
 import torch
 
+from nibblock import ops as _ops
+from nibblock.formats import _e2m1
 from nibblock.formats._quantized_folder import FLOATS, Folder, Part
 from nibblock.nn._packed import _exact
 from nibblock.ops._checks import GROUP_SIZES
 
 assert sys.byteorder == "little"  # words are read as bytes below
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,39 @@ def layer_of(
     return Layer(qweight, wide.contiguous(), offsets, bits, group, rounded)
 
 
+def layer_of_floats(
+    packed: torch.Tensor, half_scales: torch.Tensor, columns: int, group: int
+) -> Layer:
+    """The canonical form of 4-bit floats: 8-bit codes, see `_e2m1`.
+
+    Args:
+        packed: [N, ceil(K/2)] uint8, low nibble = even k; what follows K is left out.
+        half_scales: [N, ceil(K/group)] float32, of the doubled elements.
+        columns, group: K and as in `Layer`.
+    """
+    codes = torch.from_numpy(_e2m1.unpack_pairs(packed.numpy()))
+    return layer_of(codes[:, :columns].contiguous(), half_scales, None, 8, group)
+
+
+def leaves_float32(layer: Layer, columns: int) -> bool:
+    """Whether finite scales give a weight that float32 cannot hold."""
+    if layer.offsets is not None and not bool(torch.isfinite(layer.offsets).all()):
+        return True
+    # (2^bits times the largest one is beyond every product: few files are looked at further.)
+    if not bool((layer.scales.double().abs() * (1 << layer.bits) > _LARGEST).any()):
+        return False
+    form = {"in_features": columns, "group_size": layer.group, "bits": layer.bits}
+    packed = _ops.int4_pack(layer.qweight, layer.scales, layer.offsets, **form)
+    dense = _ops.int4_dequantize(
+        packed,
+        out_features=len(layer.qweight),
+        affine=layer.offsets is not None,
+        scale_dtype=layer.scales.dtype,
+        **form,
+    )
+    return not bool(torch.isfinite(dense).all())
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How a linear is stored: bits of a code, columns of a group (-1: the row), and the key of
@@ -123,16 +159,23 @@ class Reader:
         scales: the name of the tensor that must be finite.
         order: the name of the tensor that says each column's group; "" where there is none.
         unordered: what a quantiser must be told for columns in the order of their groups.
+        fused: whether what is quantised are experts as the model holds them: a tensor of the file
+            has one for each, and is named <projection>_<marker> in place of <linear>.<marker>.
         notes: what a reader of the report should know.
     """
 
     marker: str
     scales: str
     order = unordered = ""
+    fused = False
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.notes: list[str] = []
+
+    def key(self, name: str, tensor: str) -> str:
+        """The file's name of a tensor of what is called `name`."""
+        return f"{name}_{tensor}" if self.fused else f"{name}.{tensor}"
 
     def scheme(self, name: str, kind: str) -> Scheme:
         """The scheme of the module of this name and class name."""
@@ -153,7 +196,7 @@ class Reader:
 
     def fail(self, name: str, tensor: str, need: str, got: object) -> ValueError:
         """The error about what a tensor of a linear holds."""
-        key = f"{name}.{tensor}"
+        key = self.key(name, tensor)
         return self.folder.fail(f"{need} in tensor {key}", got, self.folder.tensors[key].file)
 
     def zero_bias(self, name: str, rows: int) -> list[str]:
@@ -173,20 +216,22 @@ class Reader:
             )
         return [bias]
 
-    def read(self, name: str, scheme: Scheme, rows: int, columns: int) -> Layer:
-        """Reads one linear's tensors, which must have been checked.
+    def read(
+        self, name: str, scheme: Scheme, rows: int, columns: int, expert: Optional[int] = None
+    ) -> Layer:
+        """Reads one linear's tensors, which must have been checked; of fused ones an expert's.
 
         Raises:
             ValueError: a scale is not finite, or the groups have no exact form here.
         """
         held = self.folder.tensors
-        names = [p for p in self.parts(scheme, rows, columns) if f"{name}.{p}" in held]
-        read = self.folder.read(f"{name}.{part}" for part in names)
-        parts = {part: read[f"{name}.{part}"] for part in names}
-        if not bool(torch.isfinite(parts[self.scales]).all()):
+        keys = {part: self.key(name, part) for part in self.parts(scheme, rows, columns)}
+        keys = {part: key for part, key in keys.items() if key in held}
+        read = self.folder.read(keys.values(), expert)
+        out = self.layer(name, scheme, rows, columns, {p: read[key] for p, key in keys.items()})
+        if not bool(torch.isfinite(out.scales).all()):
             raise self.fail(name, self.scales, "hold finite numbers", "NaN or infinity")
-        out = self.layer(name, scheme, rows, columns, parts)
-        if out.offsets is not None and not bool(torch.isfinite(out.offsets).all()):
+        if leaves_float32(out, columns):
             raise self.fail(name, self.scales, "hold scales that float32 can multiply", "more")
         return out
 

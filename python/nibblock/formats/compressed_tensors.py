@@ -1,4 +1,6 @@
-"""compressed-tensors checkpoints of format pack-quantized: what their words mean.
+"""compressed-tensors checkpoints of two formats: what their words mean.
+
+pack-quantized:
 
     w[n, k] = weight_scale[n, g(k)] * (q[n, k] - z[n, g(k)]),   q and z signed, b bits
 
@@ -13,7 +15,18 @@
 
 Code and zero point carry the same 2^(b-1), which cancels: both are taken unsigned.
 
-Source: compressed-tensors' pack-quantized compressor.
+mxfp4-pack-quantized:
+
+    w[n, k] = element[n, k] * 2^(weight_scale[n, k // 32] - 127)
+
+| tensor            | shape and dtype             | byte                                        |
+| weight_packed     | [N, K/2] uint8              | i of row n: elements 2 i (the low nibble)   |
+|                   |                             | and 2 i + 1, as in `_e2m1`                  |
+| weight_scale      | [N, ceil(K/32)] uint8       | the exponent of a block                     |
+
+Each element becomes an 8-bit code.
+
+Source: compressed-tensors' pack-quantized and mxfp4-pack-quantized compressors.
 """
 
 from __future__ import annotations
@@ -23,6 +36,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nibblock.formats import _e2m1
 from nibblock.formats._quantized_folder import FLOATS, Folder, Part, Settings
 from nibblock.formats._quantized_layer import (
     Layer,
@@ -30,11 +44,10 @@ from nibblock.formats._quantized_layer import (
     Scheme,
     groups_of,
     layer_of,
+    layer_of_floats,
     unpack_rows,
     words_of,
 )
-
-_FORMAT = ("pack-quantized",)
 
 
 @dataclass(frozen=True)
@@ -50,10 +63,10 @@ class PackQuantized(Reader):
 
     marker, scales, order = "weight_packed", "weight_scale", "weight_g_idx"
     unordered = 'actorder null or "static"'
+    format = "pack-quantized"
 
     def __init__(self, folder: Folder, settings: Settings) -> None:
         super().__init__(folder)
-        settings.word(("format",), _FORMAT, "")
         for key in ("kv_cache_scheme", "transform_config"):
             settings.absent(key)
         if settings.values.get("sparsity_config"):
@@ -62,7 +75,7 @@ class PackQuantized(Reader):
         self.schemes = [self._scheme(groups.child(key)) for key in groups.values]
 
     def _scheme(self, group: Settings) -> PackedScheme:
-        group.word(("format",), _FORMAT, _FORMAT[0])
+        group.word(("format",), (self.format,), self.format)
         for name in ("input_activations", "output_activations"):
             group.absent(name)
         targets = group.values.get("targets")
@@ -74,10 +87,13 @@ class PackQuantized(Reader):
             except re.error as error:
                 raise group.fail("targets", "names or regular expressions") from error
         weights = group.child("weights")
-        bits = weights.bits("num_bits")
-        weights.word(("type",), ("int",), "int")
         if weights.flag("dynamic", False):
             raise weights.fail("dynamic", "false")
+        return self._weights(weights, tuple(targets))
+
+    def _weights(self, weights: Settings, targets: tuple[str, ...]) -> PackedScheme:
+        bits = weights.bits("num_bits")
+        weights.word(("type",), ("int",), "int")
         size = weights.values.get("group_size")
         strategy = weights.word(
             ("strategy",), ("group", "channel"), "channel" if size == -1 else "group"
@@ -87,7 +103,7 @@ class PackQuantized(Reader):
             -1 if strategy == "channel" else weights.group("group_size"),
             f"{weights.prefix}group_size".partition(".")[2],
             weights.flag("symmetric", True),
-            tuple(targets),
+            targets,
         )
 
     def scheme(self, name: str, kind: str) -> PackedScheme:
@@ -145,3 +161,51 @@ class PackQuantized(Reader):
         if zeros.dtype == torch.int8:
             return zeros.int() + (1 << (bits - 1))
         return unpack_rows(zeros.T, bits, rows).T
+
+
+class PackedMXFP4(PackQuantized):
+    """The reader of one folder's MXFP4 tensors; see the module."""
+
+    order = ""
+    format = "mxfp4-pack-quantized"
+    group = 32
+
+    def _weights(self, weights: Settings, targets: tuple[str, ...]) -> PackedScheme:
+        weights.word(("type",), ("float",), "float")
+        weights.word(("strategy",), ("group",), "group")
+        for key, need in (("num_bits", 4), ("group_size", self.group)):
+            if weights.integer(key) != need:
+                raise weights.fail(key, f"{need}, the only one of {self.format}")
+        if not weights.flag("symmetric", True):
+            raise weights.fail("symmetric", "true")
+        return PackedScheme(4, self.group, targets=targets)
+
+    def parts(self, scheme: PackedScheme, rows: int, columns: int) -> dict[str, Part]:
+        return {
+            "weight_packed": Part.of((rows, -(-columns // 2)), "U8"),
+            "weight_scale": Part.of((rows, groups_of(columns, self.group)), "U8"),
+        }
+
+    def layer(
+        self,
+        name: str,
+        scheme: PackedScheme,
+        rows: int,
+        columns: int,
+        parts: dict[str, torch.Tensor],
+    ) -> Layer:
+        scales = self._half_scales(parts)
+        return layer_of_floats(parts["weight_packed"], scales, columns, self.group)
+
+    @staticmethod
+    def _half_scales(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[N, groups] float32, of elements that are doubled."""
+        return torch.from_numpy(_e2m1.half_scales(parts["weight_scale"].numpy()))
+
+
+_READERS = {reader.format: reader for reader in (PackQuantized, PackedMXFP4)}
+
+
+def compressed_tensors(folder: Folder, settings: Settings) -> PackQuantized:
+    """The reader of the format that a folder's settings name."""
+    return _READERS[settings.word(("format",), tuple(_READERS), "")](folder, settings)

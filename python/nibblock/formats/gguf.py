@@ -6,7 +6,8 @@ What becomes of each tensor:
 | Q4_0, Q4_1, Q4_K                | Int4Linear, 4 bits, group 32, codes and scales exactly         |
 | every other quantised type:     | Int4Linear with bits=8, group 16, 32 or 256: their codes fit   |
 | Q5_*, Q6_K, Q8_0, Q2_K, Q3_K,   | 8 bits exactly (IQ1 to IQ3 and TQ need the gguf package)       |
-| IQ1_* to IQ4_*, TQ*             |                                                                |
+| IQ1_* to IQ4_*, TQ*, MXFP4,     |                                                                |
+| NVFP4                           |                                                                |
 | F32, F16, BF16                  | a dense nn.Linear in `dtype`; `requantize=True` rounds it to   |
 |                                 | 8 bits, group 32, instead                                      |
 | norms, biases                   | dense, in `dtype`                                              |
@@ -16,7 +17,7 @@ The experts of a layer become one Int4Experts; where one of its tensors is dense
 layer's experts are. Routers are dense.
 
 Architectures: llama (Mistral's and Mixtral's files too), qwen2, qwen3, qwen2moe, qwen3moe, gemma,
-gemma2, gemma3 (text), phi3, granite, smollm3, olmo2, stablelm, starcoder2.
+gemma2, gemma3 (text), phi3, granite, smollm3, olmo2, stablelm, starcoder2, gpt-oss.
 """
 
 from __future__ import annotations

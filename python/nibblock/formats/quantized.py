@@ -7,7 +7,8 @@ become Int4Experts: formats/_quantized_experts.py.
 | gptq               | checkpoint_format gptq and gptq_v2; 4 and 8 bits; formats/gptq.py          |
 | awq                | version gemm; 4 bits; formats/awq.py                                       |
 | compressed-tensors | format pack-quantized; 4 and 8 bits, symmetric or not, strategies group    |
-|                    | and channel; formats/compressed_tensors.py                                 |
+|                    | and channel; and mxfp4-pack-quantized; formats/compressed_tensors.py       |
+| mxfp4              | experts of gpt-oss, as 8-bit codes; formats/mxfp4.py                       |
 
 Groups of 32, 64, 128, 256 and whole rows are taken as they are, other multiples of 32 as the
 largest of these that divides them, each scale as often as it takes. Groups that are no multiple of
@@ -32,9 +33,10 @@ from nibblock.formats._quantized_experts import Experts, Names
 from nibblock.formats._quantized_folder import FLOATS, Folder, Part, read_json
 from nibblock.formats._quantized_layer import Layer, Reader, Scheme
 from nibblock.formats.awq import AWQ
-from nibblock.formats.compressed_tensors import PackQuantized
+from nibblock.formats.compressed_tensors import compressed_tensors
 from nibblock.formats.gguf import ImportReport
 from nibblock.formats.gptq import GPTQ
+from nibblock.formats.mxfp4 import MXFP4
 from nibblock.nn import Int4Experts, Int4Linear
 from nibblock.nn._conv1d import is_conv1d, linear_shape
 from nibblock.nn._expert_form import looks_like_experts, matrix_shape
@@ -42,7 +44,7 @@ from nibblock.nn._expert_form import looks_like_experts, matrix_shape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-READERS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": PackQuantized}
+READERS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": compressed_tensors, "mxfp4": MXFP4}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {torch.int64: ("I64",), torch.int32: ("I32",), torch.bool: ("BOOL",)}
 # Buffers that older files hold and transformers computes.
@@ -55,7 +57,7 @@ def load_quantized(
     fuse: bool = False,
     compute: str = "bf16",
 ) -> PreTrainedModel:
-    """Loads a GPTQ, AWQ or compressed-tensors folder as a model of Int4Linears, without loss.
+    """Loads a quantised transformers folder as a model of Int4Linears, without loss.
 
         w[n, k] = scale[n, g(k)] * (code[n, k] - zero[n, g(k)]) = scale * code + offset
 
@@ -64,7 +66,7 @@ def load_quantized(
             model.safetensors or its shards with their index. Any architecture that
             `AutoModelForCausalLM` builds, as long as what is quantised are its `nn.Linear`s, its
             `Conv1D`s (GPT-2), and its experts where transformers stacks them (Mixtral, Qwen-MoE,
-            OLMoE, DeepSeek): these become `Int4Experts`.
+            OLMoE, DeepSeek) or the file does (gpt-oss): these become `Int4Experts`.
         dtype: float32 | bfloat16 | float16, of the activations, norms, biases and dense weights.
         fuse: run q/k/v and gate/up as one call each (see `accelerate`).
         compute: "bf16" | "int8", the arithmetic of the Int4Linear layers.
@@ -78,16 +80,18 @@ def load_quantized(
         ValueError: experts of one projection with different bits or groups, or only some of them
             quantised; a method, format, number of bits or group size that has no exact form here;
             columns in activation order; a truncated or corrupt file; a missing, unexpected or
-            misshaped tensor, or one of another dtype; scales that are not finite. One line that
-            names the file and the key or tensor; all but the last before a layer is built.
+            misshaped tensor, or one of another dtype; scales that are not finite, or lead out of
+            float32. One line that names the file and the key or tensor; all but the last before a
+            layer is built.
         ImportError: transformers or safetensors is not installed.
     Gradients: as of `Int4Linear`: through the layers and to norms and biases, not to packed
     weights.
     Determinism: the same files give the same bytes.
     Numerics: codes are the file's; scales are, in float16 or float32; offset = -scale * zero is
         exact for float16 and bfloat16 scales, and so is every dequantised weight in float32. With
-        float32 scales an offset may be rounded to float32; the report says so. `dtype` rounds dense
-        tensors only. Peak memory is the result plus one layer.
+        float32 scales an offset may be rounded to float32; the report says so. Four-bit floats
+        become symmetric codes of 8 bits, which hold them exactly. `dtype` rounds dense tensors
+        only. Peak memory is the result plus one layer.
     Source: the formats are described in their readers; tests/test_quantized_checkpoints.py packs
     them independently and compares with transformers. Example:
         >>> model = nb.load_quantized("Qwen2.5-0.5B-Instruct-GPTQ-Int4", fuse=True)
@@ -218,7 +222,7 @@ class _Builder:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         self.names = Names(self.model)
         self.experts = Experts(self.model, self.folder, self.reader)
-        marker = f".{self.reader.marker}"
+        marker = self.reader.key("", self.reader.marker)
         for tensor in self.folder.tensors:
             if tensor.endswith(marker):
                 for part in self._plan_quantised(tensor[: -len(marker)], modules):
@@ -243,20 +247,22 @@ class _Builder:
         its tensors, as far as they are known to fit.
         """
         name, place, reason = source, None, "none"
-        if name not in modules:
+        if self.reader.fused:
+            reason = self.experts.add_stacked(source)
+        elif name not in modules:
             key, place = self.names.of(f"{source}.weight")
             name = key.removesuffix(".weight")
-        if place is None and name in modules:
+        if place is None and name in modules and not self.reader.fused:
             return self._plan_linear(name, source, modules[name])
         if place is not None:
             reason = self.experts.add(place, source, packed=True)
-        if reason and not self._ignored(f"{source}.{self.reader.marker}"):
+        if reason and not self._ignored(self.reader.key(source, self.reader.marker)):
             raise self._no_place(source, reason)
         return []
 
     def _no_place(self, source: str, reason: str) -> ValueError:
-        key = f"{source}.{self.reader.marker}"
-        need = f"hold {key} for an nn.Linear of the model"
+        key = self.reader.key(source, self.reader.marker)
+        need = f"hold {key} for {'experts' if self.reader.fused else 'an nn.Linear'} of the model"
         return self.folder.fail(need, reason, self.folder.tensors[key].file)
 
     def _plan_linear(self, name: str, source: str, module: nn.Module) -> list[str]:
