@@ -256,6 +256,13 @@ class Experts:
         affine = rounded = False
         for expert, rows, name in wanted.each():
             layer = self.reader.read(name, self.schemes[name], wanted.rows, wanted.columns)
+            if layer.columns is not None:
+                raise self.reader.fail(
+                    name,
+                    self.reader.order,
+                    "hold groups of columns that are neighbours, as experts need them,",
+                    f"activation order; quantise with {self.reader.unordered}",
+                )
             if first is None:
                 first, known = layer, name
                 shape = (wanted.count, wanted.rows * len(wanted.leaves))

@@ -57,7 +57,7 @@ class AWQ(Reader):
     def layer(
         self, name: str, scheme: Scheme, rows: int, columns: int, parts: dict[str, torch.Tensor]
     ) -> Layer:
-        group, order = self.groups(name, scheme, columns)
+        group, order, _ = self.groups(name, scheme, columns)
         codes = torch.zeros(rows, -(-columns // 2), dtype=torch.uint8)
         step = max(2, _CHUNK_CODES // max(rows, 1) // 2 * 2)  # pairs of k share a byte
         for first in range(0, columns, step):

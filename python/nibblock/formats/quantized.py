@@ -10,9 +10,11 @@ become Int4Experts: formats/_quantized_experts.py.
 |                    | and channel; formats/compressed_tensors.py                                 |
 
 Groups of 32, 64, 128, 256 and whole rows are taken as they are, other multiples of 32 as the
-largest of these that divides them, each scale as often as it takes. Groups that are no multiple of
-32, and columns in activation order, have no exact form here and are refused. What the file holds
-unquantised stays dense, in `dtype`.
+largest of these that divides them, each scale as often as it takes. Columns in activation order
+(gptq's desc_act, compressed-tensors' actorder "group") are packed group by group and become an
+Int4Linear with a `column_order`. Groups that are no multiple of 32 have no exact form here and are
+refused, and so are experts in activation order. What the file holds unquantised stays dense, in
+`dtype`.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def load_quantized(
         TypeError: dtype is none of the three.
         ValueError: experts of one projection with different bits or groups, or only some of them
             quantised; a method, format, number of bits or group size that has no exact form here;
-            columns in activation order; a truncated or corrupt file; a missing, unexpected or
+            experts in activation order; a truncated or corrupt file; a missing, unexpected or
             misshaped tensor, or one of another dtype; scales that are not finite. One line that
             names the file and the key or tensor; all but the last before a layer is built.
         ImportError: transformers or safetensors is not installed.
@@ -376,6 +378,7 @@ class _Builder:
             group_size=layer.group,
             bits=layer.bits,
             compute=self.compute,
+            column_order=layer.columns,
         ).to(self.dtype)
         module._transposed = is_conv1d(old)
         if quantised:
@@ -405,6 +408,8 @@ class _Builder:
             text = f"{self.method}: codes and scales exact, offsets rounded to float32"
         if layer.group != scheme.group and layer.scales.shape[1] > 1:
             text += f", groups of {scheme.group} as {layer.group}"
+        if layer.columns is not None:
+            text += ", columns in activation order"
         return text
 
     def _record(self, name: str, module: nn.Module, action: str, reason: str) -> None:
@@ -427,7 +432,9 @@ class _Builder:
                 kind=type(module).__name__,
                 shape=shape,
                 bytes_before=4 * numbers,
-                bytes_after=sum(p.numel() * p.element_size() for p in module.parameters()),
+                bytes_after=sum(
+                    t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())
+                ),
             )
         )
 
