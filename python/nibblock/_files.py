@@ -126,14 +126,14 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     }
     if isinstance(module, Int4Linear):
         record.update(kind="linear", compute=module.compute, bias=module.bias is not None)
-        if module._order is not None:
-            record["column_order"] = True
     elif isinstance(module, ExpertWeight):
         record.update(kind=_expert_files.KIND, experts=module.experts, compute=module.compute)
     else:
         record.update(kind="embedding", padding_idx=module.padding_idx)
         if module.multiplier is not None:
             record["multiplier"] = module.multiplier
+    if getattr(module, "_order", None) is not None:
+        record["column_order"] = True
     return record
 
 

@@ -107,6 +107,7 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
             name = f"{experts[layer]}.{leaf}".removeprefix(".")
             for rows in chosen.tolist():
                 key = (rows, x.dtype, ExpertWeight, weight._args, weight._columns)
+                key += (weight._order is not None,)
                 value = torch.empty(rows, weight._columns, dtype=x.dtype, device="meta")
                 seen.setdefault(key, []).append((name, weight, value))
 
@@ -183,7 +184,7 @@ def _explain_layer(name: str, layer: Product, x: torch.Tensor) -> Explanation:
     if packed:
         choice = _cuda_choice(layer, rows, x) if cuda else _int4_choice(layer, rows, dtype)
         call += _int4_text(layer)
-        if isinstance(layer, Int4Linear) and layer._order is not None:
+        if layer._order is not None:
             call += ", columns of x gathered"
     else:
         values = layer.values

@@ -91,7 +91,7 @@ def _layer(
             shape = (record["experts"], rows, columns)
         if record.get("column_order"):
             order = file.need(f"{name}.column_order")
-            if order.shape != (columns,):
+            if order.shape != (*shape[:-2], columns):
                 raise _damaged(file, f"{name}.column_order of shape {list(order.shape)}")
             fields.update(column_order=True, fixed_bytes=order.bytes)
     own = [] if source else [f"{name}.{part}" for part in parts]

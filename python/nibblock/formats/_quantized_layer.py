@@ -143,13 +143,12 @@ class Reader:
         marker: a linear is quantised where the file has a tensor of this name.
         scales: the name of the tensor that must be finite.
         order: the name of the tensor that says each column's group; "" where there is none.
-        unordered: what a quantiser must be told for columns in the order of their groups.
         notes: what a reader of the report should know.
     """
 
     marker: str
     scales: str
-    order = unordered = ""
+    order = ""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder

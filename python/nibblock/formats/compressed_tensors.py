@@ -50,7 +50,6 @@ class PackQuantized(Reader):
     """The reader of one folder's compressed tensors; see the module."""
 
     marker, scales, order = "weight_packed", "weight_scale", "weight_g_idx"
-    unordered = 'actorder null or "static"'
 
     def __init__(self, folder: Folder, settings: Settings) -> None:
         super().__init__(folder)

@@ -51,7 +51,6 @@ class GPTQ(Reader):
     """The reader of one folder's GPTQ tensors; see the module."""
 
     marker, scales, order = "qweight", "scales", "g_idx"
-    unordered = "desc_act false"
 
     def __init__(self, folder: Folder, settings: Settings) -> None:
         super().__init__(folder)

@@ -13,8 +13,7 @@ Groups of 32, 64, 128, 256 and whole rows are taken as they are, other multiples
 largest of these that divides them, each scale as often as it takes. Columns in activation order
 (gptq's desc_act, compressed-tensors' actorder "group") are packed group by group and become an
 Int4Linear with a `column_order`. Groups that are no multiple of 32 have no exact form here and are
-refused, and so are experts in activation order. What the file holds unquantised stays dense, in
-`dtype`.
+refused. What the file holds unquantised stays dense, in `dtype`.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 READERS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": PackQuantized}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {torch.int64: ("I64",), torch.int32: ("I32",), torch.bool: ("BOOL",)}
+_ORDERED = ", columns in activation order"
 # Buffers that older files hold and transformers computes.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -79,9 +79,10 @@ def load_quantized(
         TypeError: dtype is none of the three.
         ValueError: experts of one projection with different bits or groups, or only some of them
             quantised; a method, format, number of bits or group size that has no exact form here;
-            experts in activation order; a truncated or corrupt file; a missing, unexpected or
-            misshaped tensor, or one of another dtype; scales that are not finite. One line that
-            names the file and the key or tensor; all but the last before a layer is built.
+            a truncated or corrupt file; a missing, unexpected or misshaped tensor, or one of
+            another dtype; groups in activation order of other sizes than group_size; scales that
+            are not finite. One line that names the file and the key or tensor; all but the last two
+            before a layer is built.
         ImportError: transformers or safetensors is not installed.
     Gradients: as of `Int4Linear`: through the layers and to norms and biases, not to packed
     weights.
@@ -392,6 +393,8 @@ class _Builder:
     def _put_experts(self, name: str, quantised: bool) -> None:
         module, inexact = self.experts.read(name, self.compute)
         reason = f"{self.method}: {inexact or 'exact'}"
+        if any(weight._order is not None for weight in module.projections.values()):
+            reason += _ORDERED
         if quantised:
             self.model.set_submodule(name, module)
             self._record(name, module, "", reason)
@@ -409,7 +412,7 @@ class _Builder:
         if layer.group != scheme.group and layer.scales.shape[1] > 1:
             text += f", groups of {scheme.group} as {layer.group}"
         if layer.columns is not None:
-            text += ", columns in activation order"
+            text += _ORDERED
         return text
 
     def _record(self, name: str, module: nn.Module, action: str, reason: str) -> None:

@@ -27,8 +27,8 @@ def take_columns(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(-1, order.expand(x.shape))
 
 
-def as_order(op: str, order: object, columns: int) -> torch.Tensor:
-    """An order of columns as int64 [columns]; on the meta device nothing but its shape is known.
+def as_order(op: str, order: object, shape: tuple[int, ...]) -> torch.Tensor:
+    """Orders of columns [..., K] as int64; on the meta device nothing but their shape is known.
 
     Raises:
         TypeError: it is no tensor of int32 or int64. ValueError: another shape, or some column is
@@ -38,30 +38,36 @@ def as_order(op: str, order: object, columns: int) -> torch.Tensor:
     if order.dtype not in _checks.INDEX_DTYPES:
         got = _checks.dtype_name(order.dtype)
         raise TypeError(f"{op}: {NAME} must be int64 or int32, got {got}")
-    if tuple(order.shape) != (columns,):
-        raise ValueError(f"{op}: {NAME} must be [{columns}], got {list(order.shape)}")
+    if tuple(order.shape) != shape:
+        raise ValueError(f"{op}: {NAME} must be {list(shape)}, got {list(order.shape)}")
     order = order.detach().to(torch.int64)
     if order.is_meta:
         return order
-    ascending = order.sort().values
-    wrong = (ascending != torch.arange(columns, device=order.device)).nonzero()
-    if len(wrong):
-        at = int(wrong[0])
-        found = int(ascending[at])
+    ascending, last = order.sort(-1).values, shape[-1] - 1
+    wrong = (ascending != torch.arange(last + 1, device=order.device)).nonzero().tolist()
+    if wrong:
+        at, found = wrong[0][-1], int(ascending[tuple(wrong[0])])
         what = f"{found} twice" if 0 <= found < at else f"{found} in place of {at}"
-        raise ValueError(f"{op}: {NAME} must hold each of 0 to {columns - 1} once, got {what}")
+        raise ValueError(f"{op}: {NAME} must hold each of 0 to {last} once, got {what}")
     return order
 
 
 class OrderedColumns(PackedWeight):
-    """A `PackedWeight` that may have a `column_order`: a buffer, int64 [columns], or None."""
+    """A `PackedWeight` that may have a `column_order`: a buffer, int64 [columns], or None.
+
+    One of several matrices has an order for each: [matrices, columns].
+    """
 
     column_order: Optional[torch.Tensor]
+
+    @property
+    def _order_shape(self) -> tuple[int, ...]:
+        return (self._columns,)
 
     def _init_order(self, order: Optional[torch.Tensor]) -> None:
         """After `_init_packed`. The order is copied: loading writes into it."""
         if order is not None:
-            order = as_order(type(self).__name__, order, self._columns)
+            order = as_order(type(self).__name__, order, self._order_shape)
             order = order.to(self.packed.device, copy=True)
         self.register_buffer(NAME, order)
 
@@ -82,8 +88,11 @@ class OrderedColumns(PackedWeight):
 
     def canonical(self) -> dict[str, torch.Tensor]:
         """As of `PackedWeight`, in the order of packing, and `column_order` where there is one."""
-        out, order = super().canonical(), self._order
-        return out if order is None else {**out, NAME: order}
+        return self._with_order(super().canonical())
+
+    def _with_order(self, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        order = self._order
+        return parts if order is None else {**parts, NAME: order}
 
     def _order_to_load(
         self, prefix: str, local: dict[str, Any], codes: bool, errors: list[str]
@@ -95,7 +104,7 @@ class OrderedColumns(PackedWeight):
             errors.append(f"{prefix}{NAME} must come with qweight, whose columns it is about")
             return None
         try:
-            return as_order(type(self).__name__, order, self._columns)
+            return as_order(type(self).__name__, order, self._order_shape)
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}{NAME}: {error}")
             return None
