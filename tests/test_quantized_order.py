@@ -193,6 +193,25 @@ def test_against_the_package(tmp_path, bits, symmetric):
         assert torch.equal(found[:, order], weight), name
 
 
+@pytest.mark.parametrize("columns", [1, 33, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_taken_some_rows_at_a_time(monkeypatch, bits, columns):
+    from nibblock.formats import _quantized_layer
+
+    monkeypatch.setattr(_quantized_layer, "CHUNK_CODES", 3 * columns)
+    rng = np.random.default_rng(columns)
+    codes, order = rng.integers(0, 1 << bits, (7, columns)), rng.permutation(columns)
+
+    def packed(values):
+        if bits == 8:
+            return torch.from_numpy(values).byte()
+        values = np.pad(values, ((0, 0), (0, columns % 2)))
+        return torch.from_numpy(values[:, ::2] | values[:, 1::2] << 4).byte()
+
+    found = _quantized_layer.take_codes(packed(codes), bits, torch.from_numpy(order))
+    assert torch.equal(found, packed(codes[:, order]))
+
+
 # --- what is done with the model ------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from nibblock.nn._packed import _exact
 from nibblock.ops._checks import GROUP_SIZES
 
 assert sys.byteorder == "little"  # words are read as bytes below
-_CHUNK_CODES = 1 << 22  # unpacked at a time
+CHUNK_CODES = 1 << 22  # unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def take_codes(qweight: torch.Tensor, bits: int, order: torch.Tensor) -> torch.T
     if bits == 8:
         return qweight.index_select(1, order)
     out = torch.empty_like(qweight)
-    step = max(1, _CHUNK_CODES // max(len(order), 1))
+    step = max(1, CHUNK_CODES // max(len(order), 1))
     for first in range(0, len(qweight), step):
         raw = qweight[first : first + step]
         codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(1).index_select(1, order)
