@@ -115,7 +115,9 @@ def pack_awq(codes, scales, zeros) -> dict[str, np.ndarray]:
     }
 
 
-def pack_compressed(codes, scales, zeros, bits, symmetric, plain=False) -> dict[str, np.ndarray]:
+def pack_compressed(
+    codes, scales, zeros, bits, symmetric, plain=False, g_idx=None
+) -> dict[str, np.ndarray]:
     out = {
         "weight_packed": bit_stream(codes, bits),
         "weight_scale": scales,
@@ -125,7 +127,7 @@ def pack_compressed(codes, scales, zeros, bits, symmetric, plain=False) -> dict[
         packed = bit_stream(zeros.T, bits).T.copy()
         signed = (zeros.astype(np.int64) - (1 << (bits - 1))).astype(np.int8)
         out["weight_zero_point"] = signed if plain else packed
-    return out
+    return out if g_idx is None else {**out, "weight_g_idx": g_idx.astype(np.int32)}
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -142,9 +144,9 @@ class Sample:
         arch, config: the model, as `configuration`.
         head: quantise the head too.
         settings: put into quantization_config.
-        options: g_idx=callable K -> [K]; says: another checkpoint_format than is true; plain: zero
-            points of compressed-tensors unpacked; symmetric_where=callable name -> bool; kept: of
-            experts, callable name -> bool; seed.
+        options: g_idx=callable (K, name) -> [K]; says: another checkpoint_format than is true;
+            plain: zero points of compressed-tensors unpacked; symmetric_where=callable name ->
+            bool; kept: of experts, callable name -> bool; seed.
     """
 
     def __init__(
@@ -308,7 +310,7 @@ class Sample:
         drawn = torch.from_numpy(self.rng.uniform(0.4, 1, (rows, groups)) / 4 / top)
         scales = drawn.to(DTYPES[self.scale_dtype])
         index = np.arange(columns) // (columns if self.group == -1 else self.group)
-        g_idx = self.options["g_idx"](columns) if "g_idx" in self.options else None
+        g_idx = self.options["g_idx"](columns, name) if "g_idx" in self.options else None
         index = index if g_idx is None else g_idx
         wide = scales.double().numpy()
         weight = wide[:, index] * (codes - zeros[:, index])
@@ -319,7 +321,8 @@ class Sample:
             parts = pack_awq(codes, numbers, zeros)
         else:
             plain = self.options.get("plain", False)
-            parts = pack_compressed(codes, numbers, zeros, self.bits, self.symmetric, plain)
+            given = (codes, numbers, zeros, self.bits, self.symmetric, plain, g_idx)
+            parts = pack_compressed(*given)
         self.tensors.pop(f"{name}.weight", None)
         for part, array in parts.items():
             tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -68,7 +68,8 @@ def test_extreme_codes_are_exact(kind):
     raw = blocks(np.random.default_rng(5), kind, 258, values)
     fill = np.concatenate((np.arange(256), [0, 255])).astype(np.uint8)[:, None]
     kept = [at + i for at in HALVES.get(kind, ()) for i in range(2)]
-    kept = {"IQ1_M": range(48, 56), "MXFP4": [0], "NVFP4": range(4)}.get(kind, kept)  # scales that are no halves
+    # Scales that are no halves.
+    kept = {"IQ1_M": range(48, 56), "MXFP4": [0], "NVFP4": range(4)}.get(kind, kept)
     raw[:, np.setdiff1d(np.arange(size), kept)] = fill
     np.testing.assert_array_equal(
         decode(kind, raw).dequantize(), gguf.quants.dequantize(raw, type_id(kind))

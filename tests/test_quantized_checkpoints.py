@@ -212,13 +212,13 @@ def test_symmetric_files_with_other_zero_points(tmp_path):
 
 
 def test_group_indices_in_order(tmp_path):
-    sample = Sample("gptq", 4, 32, g_idx=lambda k: np.arange(k) // 32)
+    sample = Sample("gptq", 4, 32, g_idx=lambda k, _: np.arange(k) // 32)
     check(sample, sample.write(tmp_path / "m"))
 
 
 def test_groups_in_another_order(tmp_path):
     """Whole groups that changed places are still groups."""
-    sample = Sample("gptq", 4, 32, g_idx=lambda k: np.arange(k)[::-1] // 32)
+    sample = Sample("gptq", 4, 32, g_idx=lambda k, _: np.arange(k)[::-1] // 32)
     model = nb.load_quantized(sample.write(tmp_path / "m"))
     for name in sample.codes:
         weight = sample.model.get_submodule(name).weight.detach()

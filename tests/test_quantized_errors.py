@@ -184,36 +184,66 @@ def test_groups_without_an_exact_form(tmp_path, method, group):
     assert "'m/config.json'" in refused(path, message)
 
 
+BAD_INDICES = [
+    # Of K columns, groups of 32 in activation order; what is wrong with them.
+    (
+        lambda k: np.zeros(k, int),
+        r"hold each group from 0 to \d in tensor {}, got groups left out$",
+    ),
+    (lambda k: np.arange(k) // 32 - 1, r"hold each group from 0 to \d in tensor {}, got -1$"),
+    (lambda k: shuffled(k) - 1, r"hold each group from 0 to \d in tensor {}, got -1$"),
+    (lambda k: shuffled(k) + 1, r"hold each group from 0 to \d in tensor {}, got [45]$"),
+    (lambda k: one_more(shuffled(k)), r"hold 32 columns of group 0 in tensor {}, got 33$"),
+    (lambda k: one_more(shuffled(k))[::-1], r"hold 32 columns of group 0 in tensor {}, got 33$"),
+]
+
+
+def shuffled(columns):
+    return np.random.default_rng(0).permutation(np.arange(columns) // 32)
+
+
+def one_more(index):
+    """A column of the second group goes over to the first."""
+    index[np.flatnonzero(index == 1)[5]] = 0
+    return index
+
+
 @pytest.mark.parametrize("says", [True, False])
-def test_activation_order(tmp_path, says):
-    def mixed(columns):
-        return np.random.default_rng(0).permutation(np.arange(columns) // 32)
-
-    path = Sample("gptq", g_idx=mixed, settings={"desc_act": says}).write(tmp_path / "m")
-    refused(
-        path,
-        r"^load_quantized: 'm/model.safetensors' must hold runs of 32 columns or more of one group "
-        r"in tensor model\.layers\.0\.\S*\.g_idx, got activation order; quantise with desc_act "
-        "false$",
-    )
-
-
-def test_activation_order_of_compressed_tensors(tmp_path):
-    sample = Sample("compressed")
+@pytest.mark.parametrize("method", ["gptq", "compressed"])
+@pytest.mark.parametrize("index, message", BAD_INDICES)
+def test_bad_group_indices(tmp_path, method, index, message, says):
+    """What is in the tensor counts, not what desc_act says of it."""
+    sample = Sample(method, settings={"desc_act": says} if method == "gptq" else {})
     path = sample.write(tmp_path / "m")
-    key = f"{UP}.weight_g_idx"
-    order = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(128) // 32)).int()
-    resave(sample, path, **{key: order})
-    text = refused(path, f"hold runs of 32 columns or more of one group in tensor {key}, got act")
-    assert text.endswith('quantise with actorder null or "static"')
-    resave(sample, path, **{key: torch.arange(128).int() // 32 - 1})
-    refused(path, f"must hold each group from 0 to 3 in tensor {key}, got others$")
+    key = f"{UP}.{'weight_g_idx' if method == 'compressed' else 'g_idx'}"
+    found = torch.from_numpy(index(128).copy()).int()
+    resave(sample, path, **{key: found})
+    text = refused(path, message.format(re.escape(key)))
+    assert "'m/model.safetensors' must hold" in text
 
 
-@pytest.mark.parametrize("g_idx", [lambda k: np.zeros(k, int), lambda k: np.arange(k) // 32 - 1])
-def test_bad_group_indices(tmp_path, g_idx):
-    path = Sample("gptq", g_idx=g_idx).write(tmp_path / "m")
-    refused(path, r"must hold each group from 0 to \d in tensor \S*\.g_idx, got others$")
+@pytest.mark.parametrize("method", ["gptq", "compressed"])
+def test_group_indices_of_another_form(tmp_path, method):
+    sample = Sample(method)
+    path = sample.write(tmp_path / "m")
+    key = f"{UP}.{'weight_g_idx' if method == 'compressed' else 'g_idx'}"
+    good = torch.from_numpy(shuffled(128)).int()
+    for index, got in ((good[:-1], r"I32 \[127\]"), (good[None], r"I32 \[1, 128\]"),
+                       (good.float(), r"F32 \[128\]")):  # fmt: skip
+        resave(sample, path, **{key: index})
+        refused(path, rf"must hold tensor {key} as I32 or I64 \[128\], got {got}$")
+    if method == "compressed":  # -1 throughout says nothing; here and there it is wrong
+        resave(sample, path, **{key: torch.where(good == 0, -1, good)})
+        refused(path, rf"hold each group from 0 to 3 in tensor {key}, got -1$")
+
+
+@pytest.mark.parametrize("group", [16, 48])
+def test_activation_order_of_groups_without_an_exact_form(tmp_path, group):
+    def mixed(columns, name):
+        return np.random.default_rng(0).permutation(np.arange(columns) // group)
+
+    path = Sample("gptq", 4, group, g_idx=mixed).write(tmp_path / "m")
+    refused(path, rf"'m/config.json' must .*group_size as -1 or a multiple of 32, got {group}$")
 
 
 # --- tensors --------------------------------------------------------------------------------------

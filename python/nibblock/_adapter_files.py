@@ -40,6 +40,8 @@ def fingerprint(base: nn.Linear) -> str:
     """A hash of a base layer: format, shape, and every byte of its weight and bias."""
     if isinstance(base, Int4Linear):
         parts = [("packed", base.packed)]
+        if base._order is not None:
+            parts.append(("column_order", base._order))
         form = [base.group_size, base.bits, base.affine, _checks.dtype_name(base.scale_dtype)]
     else:
         parts, form = [("weight", base.weight)], []

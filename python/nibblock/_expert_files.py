@@ -44,10 +44,12 @@ def build(
                     raise ValueError(_differ(name, twin, "module"))
             new[name] = new[twin]
             continue
-        codes = {}
+        codes, orders = {}, {}
         for leaf, record in records.items():
             key = f"{name}.{leaf}"
             codes[leaf] = _parts(path, header["shared"].get(key, key), record, tensors)
+            if record.get("column_order"):
+                orders[leaf] = _need(path, f"{key}.column_order", tensors)
         try:
             new[name] = Int4Experts.from_codes(
                 old,
@@ -55,6 +57,7 @@ def build(
                 group_size={leaf: record["group_size"] for leaf, record in records.items()},
                 bits={leaf: record["bits"] for leaf, record in records.items()},
                 compute=records["down_proj"]["compute"],
+                column_order=orders,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"load: {name}: {error}") from error
@@ -86,12 +89,16 @@ def _shapes(shapes: dict[str, list[int]]) -> str:
     return ", ".join(f"{leaf} {shape}" for leaf, shape in sorted(shapes.items()))
 
 
+def _need(path: Path, key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    if key not in tensors:
+        raise ValueError(f"load: {path.name} must hold {key}, got a file without it")
+    return tensors[key]
+
+
 def _parts(path: Path, key: str, record: dict, tensors: dict[str, torch.Tensor]) -> tuple:
     parts = []
     for part in ("qweight", "scales", "offsets")[: 3 if record["affine"] else 2]:
-        if f"{key}.{part}" not in tensors:
-            raise ValueError(f"load: {path.name} must hold {key}.{part}, got a file without it")
-        parts.append(tensors[f"{key}.{part}"])
+        parts.append(_need(path, f"{key}.{part}", tensors))
     if _checks.dtype_name(parts[1].dtype) != record["scale_dtype"]:
         raise ValueError(
             f"load: {key}.scales must be {record['scale_dtype']}, got "

@@ -31,7 +31,8 @@ from nibblock.nn._conv1d import is_conv1d, linear_shape
 from nibblock.nn._expert_weight import ExpertWeight
 from nibblock.ops import _checks
 
-_VERSION = 1
+# 2: some layer's columns are in an order of their own, which readers of version 1 would not see.
+_VERSIONS = (1, 2)
 _QUANTISED = (Int4Linear, Int4Embedding)
 _OURS = (*_QUANTISED, BlockSparseLinear, ExpertWeight)
 
@@ -103,7 +104,8 @@ def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str]
         if not tensor.is_meta:
             seen[where] = key
         tensors[key] = tensor
-    header = {"version": _VERSION, "layers": layers, "shared": shared, "tied": tied}
+    version = 2 if any("column_order" in record for record in layers.values()) else 1
+    header = {"version": version, "layers": layers, "shared": shared, "tied": tied}
     _write(Path(path), _pack(safetensors, tensors, header))
 
 
@@ -130,6 +132,8 @@ def _describe(module: nn.Module) -> dict[str, Any]:
         record.update(kind="embedding", padding_idx=module.padding_idx)
         if module.multiplier is not None:
             record["multiplier"] = module.multiplier
+    if getattr(module, "_order", None) is not None:
+        record["column_order"] = True
     return record
 
 
@@ -238,12 +242,13 @@ def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         if "kind" in header:
             raise ValueError(f"a file of kind {header['kind']!r}")
         version = header["version"]
-        if version == _VERSION:
+        if version in _VERSIONS:
             return {part: dict(header[part]) for part in ("layers", "shared", "tied")}
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"load: {path.name} must have whole metadata, got: {error!r}") from error
     raise ValueError(
-        f"load: {path.name} must be of version {_VERSION}, got {version!r}; update nibblock"
+        f"load: {path.name} must be of version {_VERSIONS[-1]} or older, got {version!r}; update "
+        f"nibblock"
     )
 
 
@@ -304,7 +309,7 @@ def _differ(name: str, first: str, what: str) -> str:
 def _same_layer(header, tensors, first: str, second: str) -> bool:
     """Whether the file holds the same layer under both names."""
     layers, shared = header["layers"], header["shared"]
-    pairs = [(f"{first}.bias", f"{second}.bias")]
+    pairs = [(f"{first}.{part}", f"{second}.{part}") for part in ("bias", "column_order")]
     for part in ("qweight", "scales", "offsets", "values", "blocks"):
         pairs.append(tuple(f"{shared.get(name, name)}.{part}" for name in (first, second)))
     return layers[first] == layers[second] and all(
@@ -359,7 +364,11 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
             bias = tensors.get(f"{name}.bias") if record["bias"] else None
             if record["bias"] and bias is None:
                 raise ValueError(f"{path.name} holds no {name}.bias")
+            order = tensors.get(f"{name}.column_order")
+            if record.get("column_order") and order is None:
+                raise ValueError(f"{path.name} holds no {name}.column_order")
             form.update(in_features=record["columns"], compute=record["compute"])
+            form["column_order"] = order
             if source is not None:
                 return Int4Linear.from_packed(
                     source.packed, bias, out_features=record["rows"], **form, **tied

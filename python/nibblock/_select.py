@@ -107,6 +107,7 @@ def explain(module: nn.Module, x: Any) -> Union[Explanation, Explanations]:
             name = f"{experts[layer]}.{leaf}".removeprefix(".")
             for rows in chosen.tolist():
                 key = (rows, x.dtype, ExpertWeight, weight._args, weight._columns)
+                key += (weight._order is not None,)
                 value = torch.empty(rows, weight._columns, dtype=x.dtype, device="meta")
                 seen.setdefault(key, []).append((name, weight, value))
 
@@ -161,11 +162,13 @@ def _is_meta(layer: Layer) -> bool:
 def shape_key(layer: Layer) -> tuple:
     layer = running(layer)
     if isinstance(layer, Int4Linear):
-        return (Int4Linear, layer._args, layer.in_features, layer.bias is None)
+        ordered = layer._order is not None
+        return (Int4Linear, layer._args, layer.in_features, layer.bias is None, ordered)
     key = (type(layer), layer.out_features, layer.in_features, layer.bias is None)
     key += (layer.block, layer.values.shape[0], layer.values.dtype)
     if isinstance(layer, AdapterLinear):
-        own = layer.base._args if isinstance(layer.base, Int4Linear) else None
+        int4 = isinstance(layer.base, Int4Linear)
+        own = (layer.base._args, layer.base._order is not None) if int4 else None
         key += (layer.adapter().rank, own, runs_fused(layer.base))
     return key
 
@@ -181,6 +184,8 @@ def _explain_layer(name: str, layer: Product, x: torch.Tensor) -> Explanation:
     if packed:
         choice = _cuda_choice(layer, rows, x) if cuda else _int4_choice(layer, rows, dtype)
         call += _int4_text(layer)
+        if layer._order is not None:
+            call += ", columns of x gathered"
     else:
         values = layer.values
         fused = isinstance(layer, AdapterLinear) and runs_fused(layer.base)
@@ -202,7 +207,8 @@ def _explain_layer(name: str, layer: Product, x: torch.Tensor) -> Explanation:
         if fused:
             call += f"{_int4_text(layer.base)} base"
         elif isinstance(layer, AdapterLinear) and isinstance(layer.base, Int4Linear):
-            call += f"{_int4_text(layer.base)} base with hooks, by itself"
+            why = "hooks" if layer.base._order is None else "columns in an order of their own"
+            call += f"{_int4_text(layer.base)} base with {why}, by itself"
         elif isinstance(layer, AdapterLinear):
             call += f", {_checks.dtype_name(layer.base.weight.dtype)} base by torch"
         if isinstance(layer, AdapterLinear) and layer.adapter().rank:

@@ -32,7 +32,8 @@ class LayerFacts:
         bytes: of its tensors in the file; 0 where `tied` names the layer that holds them.
         weights: float numbers that it stands for, biases included; 0 where tied.
         fixed_bytes: of integers among its tensors, which have no float size.
-        dtype: of its scales or values. group_size: weights a scale, -1 for a row.
+        dtype: of its scales or values. group_size: weights a scale, -1 for a row. column_order:
+            True where the file holds an order of columns, by which a row is cut into groups.
         block, blocks, all_blocks, density: B, Z, blocks of the grid, Z over those.
         rank: of the low-rank pair, 0 for none. base: fingerprint of the layer below, 64 digits.
         norm: Frobenius norm, in float64: of an adapter's S + C A; of the weights that an update
@@ -49,6 +50,7 @@ class LayerFacts:
     fixed_bytes: int = 0
     dtype: str = ""
     group_size: Optional[int] = None
+    column_order: Optional[bool] = None
     block: Optional[int] = None
     blocks: Optional[int] = None
     all_blocks: Optional[int] = None

@@ -89,6 +89,11 @@ def _layer(
         fields = {"group_size": record["group_size"]}
         if module == "experts":
             shape = (record["experts"], rows, columns)
+        if record.get("column_order"):
+            order = file.need(f"{name}.column_order")
+            if order.shape != (*shape[:-2], columns):
+                raise _damaged(file, f"{name}.column_order of shape {list(order.shape)}")
+            fields.update(column_order=True, fixed_bytes=order.bytes)
     own = [] if source else [f"{name}.{part}" for part in parts]
     weights = 0 if source else rows * columns * record.get("experts", 1)
     for part in parts:  # what a tied layer reads must be there too
@@ -97,6 +102,8 @@ def _layer(
         codes = file.tensors[f"{source or name}.qweight"].shape
         if codes != (*shape[:-1], (columns * record["bits"] + 7) // 8):
             raise _damaged(file, f"{name}.qweight of shape {list(codes)} for {list(shape)}")
+    if fields.get("column_order"):
+        own.append(f"{name}.column_order")
     if record.get("bias"):
         own.append(f"{name}.bias")
         weights += file.need(f"{name}.bias").numbers

@@ -114,7 +114,8 @@ def _layers(rows: Sequence[LayerFacts]) -> str:
             line += [_share(row.density), _or_dash(row.rank), _number(row.norm)]
             line.append((row.base or "-")[:SHORT])
         else:
-            line += [_or_dash(row.group_size), row.tied or "-"]
+            order = " reordered" if row.column_order else ""
+            line += [f"{_or_dash(row.group_size)}{order}", row.tied or "-"]
         cells.append(line)
     return render(head, cells, left=(0, 1))
 

@@ -63,5 +63,5 @@ def half_scales(exponents: np.ndarray) -> np.ndarray:
 
 
 def half_e4m3(scales: np.ndarray) -> np.ndarray:
-    """E4M3 bytes -> float16 scales of the doubled elements, exact; NaN for the bytes that say so."""
+    """E4M3 bytes -> float16 scales of the doubled elements, exact; NaN where they say so."""
     return _HALF_E4M3[scales]

@@ -264,22 +264,29 @@ class Experts:
     def read(self, path: str, compute: str) -> tuple[Int4Experts, str]:
         """(the module in place of the experts of this name, what is not exact about it)."""
         codes: dict[str, Any] = {}
-        bits, groups, notes = {}, {}, []
+        bits, groups, orders, notes = {}, {}, {}, []
         for leaf, wanted in self.quantised[path].items():
             with self.folder.kept_open():
-                codes[leaf], layer, rounded = self._stack(wanted)
+                codes[leaf], layer, rounded, order = self._stack(wanted)
             bits[leaf], groups[leaf] = layer.bits, layer.group
             scheme = self.schemes[wanted.each()[0][2]]
             if rounded:
                 notes.append(f"{leaf}: offsets rounded to float32")
             if layer.group != scheme.group and layer.scales.shape[1] > 1:
                 notes.append(f"{leaf}: groups of {scheme.group} as {layer.group}")
+            if order is not None:
+                orders[leaf] = order
         old = self.model.get_submodule(path)
-        module = Int4Experts.from_codes(old, codes, group_size=groups, bits=bits, compute=compute)
+        module = Int4Experts.from_codes(
+            old, codes, group_size=groups, bits=bits, compute=compute, column_order=orders
+        )
         return module, ", ".join(notes)
 
-    def _stack(self, wanted: _Matrices) -> tuple[tuple, Layer, bool]:
-        """(qweight, scales, offsets or None) of all experts, one matrix, whether one is rounded."""
+    def _stack(self, wanted: _Matrices) -> tuple[tuple, Layer, bool, Optional[torch.Tensor]]:
+        """((qweight, scales, offsets or None) of all experts, one matrix, whether one is rounded,
+        the orders of columns or None).
+        """
+        orders = _Orders(self.reader, wanted)
         first: Optional[Layer] = None
         affine = rounded = False
         for expert, rows, name in wanted.each():
@@ -298,6 +305,7 @@ class Experts:
                     f"hold groups as {known} does",
                     f"{layer.group} columns in place of {first.group}",
                 )
+            orders.add(expert, name, layer.columns)
             qweight[expert, rows] = layer.qweight
             scales[expert, rows] = layer.scales
             if layer.offsets is not None:
@@ -315,7 +323,29 @@ class Experts:
         if all(_exact(part, torch.float16) for part in (scales, offsets) if part is not None):
             scales = scales.half()
             offsets = None if offsets is None else offsets.half()
-        return (qweight, scales, offsets), first, rounded
+        return (qweight, scales, offsets), first, rounded, orders.stacked()
+
+
+class _Orders:
+    """The order of columns of each expert of a fused tensor."""
+
+    def __init__(self, reader: Reader, wanted: _Matrices) -> None:
+        self.reader, self.columns = reader, wanted.columns
+        self.known: dict[int, tuple[str, torch.Tensor]] = {}
+        self.any = False
+
+    def add(self, expert: int, name: str, order: Optional[torch.Tensor]) -> None:
+        """Notes that of one matrix. Matrices whose rows follow each other read one input."""
+        self.any |= order is not None
+        order = torch.arange(self.columns) if order is None else order
+        other, known = self.known.setdefault(expert, (name, order))
+        if not torch.equal(order, known):
+            need = f"hold groups as {other} does: both become one matrix"
+            raise self.reader.fail(name, self.reader.order, need, "another activation order")
+
+    def stacked(self) -> Optional[torch.Tensor]:
+        """[E, K] int64; None where all columns are in order."""
+        return torch.stack([order for _, order in self.known.values()]) if self.any else None
 
 
 def _format(scheme: Scheme) -> str:

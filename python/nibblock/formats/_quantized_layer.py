@@ -23,6 +23,7 @@ from nibblock.ops._checks import GROUP_SIZES
 
 assert sys.byteorder == "little"  # words are read as bytes below
 _LARGEST = torch.finfo(torch.float32).max
+CHUNK_CODES = 1 << 22  # unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Layer:
     qweight: [N, ceil(K/2)] uint8, low nibble = even k (bits 4), or [N, K] uint8 (bits 8).
     scales: [N, ceil(K/group)] float16 or float32. offsets: the same, or None: symmetric.
     rounded: whether an offset was rounded to float32.
+    columns: [K] int64, the weight's column of each column of these, or None: they are in order.
     """
 
     qweight: torch.Tensor
@@ -40,6 +42,7 @@ class Layer:
     bits: int
     group: int
     rounded: bool = False
+    columns: Optional[torch.Tensor] = None
 
 
 def groups_of(columns: int, group: int) -> int:
@@ -79,21 +82,39 @@ def regroup(index: torch.Tensor, group: int) -> Optional[tuple[int, torch.Tensor
     return None
 
 
+def take_codes(qweight: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
+    """Column order[j] of a `Layer`'s codes as column j, some rows at a time."""
+    if bits == 8:
+        return qweight.index_select(1, order)
+    out = torch.empty_like(qweight)
+    step = max(1, CHUNK_CODES // max(len(order), 1))
+    for first in range(0, len(qweight), step):
+        raw = qweight[first : first + step]
+        codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(1).index_select(1, order)
+        low, high = codes[:, 0::2], codes[:, 1::2]
+        out[first : first + step] = low
+        out[first : first + step, : high.shape[1]] |= high << 4
+    return out
+
+
 def layer_of(
     qweight: torch.Tensor,
     scales: torch.Tensor,
     zeros: Optional[torch.Tensor],
     bits: int,
     group: int,
+    columns: Optional[torch.Tensor] = None,
 ) -> Layer:
     """The canonical form.
 
     Args:
-        qweight: as in `Layer`.
+        qweight: as in `Layer`, its columns in the weight's order; `columns` is applied here.
         scales: [N, ceil(K/group)] float16 | bfloat16 | float32, finite.
         zeros: the same shape, integers: the code that stands for 0; None for the middle one.
-        bits, group: as in `Layer`.
+        bits, group, columns: as in `Layer`.
     """
+    if columns is not None:
+        qweight = take_codes(qweight, bits, columns)
     wide = scales.float()
     offsets, rounded = None, False
     if zeros is not None and not bool((zeros == 1 << (bits - 1)).all()):
@@ -104,7 +125,7 @@ def layer_of(
     if all(_exact(part, torch.float16) for part in parts):
         wide = wide.half()
         offsets = None if offsets is None else offsets.half()
-    return Layer(qweight, wide.contiguous(), offsets, bits, group, rounded)
+    return Layer(qweight, wide.contiguous(), offsets, bits, group, rounded, columns)
 
 
 def layer_of_floats(
@@ -158,7 +179,6 @@ class Reader:
         marker: a linear is quantised where the file has a tensor of this name.
         scales: the name of the tensor that must be finite.
         order: the name of the tensor that says each column's group; "" where there is none.
-        unordered: what a quantiser must be told for columns in the order of their groups.
         fused: whether what is quantised are experts as the model holds them: a tensor of the file
             has one for each, and is named <projection>_<marker> in place of <linear>.<marker>.
         notes: what a reader of the report should know.
@@ -166,7 +186,7 @@ class Reader:
 
     marker: str
     scales: str
-    order = unordered = ""
+    order = ""
     fused = False
 
     def __init__(self, folder: Folder) -> None:
@@ -237,32 +257,45 @@ class Reader:
 
     def groups(
         self, name: str, scheme: Scheme, columns: int, stored: Optional[torch.Tensor] = None
-    ) -> tuple[int, torch.Tensor]:
-        """As `regroup`, of the groups that the file says; raises where no size of ours does it.
+    ) -> tuple[int, torch.Tensor, Optional[torch.Tensor]]:
+        """Groups of ours that hold those of the file; raises where no size does it.
 
-        stored: [K] the file's own group of each column; None for k // group.
+        Args:
+            stored: [K] the file's own group of each column; None for k // group.
+        Returns:
+            (size, the file's group of each of ours) as of `regroup`, and the order of columns in
+            which those groups are contiguous; None: that of the weight.
         """
         group, count = scheme.group, groups_of(columns, scheme.group)
         index = torch.arange(columns) // (max(columns, 1) if group == -1 else group)
         if stored is not None:
             index = stored.long()
             # A placeholder (all 0) leaves groups out; taken at its word it would spoil the weight.
-            if not torch.equal(index.unique(), torch.arange(count)):
-                raise self.fail(
-                    name, self.order, f"hold each group from 0 to {count - 1}", "others"
-                )
-        found = regroup(index, group)
-        if found is not None:
-            return found
-        if stored is None or group % 32:
+            held = index.unique()
+            if not torch.equal(held, torch.arange(count)):
+                wrong = held[(held < 0) | (held >= count)].tolist()
+                got = wrong[0] if wrong else "groups left out"
+                raise self.fail(name, self.order, f"hold each group from 0 to {count - 1}", got)
+        found, order = regroup(index, group), None
+        if found is None and stored is not None:
+            order = self._activation_order(name, index, group)
+            found = regroup(index[order], group)
+        if found is None:
             raise self.folder.fail(
                 f"hold quantization_config.{scheme.key} as -1 or a multiple of 32",
                 group,
                 "config.json",
             )
-        raise self.fail(
-            name,
-            self.order,
-            "hold runs of 32 columns or more of one group",
-            f"activation order; quantise with {self.unordered}",
-        )
+        return *found, order
+
+    def _activation_order(self, name: str, index: torch.Tensor, group: int) -> torch.Tensor:
+        """The columns group by group, those of one group in the weight's order."""
+        counts = index.bincount()
+        wanted = torch.full_like(counts, group)
+        wanted[-1] = len(index) - group * (len(counts) - 1)
+        wrong = (counts != wanted).nonzero().flatten().tolist()
+        if wrong:
+            at = wrong[0]
+            need = f"hold {int(wanted[at])} columns of group {at}"
+            raise self.fail(name, self.order, need, int(counts[at]))
+        return index.argsort(stable=True)

@@ -18,6 +18,7 @@ import torch
 
 from nibblock.formats._quantized_folder import FLOATS, Folder, Part, Settings
 from nibblock.formats._quantized_layer import (
+    CHUNK_CODES,
     Layer,
     Reader,
     Scheme,
@@ -28,7 +29,6 @@ from nibblock.formats._quantized_layer import (
 )
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds column j of its word: O's inverse
-_CHUNK_CODES = 1 << 22  # unpacked at a time
 
 
 class AWQ(Reader):
@@ -57,9 +57,9 @@ class AWQ(Reader):
     def layer(
         self, name: str, scheme: Scheme, rows: int, columns: int, parts: dict[str, torch.Tensor]
     ) -> Layer:
-        group, order = self.groups(name, scheme, columns)
+        group, order, _ = self.groups(name, scheme, columns)
         codes = torch.zeros(rows, -(-columns // 2), dtype=torch.uint8)
-        step = max(2, _CHUNK_CODES // max(rows, 1) // 2 * 2)  # pairs of k share a byte
+        step = max(2, CHUNK_CODES // max(rows, 1) // 2 * 2)  # pairs of k share a byte
         for first in range(0, columns, step):
             part = _unpack(parts["qweight"][first : first + step], rows)
             to = slice(first // 2, first // 2 + -(-len(part) // 2))

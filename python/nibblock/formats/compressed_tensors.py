@@ -13,7 +13,8 @@ pack-quantized:
 | weight_shape      | [2] int64 or int32          | N, K                                        |
 | weight_g_idx      | [K] int32, optional         | g(k), or -1 throughout; k // G without it   |
 
-Code and zero point carry the same 2^(b-1), which cancels: both are taken unsigned.
+Code and zero point carry the same 2^(b-1), which cancels: both are taken unsigned. With actorder
+"group" g(k) is any, as GPTQ's in activation order.
 
 mxfp4-pack-quantized:
 
@@ -62,7 +63,6 @@ class PackQuantized(Reader):
     """The reader of one folder's compressed tensors; see the module."""
 
     marker, scales, order = "weight_packed", "weight_scale", "weight_g_idx"
-    unordered = 'actorder null or "static"'
     format = "pack-quantized"
 
     def __init__(self, folder: Folder, settings: Settings) -> None:
@@ -147,13 +147,13 @@ class PackQuantized(Reader):
         index = parts.get("weight_g_idx")
         if index is not None and bool((index == -1).all()):
             index = None  # how the format says that there is no order
-        group, order = self.groups(name, scheme, columns, index)
+        group, order, places = self.groups(name, scheme, columns, index)
         # Words hold their codes in the canonical order already.
         codes = parts["weight_packed"].view(torch.uint8)[:, : -(-columns * bits // 8)].contiguous()
         zeros = parts.get("weight_zero_point")
         if zeros is not None:
             zeros = self._unsigned(zeros, bits, rows)[:, order].contiguous()
-        return layer_of(codes, parts["weight_scale"][:, order], zeros, bits, group)
+        return layer_of(codes, parts["weight_scale"][:, order], zeros, bits, group, places)
 
     @staticmethod
     def _unsigned(zeros: torch.Tensor, bits: int, rows: int) -> torch.Tensor:

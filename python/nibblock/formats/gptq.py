@@ -8,6 +8,9 @@
 | scales  | [ceil(K/G), N] floating       |                                                      |
 | g_idx   | [K] int32 or int64, optional  | (no words:) g(k); k // G without it                  |
 
+g(k) in activation order (desc_act) is any: each group has G columns, the last what is left of K.
+Sorted by group the columns are a weight like any, and `Layer.columns` says which they are.
+
 Version 1 (`gptq`) stores z - 1, subtracted from whole words, so that a z of 0 borrows from the next
 nibble; adding 1 to each nibble of a word with its carries undoes that. Version 2 (`gptq_v2`) stores
 z. Some files are of the other version than they say. One whose zero points are all 7 (all 8) is of
@@ -48,7 +51,6 @@ class GPTQ(Reader):
     """The reader of one folder's GPTQ tensors; see the module."""
 
     marker, scales, order = "qweight", "scales", "g_idx"
-    unordered = "desc_act false"
 
     def __init__(self, folder: Folder, settings: Settings) -> None:
         super().__init__(folder)
@@ -141,6 +143,6 @@ class GPTQ(Reader):
             step = 0x11111111 if bits == 4 else 0x01010101
             words = ((words.long() + step) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
         zeros = unpack_rows(words, bits, rows)
-        group, order = self.groups(name, scheme, columns, parts.get("g_idx"))
+        group, order, places = self.groups(name, scheme, columns, parts.get("g_idx"))
         scales = parts["scales"][order].T.contiguous()
-        return layer_of(codes, scales, zeros[order].T.contiguous(), bits, group)
+        return layer_of(codes, scales, zeros[order].T.contiguous(), bits, group, places)

@@ -11,9 +11,10 @@ become Int4Experts: formats/_quantized_experts.py.
 | mxfp4              | experts of gpt-oss, as 8-bit codes; formats/mxfp4.py                       |
 
 Groups of 32, 64, 128, 256 and whole rows are taken as they are, other multiples of 32 as the
-largest of these that divides them, each scale as often as it takes. Groups that are no multiple of
-32, and columns in activation order, have no exact form here and are refused. What the file holds
-unquantised stays dense, in `dtype`.
+largest of these that divides them, each scale as often as it takes. Columns in activation order
+(gptq's desc_act, compressed-tensors' actorder "group") are packed group by group and become an
+Int4Linear with a `column_order`. Groups that are no multiple of 32 have no exact form here and are
+refused. What the file holds unquantised stays dense, in `dtype`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 READERS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": compressed_tensors, "mxfp4": MXFP4}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {torch.int64: ("I64",), torch.int32: ("I32",), torch.bool: ("BOOL",)}
+_ORDERED = ", columns in activation order"
 # Buffers that older files hold and transformers computes.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -79,10 +81,10 @@ def load_quantized(
         TypeError: dtype is none of the three.
         ValueError: experts of one projection with different bits or groups, or only some of them
             quantised; a method, format, number of bits or group size that has no exact form here;
-            columns in activation order; a truncated or corrupt file; a missing, unexpected or
-            misshaped tensor, or one of another dtype; scales that are not finite, or lead out of
-            float32. One line that names the file and the key or tensor; all but the last before a
-            layer is built.
+            a truncated or corrupt file; a missing, unexpected or misshaped tensor, or one of
+            another dtype; groups in activation order of other sizes than group_size; scales that
+            are not finite, or lead out of float32. One line that names the file and the key or
+            tensor; all but the last two before a layer is built.
         ImportError: transformers or safetensors is not installed.
     Gradients: as of `Int4Linear`: through the layers and to norms and biases, not to packed
     weights.
@@ -382,6 +384,7 @@ class _Builder:
             group_size=layer.group,
             bits=layer.bits,
             compute=self.compute,
+            column_order=layer.columns,
         ).to(self.dtype)
         module._transposed = is_conv1d(old)
         if quantised:
@@ -395,6 +398,8 @@ class _Builder:
     def _put_experts(self, name: str, quantised: bool) -> None:
         module, inexact = self.experts.read(name, self.compute)
         reason = f"{self.method}: {inexact or 'exact'}"
+        if any(weight._order is not None for weight in module.projections.values()):
+            reason += _ORDERED
         if quantised:
             self.model.set_submodule(name, module)
             self._record(name, module, "", reason)
@@ -411,6 +416,8 @@ class _Builder:
             text = f"{self.method}: codes and scales exact, offsets rounded to float32"
         if layer.group != scheme.group and layer.scales.shape[1] > 1:
             text += f", groups of {scheme.group} as {layer.group}"
+        if layer.columns is not None:
+            text += _ORDERED
         return text
 
     def _record(self, name: str, module: nn.Module, action: str, reason: str) -> None:
@@ -433,7 +440,9 @@ class _Builder:
                 kind=type(module).__name__,
                 shape=shape,
                 bytes_before=4 * numbers,
-                bytes_after=sum(p.numel() * p.element_size() for p in module.parameters()),
+                bytes_after=sum(
+                    t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())
+                ),
             )
         )
 

@@ -8,25 +8,27 @@ import torch
 from torch import nn
 
 from nibblock import ops as _ops
-from nibblock.nn._packed import PackedWeight
+from nibblock.nn._column_order import OrderedColumns, take_columns
 from nibblock.ops import _checks
 
 Parts = tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
 
 
-class ExpertWeight(PackedWeight, nn.Module):
+class ExpertWeight(OrderedColumns, nn.Module):
     """The weights of E linears of one shape; `Int4Experts` computes with them.
 
     `packed` is one frozen uint8 Parameter [E, bytes]: row e is what an `Int4Linear` with expert e's
     weight would hold. The state dict has `qweight` [E, N, ceil(K / 2)], `scales` and `offsets`
-    [E, N, ceil(K / G)]; a dense `weight` is accepted on loading and rounded to nearest.
+    [E, N, ceil(K / G)]; a dense `weight` is accepted on loading and rounded to nearest. The buffer
+    `column_order` is None, or for each expert what an `Int4Linear`'s is: int64 [E, K].
 
     Args:
         experts, rows, columns: E, N, K.
         transposed: whether the dense form is [E, K, N] in place of [E, N, K].
         group_size, bits, affine, scale_dtype, compute: as in `nibblock.ops.int4_linear`.
         packed: [E, bytes] uint8; None for a weight of zeros.
-        device: of that one.
+        column_order: [E, K] int64 | int32, or None.
+        device: of a weight of zeros.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class ExpertWeight(PackedWeight, nn.Module):
         scale_dtype: torch.dtype,
         compute: str,
         packed: Optional[torch.Tensor] = None,
+        column_order: Optional[torch.Tensor] = None,
         device: Optional[torch.device] = None,
     ) -> None:
         nn.Module.__init__(self)
@@ -54,6 +57,7 @@ class ExpertWeight(PackedWeight, nn.Module):
             self._init_packed(None, device)
         else:
             self.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+        self._init_order(column_order)
 
     # --- sizes -----------------------------------------------------------------------------------
 
@@ -67,6 +71,10 @@ class ExpertWeight(PackedWeight, nn.Module):
     def _dense_shape(self) -> tuple[int, ...]:
         matrix = (self._columns, self._rows) if self.transposed else (self._rows, self._columns)
         return (self.experts, *matrix)
+
+    @property
+    def _order_shape(self) -> tuple[int, ...]:
+        return self.experts, self._columns
 
     def _canonical_shapes(self, scale_dtype):
         shapes = super()._canonical_shapes(scale_dtype)
@@ -119,26 +127,30 @@ class ExpertWeight(PackedWeight, nn.Module):
             TypeError: another dtype.
         """
         form = {**self._layout(), "dtype": torch.float32 if dtype is None else dtype}
-        out = None
+        out, order = None, self._order
         for index, row in enumerate(self.packed.detach()):
             dense = _ops.int4_dequantize(row, **form)
+            if order is not None:
+                dense = take_columns(dense, order[index].argsort())
             if out is None:
                 out = dense.new_empty(self._dense_shape)
             out[index] = dense.t() if self.transposed else dense
         return out
 
     def canonical(self) -> dict[str, torch.Tensor]:
-        """All experts' `qweight`, `scales` and, when affine, `offsets`: the state dict's form."""
+        """All experts' `qweight`, `scales` and, when affine, `offsets`, and where there is one the
+        `column_order`: the state dict's form.
+        """
         device = self.packed.device
         shapes = self._canonical_shapes(self.scale_dtype)
         out = {k: torch.empty(s, dtype=d, device=device) for k, (s, d) in shapes.items()}
         if self.packed.is_meta:
-            return out
+            return self._with_order(out)
         form = self._layout()
         for index, row in enumerate(self.packed.detach()):
             for tensor, part in zip(out.values(), _ops.int4_unpack(row, **form)):
                 tensor[index] = part
-        return out
+        return self._with_order(out)
 
     def _quantize(self, dense: torch.Tensor) -> Parts:
         return quantize_experts(

@@ -231,6 +231,8 @@ class PackedWeight:
         absent = [name for name, value in given.items() if value is None]
         key = prefix + "packed"
         errors: list[str] = []
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        order = self._order_to_load(prefix, local, dense is None and not absent, errors)
         if dense is not None or not absent:
             dtype = self.scale_dtype if absent else self._dtype_to_load(given)
             packed = (
@@ -239,13 +241,14 @@ class PackedWeight:
                 else self._pack_canonical(prefix, given, dtype, errors)
             )
             absent = []
-            if errors:
-                error_msgs.extend(errors)
-            elif local_metadata.get("assign_to_params_buffers", False):
-                self._assign_packed(packed, dtype)
-            else:
-                self._make_room(dtype)
-                local[key] = packed
+            if not errors:
+                self._take_order(order, assign)  # (a dense weight has none)
+                if assign:
+                    self._assign_packed(packed, dtype)
+                else:
+                    self._make_room(dtype)
+                    local[key] = packed
+        error_msgs.extend(errors)
         missing: list[str] = []
         super()._load_from_state_dict(
             local, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
@@ -253,8 +256,17 @@ class PackedWeight:
         for name in missing:
             if name == key:
                 missing_keys.extend(prefix + part for part in absent)
-            else:
+            elif name != prefix + "column_order":  # taken above, or not in the file
                 missing_keys.append(name)
+
+    def _order_to_load(
+        self, prefix: str, local: dict[str, Any], codes: bool, errors: list[str]
+    ) -> Optional[torch.Tensor]:
+        """Takes the order of columns out of `local`; codes: whether it has those too."""
+        return None
+
+    def _take_order(self, order: Optional[torch.Tensor], assign: bool) -> None:
+        """The order of the columns that are loaded next."""
 
     def _dtype_to_load(self, given: dict[str, torch.Tensor]) -> torch.dtype:
         """The file's dtype of scales, so that a state dict round trip changes nothing.

@@ -112,8 +112,9 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
     Raises: TypeError for another dtype, ValueError for another shape.
     Gradients: input, values, A, C. No N x K tensor is made for them. While merged: input only.
     Determinism and numerics: on an `Int4Linear` as `nibblock.ops.int4_block_sparse_linear` (one
-    pass over x, one rounding); on an `nn.Linear`, and on an `Int4Linear` with hooks, which stay the
-    base's and see its call, as `block_sparse_linear` with the base's result as y0.
+    pass over x, one rounding); on an `nn.Linear`, on an `Int4Linear` with hooks, which stay the
+    base's and see its call, and on one with a `column_order`, which the blocks do not have, as
+    `block_sparse_linear` with the base's result as y0.
     """
 
     _weight_source = "the base and the active adapter"
@@ -443,9 +444,12 @@ class AdapterLinear(ReadOnlyWeight, nn.Module):
 
 
 def fused(base: nn.Module) -> bool:
-    """Whether base and adapter run as one op: an `Int4Linear` whose call nobody watches."""
+    """Whether base and adapter run as one op: an `Int4Linear` whose call nobody watches, and which
+    reads x as the blocks do.
+    """
     return isinstance(base, Int4Linear) and not (
-        base._forward_hooks
+        base._buffers.get("column_order") is not None
+        or base._forward_hooks
         or base._forward_pre_hooks
         or base._backward_hooks
         or base._backward_pre_hooks

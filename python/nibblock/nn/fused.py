@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from nibblock.nn import _lean
+from nibblock.nn._column_order import take_columns
 from nibblock.nn.int4_linear import Int4Linear
 from nibblock.ops._checks import PANEL_ROWS, format_code
 
@@ -60,6 +61,16 @@ def _format(layer: Int4Linear) -> tuple:
     )
 
 
+def _fit(layers: list[Int4Linear]) -> bool:
+    """Whether they have one format and, of their columns, one order: they read one x."""
+    if len({_format(layer) for layer in layers}) != 1:
+        return False
+    orders = [layer._order for layer in layers]
+    if any(order is None for order in orders):
+        return all(order is None for order in orders)
+    return all(torch.equal(order, orders[0]) for order in orders[1:])
+
+
 class FusedInt4Group:
     """The shared storage of some siblings and, per thread, the results of the call in flight.
 
@@ -75,7 +86,8 @@ class FusedInt4Group:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._active: dict[int, Optional[list]] = {}
-        self._bound: Optional[tuple] = None  # (pointers, blob, spans, padding of biases, format)
+        # (pointers, blob, spans, padding of biases, format, order of columns)
+        self._bound: Optional[tuple] = None
         self.enabled = True
         self._wasted = 0
 
@@ -101,9 +113,8 @@ class FusedInt4Group:
         """Makes the siblings' packed weights views of one blob; None where they no longer fit."""
         with self._lock:
             parameters = [s.packed for s in self.siblings]
-            if len({_format(s) for s in self.siblings}) != 1 or not all(
-                p.device.type == "cpu" for p in parameters
-            ):
+            # (Devices first: those of the orders follow them, and cannot be compared across.)
+            if any(p.device.type != "cpu" for p in parameters) or not _fit(self.siblings):
                 self.enabled = False
                 return None
             blob = torch.cat([p.detach() for p in parameters])
@@ -122,7 +133,8 @@ class FusedInt4Group:
             pointers = [p.data_ptr() for p in parameters]
             code = format_code(columns, *self.siblings[0]._args[1:])
             # One assignment: other threads see the old state or the new one, never a mixture.
-            self._bound = bound = (pointers, blob, spans, padding, code)
+            order = self.siblings[0]._order
+            self._bound = bound = (pointers, blob, spans, padding, code, order)
             return bound
 
     def _ready(self) -> Optional[tuple]:
@@ -156,7 +168,9 @@ class FusedInt4Group:
         bound = self._ready() if self.enabled else None
         if bound is None:
             return None
-        _, blob, spans, padding, code = bound
+        _, blob, spans, padding, code, order = bound
+        if order is not None:
+            x = take_columns(x, order)
         bias = None
         for sibling in self.siblings:
             if sibling._parameters["bias"] is not None:
@@ -317,7 +331,7 @@ def _find_groups(module: nn.Module) -> list[list[Int4Linear]]:
             continue
         if any(layer.packed.device.type != "cpu" for layer in layers):
             continue
-        if len({_format(layer) for layer in layers}) != 1:
+        if not _fit(layers):
             continue
         taken.update(id(layer) for layer in layers)
         groups.append(layers)
@@ -329,7 +343,8 @@ def fuse_linears(model: nn.Module) -> list[str]:
 
     Names, modules, Parameters and the state dict stay as they are. Siblings are found by
     name (q_proj/k_proj/v_proj, gate_proj/up_proj, query/key/value, ...) within one parent; they
-    must have one in_features and one format, and their weights must not be tied to anything else.
+    must have one in_features, one format and one order of columns, and their weights must not be
+    tied to anything else.
     Attention, MLP, norm and decoder layer modules of transformers whose source is known also get a
     shorter forward, with the same values up to float32 rounding in norms and silu.
 

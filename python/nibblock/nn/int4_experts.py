@@ -9,6 +9,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from nibblock.nn import _expert_form
+from nibblock.nn._column_order import take_columns
 from nibblock.nn._expert_form import ExpertForm
 from nibblock.nn._expert_weight import ExpertWeight, Parts, pack_experts, quantize_experts
 from nibblock.ops import _checks
@@ -42,7 +43,8 @@ class Int4Experts(nn.Module):
     module with one frozen uint8 Parameter `packed` [E, bytes] and a read-only dequantised `weight`.
     The state dict holds `<projection>.qweight` [E, N, ceil(K / 2)], `.scales` and `.offsets`
     [E, N, ceil(K / G)], biases under their own names; a dense `<projection>` in the original
-    orientation is accepted on loading and rounded to nearest.
+    orientation is accepted on loading and rounded to nearest. Columns may be packed in an order of
+    their own, one for each expert: `<projection>.column_order` [E, K], as in `Int4Linear`.
 
     Input: hidden_states [T, H] float32 | bfloat16 | float16, top_k_index [T, k] int64 | int32 in
         [0, E], top_k_weights [T, k] of any floating point dtype. Index E stands for an expert that
@@ -73,7 +75,7 @@ class Int4Experts(nn.Module):
         form = _form_of("Int4Experts", experts)
         _checks.check_format("Int4Experts", group_size, bits, scale_dtype, compute)
         layout = _layout(group_size, bits, not symmetric, scale_dtype, compute)
-        self._build(experts, form, dict.fromkeys(form.sizes, layout), {})
+        self._build(experts, form, dict.fromkeys(form.sizes, layout), {}, {})
 
     def _build(
         self,
@@ -81,6 +83,7 @@ class Int4Experts(nn.Module):
         form: ExpertForm,
         layouts: dict[str, dict],
         packed: dict[str, torch.Tensor],
+        orders: dict[str, torch.Tensor],
     ) -> None:
         nn.Module.__init__(self)
         self._form = form
@@ -95,6 +98,7 @@ class Int4Experts(nn.Module):
                 columns,
                 transposed=form.transposed,
                 packed=packed.get(name),
+                column_order=orders.get(name),
                 device=old.device,
                 **layouts[name],
             )
@@ -165,6 +169,7 @@ class Int4Experts(nn.Module):
         group_size: int | dict[str, int],
         bits: int | dict[str, int] = 4,
         compute: str = "bf16",
+        column_order: Optional[dict[str, torch.Tensor]] = None,
     ) -> Int4Experts:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
@@ -174,6 +179,8 @@ class Int4Experts(nn.Module):
                 scales [E, N, ceil(K / G)] float32 | float16, and offsets like scales or None.
             group_size, bits: as in the constructor, or for each projection its own.
             compute: as in the constructor.
+            column_order: for projections whose columns have one, [E, K] int64 | int32: a row is
+                what `Int4Linear.from_codes` takes.
         Returns:
             A new module on the device of the codes.
         Raises:
@@ -206,7 +213,7 @@ class Int4Experts(nn.Module):
             affine = offsets is not None
             layouts[name] = _layout(group, width, affine, scales.dtype, compute)
         out = cls.__new__(cls)
-        out._build(experts, form, layouts, packed)
+        out._build(experts, form, layouts, packed, column_order or {})
         return out
 
     # --- what it holds ---------------------------------------------------------------------------
@@ -333,8 +340,11 @@ class Int4Experts(nn.Module):
         )
         if tracked and biases is not None:
             biases = biases.unbind(0)  # one gradient for all; indexing fills a zero one each time
+        orders = None if weight._order is None else weight._order.unbind(0)
         out = []
         for expert, rows in calls:
+            if orders is not None:
+                rows = take_columns(rows, orders[expert])
             bias = None if biases is None else biases[expert]
             packed = weight.expert(expert)
             if tracked:

@@ -9,14 +9,15 @@ from torch import nn
 
 from nibblock import ops as _ops
 from nibblock.nn import _conv1d
-from nibblock.nn._packed import PackedWeight, packed_from_codes
+from nibblock.nn._column_order import OrderedColumns, take_columns
+from nibblock.nn._packed import packed_from_codes
 from nibblock.ops import _checks
 
 _linear = torch.ops.nibblock.int4_linear.default
 _forward = torch.ops.nibblock._int4_linear_forward.default
 
 
-class Int4Linear(PackedWeight, nn.Linear):
+class Int4Linear(OrderedColumns, nn.Linear):
     """A linear layer whose weight is stored in 4 or 8 bits; stands wherever an `nn.Linear` stands.
 
         y[m, n] = sum_k x[m, k] * (scale[n, g(k)] * code[n, k] + offset[n, g(k)]) + bias[n]
@@ -34,6 +35,12 @@ class Int4Linear(PackedWeight, nn.Linear):
     The constructor makes a weight of zeros; `from_linear`, `from_codes`, `from_packed` and
     `load_state_dict` fill it. The state dict holds `qweight`, `scales`, `offsets` (unless
     symmetric) and `bias`; a dense `weight` is accepted on loading and rounded to nearest.
+
+    The buffer `column_order` is None, or int64 [K]: column j of the codes is column column_order[j]
+    of the weight, as in files that are quantised in activation order. Then y is computed from
+    x[..., column_order], the state dict holds it beside the codes, and loading codes without it
+    takes it away. `weight` and `dequantize` have the columns in the order of x. `from_codes` and
+    `from_packed` take it.
 
     Input: [..., K] float32 | bfloat16 | float16. Output: [..., N] of the input's dtype.
     Raises: TypeError for another dtype, ValueError for another shape.
@@ -65,7 +72,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             scale_dtype,
             compute,
             None,
-            device,
+            device=device,
         )
 
     def _build(
@@ -79,6 +86,7 @@ class Int4Linear(PackedWeight, nn.Linear):
         scale_dtype,
         compute,
         packed,
+        order=None,
         device=None,
     ):
         nn.Module.__init__(self)
@@ -86,6 +94,7 @@ class Int4Linear(PackedWeight, nn.Linear):
         self._init_format(out_features, in_features, group_size, bits, affine, scale_dtype)
         self.compute = compute
         self._init_packed(packed, device)
+        self._init_order(order)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=bias.is_floating_point())
         self.register_parameter("bias", bias)
@@ -168,6 +177,7 @@ class Int4Linear(PackedWeight, nn.Linear):
         group_size: int,
         bits: int = 4,
         compute: str = "bf16",
+        column_order: Optional[torch.Tensor] = None,
     ) -> Int4Linear:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
@@ -177,10 +187,12 @@ class Int4Linear(PackedWeight, nn.Linear):
             bias: [N] float32 | bfloat16 | float16 or None; a Parameter is taken over as it is.
             in_features: K.
             group_size, bits, compute: as in the constructor.
+            column_order: [K] int64 | int32, each of 0 to K - 1 once: the weight's column of each
+                column of the codes (and of its group); copied. None: they are in order.
         Returns:
             A new module on the device of qweight.
         Raises:
-            TypeError, ValueError: as `nibblock.ops.int4_pack`.
+            TypeError, ValueError: as `nibblock.ops.int4_pack`, and for a column_order that is none.
         """
         packed = packed_from_codes(
             "Int4Linear.from_codes", qweight, scales, offsets, in_features, group_size, bits
@@ -195,6 +207,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             affine=offsets is not None,
             scale_dtype=scales.dtype,
             compute=compute,
+            column_order=column_order,
         )
 
     @classmethod
@@ -211,6 +224,7 @@ class Int4Linear(PackedWeight, nn.Linear):
         scale_dtype: torch.dtype = torch.float32,
         compute: str = "bf16",
         dtype: torch.dtype = torch.float32,
+        column_order: Optional[torch.Tensor] = None,
     ) -> Int4Linear:
         """Wraps an already packed weight; a Parameter is shared, not copied (tied heads).
 
@@ -220,11 +234,12 @@ class Int4Linear(PackedWeight, nn.Linear):
             in_features, out_features, group_size, bits, affine, scale_dtype, compute: the weight's
             format.
             dtype: float32 | bfloat16 | float16 of `weight`, for code that reads it.
+            column_order: as in `from_codes`.
         Returns:
             A new module.
         Raises:
-            TypeError: packed or bias of another dtype. ValueError: a size that does not fit the
-                format.
+            TypeError: packed, bias or column_order of another dtype. ValueError: a size that does
+                not fit the format, or a column_order that is none.
         """
         op = "Int4Linear.from_packed"
         if bias is not None:
@@ -242,6 +257,7 @@ class Int4Linear(PackedWeight, nn.Linear):
             scale_dtype,
             compute,
             packed,
+            column_order,
         )
         out._dtype = dtype
         return out
@@ -282,18 +298,21 @@ class Int4Linear(PackedWeight, nn.Linear):
         # op's arguments.
         parameters = self._parameters
         bias = parameters["bias"]
+        order = self._buffers.get("column_order")
         try:
             if input.shape[-1] == self.in_features:
                 if torch.is_grad_enabled() and (
                     input.requires_grad or (bias is not None and bias.requires_grad)
                 ):
-                    return _linear(input, parameters["packed"], bias, *self._args)
+                    x = input if order is None else take_columns(input, order)
+                    return _linear(x, parameters["packed"], bias, *self._args)
                 if self._fused is not None and not torch.compiler.is_compiling():
                     group, index = self._fused
                     shared = group.take(index, input)
                     if shared is not None:
                         return shared
-                return _forward(input, parameters["packed"], bias, self._code)
+                x = input if order is None else take_columns(input, order)
+                return _forward(x, parameters["packed"], bias, self._code)
         except (RuntimeError, AttributeError, IndexError):
             if self._follow_packed():
                 return self.forward(input)
