@@ -325,14 +325,29 @@ def test_what_cannot_share_is_left_alone():
         return fuse_linears(model)
 
     assert names(lambda m: None) == ["a.(q_proj|k_proj|v_proj)"]
-    assert names(lambda m: setattr(m, "k_proj", nn.Linear(32, 24))) == []
-    assert names(lambda m: setattr(m, "k_proj", nn.Identity())) == []
+    assert names(lambda m: setattr(m, "k_proj", nn.Linear(32, 24))) == ["a.(q_proj|v_proj)"]
+    assert names(lambda m: setattr(m, "k_proj", nn.Identity())) == ["a.(q_proj|v_proj)"]
     assert names(lambda m: setattr(m, "k_proj", m.v_proj)) == []
 
     def mixed(m):
         m.k_proj = nb.Int4Linear.from_linear(m.k_proj, group_size=64)
 
-    assert names(mixed) == []
+    assert names(mixed) == ["a.(q_proj|v_proj)"]
+
+
+def test_siblings_of_one_format_share_beside_another():
+    """As in Q4_K_M files, whose v_proj has more bits than q_proj and k_proj."""
+    plain = Attention()
+    plain.v_proj = nb.Int4Linear.from_linear(plain.v_proj, group_size=16, bits=8)
+    nb.accelerate(plain, CONFIG, progress=False)
+    fused = copy.deepcopy(plain)
+    assert fuse_linears(fused) == ["q_proj|k_proj"]
+    with torch.no_grad():
+        for rows in (1, 3, 20):
+            x = torch.randn(rows, 64)
+            count, got = calls(fused, x)
+            assert equal(got, plain(x))
+            assert count == (2 if rows <= 8 else 3)
 
 
 def test_accelerate_with_fuse_reports_groups():

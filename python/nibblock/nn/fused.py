@@ -322,19 +322,28 @@ def _find_groups(module: nn.Module) -> list[list[Int4Linear]]:
     groups = []
     taken: set[int] = set()
     for names in SIBLINGS:
-        layers = [module._modules.get(name) for name in names]
-        if not all(type(layer) is Int4Linear for layer in layers):
-            continue
-        if len({id(layer.packed) for layer in layers}) != len(layers):
-            continue  # the same weight twice: neighbours in storage are impossible
-        if any(id(layer) in taken or layer._fused is not None for layer in layers):
-            continue
-        if any(layer.packed.device.type != "cpu" for layer in layers):
-            continue
-        if not _fit(layers):
-            continue
-        taken.update(id(layer) for layer in layers)
-        groups.append(layers)
+        found = [module._modules.get(name) for name in names]
+        layers = [x for x in found if type(x) is Int4Linear and x.packed.device.type == "cpu"]
+        storages = [id(layer.packed) for layer in layers]
+        layers = [
+            layer
+            for layer in layers
+            # The same weight twice: neighbours in storage are impossible.
+            if storages.count(id(layer.packed)) == 1
+            and id(layer) not in taken
+            and layer._fused is None
+        ]
+        parts: list[list[Int4Linear]] = []  # files mix formats: v in 6 bits beside q and k in 4
+        for layer in layers:
+            part = next((part for part in parts if _fit([part[0], layer])), None)
+            if part is None:
+                parts.append([layer])
+            else:
+                part.append(layer)
+        for part in parts:
+            if len(part) > 1:
+                taken.update(map(id, part))
+                groups.append(part)
     return groups
 
 
