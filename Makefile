@@ -3,6 +3,9 @@
 #   make demo     set up, build, and run a real model dense and in int4 side by side
 #   make test     set up, build, lint, and run every test
 #   make build    (re)build the libraries        make bench    measure int4_linear
+#   make emulate SIMDE=folder of SIMDe's headers (apt-get install libsimde-dev: /usr/include)
+#                   runs the AVX-512 and AMX kernels in software on a CPU with AVX2 alone, from a
+#                   build of its own; TESTS=files, else those of the kernels; half an hour
 #   make lint     ruff, clang-format             make format   rewrite with both
 #   make gpu-check  on a machine with an NVIDIA GPU and a CUDA torch in PYTHON; no network, no .venv
 #                   PART=tests, sanitize (the CUDA C++ kernels under compute-sanitizer), or a part
@@ -20,7 +23,7 @@ STAMPS := $(VENV)/.stamps
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := python tests bench triton_kernels setup.py
 
-.PHONY: demo test build lint format bench gpu-check clean
+.PHONY: demo test build lint format bench emulate gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/build
@@ -45,6 +48,21 @@ format: $(STAMPS)/dev
 
 bench: $(STAMPS)/dev $(STAMPS)/build
 	$(PY) -m nibblock bench int4_linear
+
+# A copy of the tree, because the libraries of a build lie beside the Python files.
+SIMDE ?= /usr/include
+TESTS ?= $(addprefix tests/test_,int4_linear.py int4_linear_kernels.py int4_linear_grad.py \
+  packed_layout.py guard_pages.py isa_levels.py int4_embedding.py block_sparse_kernels.py \
+  block_sparse_linear.py block_scores_kernels.py block_gain_kernels.py masked_update.py \
+  masked_gradient.py masked_packed.py muon_direction.py threads.py)
+emulate: $(STAMPS)/dev $(STAMPS)/build
+	@test -f $(SIMDE)/simde/x86/avx512.h || \
+	  { echo 'make: $(SIMDE) must hold simde/x86/avx512.h; type: apt-get install libsimde-dev'; exit 1; }
+	mkdir -p build/emulated
+	git ls-files -z | xargs -0 cp --parents -u -t build/emulated
+	cd build/emulated && NIBBLOCK_EMULATE_AVX512=$(abspath $(SIMDE)) $(abspath $(PY)) setup.py -q \
+	  build_ext --inplace
+	cd build/emulated && PYTHONPATH=python:. $(abspath $(PY)) -m pytest -q $(TESTS)
 
 # Builds against the torch that is there: the CPU libraries hold the schemas, Triton does most of the
 # rest, and the CUDA library is built where nvcc is.

@@ -62,6 +62,8 @@ ISA_FLAGS = {
     "avx2": AVX2,
     "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", *AMX],
 }
+# A folder of SIMDe's headers: every kernel file runs on a CPU with AVX2 alone (`make emulate`).
+EMULATE = os.environ.get("NIBBLOCK_EMULATE_AVX512")
 # Bindings do no arithmetic, and pybind11 takes twice as long to compile at -O3.
 BINDINGS = {
     f"native/{name}.cpp"
@@ -96,6 +98,15 @@ def isa_of(source: Path) -> str | None:
         if re.search(rf"_{isa}(_|\.)", source.name):
             return isa
     return None
+
+
+def isa_flags(source: Path) -> list[str]:
+    isa = isa_of(source)
+    if EMULATE and isa not in (None, "avx2") and source.parent.name != "native":
+        # (SIMDe last: /usr/include must not come before the compiler's own headers.)
+        folders = [f"-isystem{ROOT / 'tests/cpp/avx512'}", f"-idirafter{EMULATE}"]
+        return [*AVX2, *map(quoted, folders), "-w", "-DNIBBLOCK_EMULATE_AMX"]
+    return ISA_FLAGS[isa] if isa else []
 
 
 def cuda_code_of(source: Path) -> list[str]:
@@ -251,12 +262,14 @@ def escaped(path: Path | str) -> str:
 
 
 def write_ninja(path: Path, cxx: str, libs: list[dict], cuda: dict | None) -> None:
+    common = [*COMMON_FLAGS, quoted(f"-ffile-prefix-map={ROOT}/=")]
+    common += ["-DNIBBLOCK_EMULATE_AVX512"] if EMULATE else []
     lines = [
         f"cxx = {cxx}",
         f"nvcc = {quoted(cuda['nvcc']) if cuda else 'false'} -ccbin {cxx.split()[0]}",
         f"nvccflags = {' '.join(NVCC_FLAGS)}",
         # Messages that name a source file say csrc/..., not where this checkout lies.
-        f"flags = {' '.join([*COMMON_FLAGS, quoted(f'-ffile-prefix-map={ROOT}/=')])}",
+        f"flags = {' '.join(common)}",
         f"ldflags = {' '.join(LINK_FLAGS)}",
         "rule compile",
         "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
@@ -277,7 +290,6 @@ def write_ninja(path: Path, cxx: str, libs: list[dict], cuda: dict | None) -> No
     for lib in libs:
         objects = []
         for source in lib["sources"]:
-            isa = isa_of(source)
             target = "obj/" + str(source.relative_to(CSRC)) + ".o"
             if source.suffix == ".cu":
                 lines += [f"build {target}: nvcc {escaped(source)}"]
@@ -285,7 +297,7 @@ def write_ninja(path: Path, cxx: str, libs: list[dict], cuda: dict | None) -> No
                 objects.append(target)
                 continue
             binding = str(source.relative_to(CSRC)) in BINDINGS
-            more = [*lib["flags"], *(ISA_FLAGS[isa] if isa else []), *(["-O1"] if binding else [])]
+            more = [*lib["flags"], *isa_flags(source), *(["-O1"] if binding else [])]
             lines += [f"build {target}: compile {escaped(source)}", f"  more = {' '.join(more)}"]
             objects.append(target)
         alone = lib["name"] in ("libnibblock_kernels.so", "libnibblock_cuda.so")

@@ -54,6 +54,10 @@ CpuFeatures detect() {
     f.avx512_bf16 = os_zmm && (a & (1u << 5));
   if (tile && tile_bf16 && tile_int8 && amx_permission())
     f.amx_tile = f.amx_bf16 = f.amx_int8 = true;
+#ifdef NIBBLOCK_EMULATE_AVX512
+  f.avx512f = f.avx512dq = f.avx512bw = f.avx512vl = f.avx512_vnni = f.avx512_bf16 = true;
+  f.amx_tile = f.amx_bf16 = f.amx_int8 = true;
+#endif
   return f;
 }
 

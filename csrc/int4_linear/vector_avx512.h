@@ -100,11 +100,14 @@ struct Avx512 : Avx512Base {
   }
 };
 
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(NIBBLOCK_EMULATE_AVX512)
 struct Avx512Vnni : Avx512Base {
   // In assembly because GCC 12 copies the accumulator before each of these intrinsics.
   template <int ACT>
   static inline __attribute__((always_inline)) I dot(I acc, I w, I x) {
+#ifdef NIBBLOCK_EMULATE_AVX512
+    return ACT == 16 ? _mm512_dpwssd_epi32(acc, w, x) : _mm512_dpbusd_epi32(acc, w, x);
+#endif
     if (ACT == 16) {
       __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     } else {
