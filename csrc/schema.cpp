@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY(nibblock, m) {
   m.def("_add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("_rotate_(Tensor(a!) y, Tensor cos, Tensor sin, int heads) -> ()");
   m.def("_silu_mul(Tensor y, int width, int start) -> Tensor");
+  m.def("_attend(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
   m.def("block_scores_(Tensor(a!) scores, Tensor(b!)? movement, Tensor grad, Tensor x, Tensor? weight, int block, int sketch, int seed) -> ()");
   m.def("block_gain_(Tensor(a!) gain, Tensor(b!) squares, Tensor grad, Tensor x, int block) -> ()");
   m.def("masked_adamw_block_(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] ages, Tensor(e!)[] weights, Tensor[] blocks, int block, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");

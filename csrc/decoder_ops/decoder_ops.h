@@ -4,15 +4,18 @@
 //     sum = x + delta;  y = sum * rsqrt(mean(sum^2) + eps) * weight          (add_rms_norm)
 //     q, k <- rotated by cos and sin, first half against second half         (rotate)
 //     y = silu(gate) * up,  silu(v) = v / (1 + exp(-v))                      (silu_mul)
+//     y[h] = softmax over t of scale * q[h] . k[h', t], times v[h', t]       (attend)
 //
 // At one token a step each of these is a few hundred numbers, and torch takes 3 to 7 calls of 2 to
 // 5 us for it: as long as the int4 products themselves. The bodies are plain loops that the
 // compiler vectorises for the baseline; wider instructions would save fractions of a microsecond.
+// attend alone grows with the context and has a second body for AVX2: the same loops, the same bits.
 //
 // Arithmetic is float32. Where torch's sequence of calls rounds to x's dtype, so do these: after
 // x + delta, after the normalisation, and after each product and sum of the rotation.
 #pragma once
 
+#include "../common/parallel.h"
 #include "../common/status.h"
 #include "../common/types.h"
 
@@ -50,5 +53,26 @@ struct SiluMulParams {
   void* y;  // [rows, width]
 };
 NB_API void silu_mul(const SiluMulParams& p);
+
+// One query a sequence against all keys of its cache, without a mask. Head h of q reads head
+// h * kv_heads / heads of k and v. Strides are in elements; the last dimension is contiguous.
+struct AttendParams {
+  Dtype type;                                 // of all tensors: kF32 or kBF16
+  int64_t batch, heads, kv_heads, keys, dim;  // dim is a multiple of 8
+  const void* q;                              // [batch, heads, dim]
+  int64_t q_stride[2];
+  const void* k;  // [batch, kv_heads, keys, dim]
+  int64_t k_stride[3];
+  const void* v;
+  int64_t v_stride[3];
+  float scale;
+  void* y;  // [batch, heads, dim] contiguous
+  const Parallel* parallel;
+};
+NB_API Status attend(const AttendParams& p);
+
+// The bodies that attend() chooses from.
+Status attend_baseline(const AttendParams& p);
+Status attend_avx2(const AttendParams& p);
 
 }  // namespace nibblock

@@ -109,6 +109,55 @@ Tensor silu_mul_op(const Tensor& y, int64_t width, int64_t start) {
   return out;
 }
 
+// softmax(scale * query key^T) value for one query a sequence. [batch, heads, 1, dim] contiguous,
+// which is also [batch, 1, heads * dim].
+Tensor attend_op(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  const char* op = "_attend";
+  AttendParams p;
+  p.type = check_float(op, "query", query.scalar_type());
+  STD_TORCH_CHECK(p.type != Dtype::kF16, op, ": query must be float32 or bfloat16, got float16");
+  const Tensor* const all[] = {&query, &key, &value};
+  const char* const names[] = {"query", "key", "value"};
+  const int64_t *sizes[3], *strides[3];  // asked for once: each question costs 10 ns and more
+  for (int i = 0; i < 3; ++i) {
+    const Tensor& t = *all[i];
+    STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), op, ": ", names[i], " must be ",
+                    dtype_name(query.scalar_type()), " as query, got ",
+                    dtype_name(t.scalar_type()));
+    check_cpu(op, names[i], t);
+    STD_TORCH_CHECK(t.dim() == 4, op, ": ", names[i], " must be [batch, heads, length, dim], got ",
+                    shape_text(t));
+    sizes[i] = t.sizes().data();
+    strides[i] = t.strides().data();
+    STD_TORCH_CHECK(sizes[i][3] <= 1 || strides[i][3] == 1, op, ": ", names[i],
+                    " must be contiguous along its last dimension, got strides");
+  }
+  const int64_t *q = sizes[0], *k = sizes[1], *v = sizes[2];
+  STD_TORCH_CHECK(q[2] == 1 && q[3] % 8 == 0, op,
+                  ": query must be [batch, heads, 1, a multiple of 8], got ", shape_text(query));
+  STD_TORCH_CHECK(k[0] == q[0] && k[3] == q[3] && k[1] > 0 && q[1] % k[1] == 0 && k[2] > 0, op,
+                  ": key must be [", q[0], ", a divisor of ", q[1], ", 1 or more, ", q[3],
+                  "], got ", shape_text(key));
+  STD_TORCH_CHECK(v[0] == k[0] && v[1] == k[1] && v[2] == k[2] && v[3] == k[3], op,
+                  ": value must be ", shape_text(key), " as key, got ", shape_text(value));
+  p.batch = q[0], p.heads = q[1], p.kv_heads = k[1], p.keys = k[2], p.dim = k[3];
+  for (int i = 0; i < 3; ++i) {
+    if (i < 2) p.q_stride[i] = strides[0][i];
+    p.k_stride[i] = strides[1][i];
+    p.v_stride[i] = strides[2][i];
+  }
+  p.q = query.const_data_ptr();
+  p.k = key.const_data_ptr();
+  p.v = value.const_data_ptr();
+  p.scale = static_cast<float>(scale);
+  Tensor y = empty_like_rows(query, p.dim);
+  p.y = y.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  p.parallel = &parallel;
+  STD_TORCH_CHECK(attend(p) == kOk, op, ": out of memory");
+  return y;
+}
+
 }  // namespace
 }  // namespace nibblock
 
@@ -117,4 +166,5 @@ STABLE_TORCH_LIBRARY_IMPL(nibblock, CPU, m) {
   m.impl("_add_rms_norm", TORCH_BOX(&nibblock::add_rms_norm_op));
   m.impl("_rotate_", TORCH_BOX(&nibblock::rotate_op));
   m.impl("_silu_mul", TORCH_BOX(&nibblock::silu_mul_op));
+  m.impl("_attend", TORCH_BOX(&nibblock::attend_op));
 }

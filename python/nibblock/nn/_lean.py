@@ -3,9 +3,9 @@
 At one token a step most of a small model's time is Python and dispatch, not arithmetic. The
 forwards below compute the same with fewer calls: gate and up, or q, k and v, come out of one
 product as one tensor; q and k are rotated together, in place; a norm is one call, with the addition
-before it where there is one; and so is silu(gate) * up (csrc/decoder_ops). Rotated values are the
-same bit for bit; norms and silu differ from torch's by float32 rounding (torch adds the squares in
-another order and has another exp). A class is matched by a fingerprint of the source of its forward
+before it where there is one; and so are silu(gate) * up and the attention of one token a sequence
+without a mask (csrc/decoder_ops). Rotated values are the same bit for bit; norms, silu and attention
+differ from torch's by float32 rounding (torch adds in another order and has another exp). A class is matched by a fingerprint of the source of its forward
 (and of the functions it calls); any other forward, and any call that these do not cover (gradients,
 tracing, many rows, hooks on or replacements of what is passed over), runs the original.
 """
@@ -37,18 +37,24 @@ _ATTENTION: dict[str, Callable[[Any], dict]] = {
     "4015c9477db5adb7": lambda self: {"sliding_window": self.sliding_window},
 }
 
+# Of sdpa_attention_forward: for one query without a mask it is softmax(scale q k^T) v.
+_SDPA = {"e3d016070b6ac957"}
+_SDPA_MORE = ("softcap", "position_bias", "cache")  # what else it may be asked for
+
 # Linears that write F.linear in other words (Falcon's).
 _LINEAR = {"6b8b3b5430e88ef6"}
 
 # As FusedInt4Group's: above this many rows the saved calls no longer matter.
 _MAX_ROWS = 8
 
+_ATTENDED = (torch.float32, torch.bfloat16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.nibblock
 _norm = _ops._rms_norm.default
 _add_norm = _ops._add_rms_norm.default
 _rotate = _ops._rotate_.default
 _silu_mul = _ops._silu_mul.default
+_attend = _ops._attend.default
 
 # The modules that compute silu(x) and nothing else.
 _SILU = {"torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"}
@@ -171,6 +177,7 @@ def _is_silu(cls: type) -> bool:
 def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
     implementations = names["ALL_ATTENTION_FUNCTIONS"]
     eager = names["eager_attention_forward"]
+    sdpa = _known_sdpa()
 
     def attention(
         self: nn.Module,
@@ -181,12 +188,16 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         shared = _shared_product(self, ("q_proj", "k_proj", "v_proj"), hidden_states)
-        # q and k are rotated as one run of heads: no padding may lie between them.
-        if shared is None or shared[1][0][1] != shared[1][1][0]:
+        # q, k and v are one run of heads, the first two rotated: no padding may lie between them.
+        if (
+            shared is None
+            or shared[1][0][1] != shared[1][1][0]
+            or shared[1][1][1] != shared[1][2][0]
+        ):
             return self._int4_original_forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
-        y, (q_span, k_span, v_span) = shared
+        y, ((_, q_end), (_, k_end), (_, end)) = shared
         shape = hidden_states.shape[:-1]
         dim = self.head_dim
         cos, sin = position_embeddings
@@ -195,13 +206,23 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
         # (only y, which nobody else has seen, is written)
-        _rotate(y, cos.contiguous(), sin.contiguous(), k_span[1] // dim)
-        query = y[..., : q_span[1]].view(*shape, -1, dim).transpose(1, 2)
-        key = y[..., k_span[0] : k_span[1]].view(*shape, -1, dim).transpose(1, 2)
-        value = y[..., v_span[0] : v_span[1]].view(*shape, -1, dim).transpose(1, 2)
+        _rotate(y, cos.contiguous(), sin.contiguous(), k_end // dim)
+        heads = y if y.shape[-1] == end else y[..., :end]
+        heads = heads.view(*shape, -1, dim).transpose(1, 2)
+        sizes = (q_end // dim, (k_end - q_end) // dim, (end - k_end) // dim)
+        query, key, value = heads.split(sizes, dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         interface = implementations.get_interface(self.config._attn_implementation, eager)
+        if (
+            attention_mask is None
+            and interface is sdpa
+            and not self.training
+            and _attends(query, key, value)
+            and not kwargs.get("output_attentions")
+            and all(kwargs.get(name) is None for name in _SDPA_MORE)
+        ):
+            return self.o_proj(_attend(query, key, value, self.scaling).view(*shape, -1)), None
         out, weights = interface(
             self,
             query,
@@ -216,6 +237,32 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         return self.o_proj(out.reshape(*shape, -1).contiguous()), weights
 
     return attention
+
+
+def _known_sdpa() -> Optional[Callable]:
+    module = sys.modules.get("transformers.integrations.sdpa_attention")
+    sdpa = getattr(module, "sdpa_attention_forward", None)
+    return sdpa if sdpa is not None and _fingerprint(sdpa) in _SDPA else None
+
+
+def _attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `_attend` computes what sdpa does of these: one query each, a cache of plain tensors
+    that wants no gradient."""
+    dim = query.shape[-1]
+    return (
+        query.shape[2] == 1
+        and dim % 8 == 0
+        and query.dtype in _ATTENDED
+        and all(
+            type(t) is torch.Tensor
+            and t.dtype == query.dtype
+            and t.device.type == "cpu"
+            and t.shape[-1] == dim
+            and t.stride(-1) == 1
+            and not (t.requires_grad and torch.is_grad_enabled())
+            for t in (key, value)
+        )
+    )
 
 
 def _rotates(y: torch.Tensor, cos: torch.Tensor) -> bool:
