@@ -4,6 +4,7 @@ import nibblock  # noqa: F401  (registers the ops)
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import isa, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +66,70 @@ def test_silu_mul(dtype):
     assert ((actual.double() - exact).abs() <= bound).all()
 
 
+def attention64(q, k, v, scale):
+    """By the formula, in float64."""
+    k, v = (t.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    return torch.softmax(scale * q.double() @ k.transpose(-1, -2), -1) @ v
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(0, 3),
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 5),
+    keys=st.one_of(st.integers(1, 40), st.integers(500, 700)),
+    dim=st.sampled_from((8, 16, 40, 64, 80, 128)),
+    size=st.sampled_from((0.1, 1.0, 30.0)),
+    seed=st.integers(0, 99),
+)
+def test_attention(dtype, batch, kv_heads, group, keys, dim, size, seed):
+    torch.manual_seed(seed)
+    # Heads side by side in one row, as a decode step has them; a cache with room behind the keys.
+    heads = kv_heads * group
+    q = (torch.randn(batch, 1, heads * dim) * size).to(dtype).view(batch, 1, heads, dim)
+    q = q.transpose(1, 2)
+    k, v = torch.randn(2, batch, kv_heads, keys + 3, dim).to(dtype)[..., :keys, :]
+    scale = dim**-0.5
+    actual = ops._attend(q, k, v, scale)
+    assert actual.is_contiguous()
+    assert (actual.shape, actual.dtype) == (q.shape, dtype)
+    exact = attention64(q, k, v, scale)
+    # A score is a sum of dim products; its error moves its weight by as much again.
+    scores = scale * q.double().abs() @ k.double().abs().repeat_interleave(group, 1).mT
+    error = 2.0**-22 * (8 + scores.amax(-1, keepdim=True)) * 2
+    bound = error * attention64(q, k, v.abs(), scale) + ULP[dtype] * exact.abs() + 1e-30
+    assert ((actual.double() - exact).abs() <= bound).all()
+
+
+def test_attention_has_one_result_at_any_level_and_thread_count():
+    torch.manual_seed(1)
+    q, k, v = torch.randn(2, 12, 1, 64), torch.randn(2, 4, 999, 64), torch.randn(2, 4, 999, 64)
+    results = []
+    for level in ("scalar", native.cpu_isa()):
+        for threads in (1, 2, 5):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            with isa(level):
+                results.append(ops._attend(q, k, v, 0.125))
+            torch.set_num_threads(before)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_attention_keeps_what_is_not_finite():
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16)
+    k[0, 1, 3, 5] = float("nan")
+    v[1, 0, 2, 7] = float("inf")
+    y = ops._attend(q, k, v, 0.25)
+    assert y[0, 2:].isnan().all()
+    assert y[0, :2].isfinite().all()
+    assert (y[1, :2, 0, 7] == float("inf")).all()
+    assert y[1].isfinite().sum() == y[1].numel() - 2
+    k[0, 1, 3, 5] = float("-inf")  # where q is negative the score is +inf: NaN, as torch has it
+    expected = F.scaled_dot_product_attention(q, k, v, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(ops._attend(q, k, v, 0.25), expected, equal_nan=True)
+
+
 def test_nan_stays():
     y = torch.ones(1, 8)
     y[0, 1] = y[0, 6] = float("nan")
@@ -77,6 +142,7 @@ CALLS = [
     ("_add_rms_norm", (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-6)),
     ("_rotate_", (torch.randn(3, 40), torch.randn(1, 8), torch.randn(1, 8), 5)),
     ("_silu_mul", (torch.randn(3, 40), 20, 20)),
+    ("_attend", (torch.randn(2, 6, 1, 16), *torch.randn(2, 2, 3, 7, 16), 0.25)),
 ]
 
 
@@ -99,6 +165,19 @@ def test_opcheck(op, arguments):
         ("_rotate_", (torch.randn(2, 8), torch.randn(3, 4), torch.randn(3, 4), 2), "cos and sin"),
         ("_rotate_", (torch.randn(2, 8), torch.randn(1, 4), torch.randn(1, 4), 3), "3 heads of 4"),
         ("_silu_mul", (torch.randn(2, 8), 5, 4), "y must have 9 columns, got [2, 8]"),
+        ("_attend", (*(torch.randn(1, 2, 2, 8),) * 3, 1.0), "[batch, heads, 1, a multiple of 8]"),
+        ("_attend", (*(torch.randn(1, 2, 1, 9),) * 3, 1.0), "[batch, heads, 1, a multiple of 8]"),
+        (
+            "_attend",
+            (torch.randn(1, 4, 1, 8), *torch.randn(2, 1, 3, 5, 8), 1.0),
+            "key must be [1, a divisor of 4, 1 or more, 8], got [1, 3, 5, 8]",
+        ),
+        (
+            "_attend",
+            (torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 4, 8), 1.0),
+            "value must be [1, 2, 5, 8] as key, got [1, 2, 4, 8]",
+        ),
+        ("_attend", (*(torch.randn(1, 2, 1, 8).half(),) * 3, 1.0), "float32 or bfloat16"),
     ],
 )
 def test_refusals(op, arguments, text):

@@ -3,11 +3,13 @@
 At one token a step most of a small model's time is Python and dispatch, not arithmetic. The
 forwards below compute the same with fewer calls: gate and up, or q, k and v, come out of one
 product as one tensor; q and k are rotated together, in place; a norm is one call, with the addition
-before it where there is one; and so are silu(gate) * up and the attention of one token a sequence
-without a mask (csrc/decoder_ops). Rotated values are the same bit for bit; norms, silu and attention
-differ from torch's by float32 rounding (torch adds in another order and has another exp). A class is matched by a fingerprint of the source of its forward
-(and of the functions it calls); any other forward, and any call that these do not cover (gradients,
-tracing, many rows, hooks on or replacements of what is passed over), runs the original.
+before it where there is one; and so are silu(gate) * up, and the attention of one token a sequence
+without a mask (csrc/decoder_ops). Rotated values are the same bit for bit; norms, silu and
+attention differ from torch's by float32 rounding (torch adds in another order and has another exp;
+in bfloat16 its attention rounds the weights too). A class is matched by a fingerprint of the source
+of its forward (and of the functions it calls); any other forward, and any call that these do not
+cover (gradients, tracing, many rows, masks, hooks on or replacements of what is passed over), runs
+the original.
 """
 
 from __future__ import annotations
