@@ -9,7 +9,7 @@
 // At one token a step each of these is a few hundred numbers, and torch takes 3 to 7 calls of 2 to
 // 5 us for it: as long as the int4 products themselves. The bodies are plain loops that the
 // compiler vectorises for the baseline; wider instructions would save fractions of a microsecond.
-// attend alone grows with the context and has a second body for AVX2: the same loops, the same bits.
+// attend alone grows with the context and has a second body for AVX2: the same loops and bits.
 //
 // Arithmetic is float32. Where torch's sequence of calls rounds to x's dtype, so do these: after
 // x + delta, after the normalisation, and after each product and sum of the rotation.

@@ -1,5 +1,5 @@
 // AVX-512 and its VNNI and BF16 instructions in software, for machines that have AVX2 alone: what
-// `make emulate` puts before the compiler's own header, so that every kernel file compiles as it is.
+// `make emulate` puts before the compiler's own header, so that kernel files compile as they are.
 //
 // SIMDe (https://github.com/simd-everywhere/simde, in Debian libsimde-dev) has most of them. What
 // 0.7.4 lacks and the kernels use is written here lane by lane, after the instruction reference.
