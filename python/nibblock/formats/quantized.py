@@ -28,7 +28,7 @@ import math
 import os
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -142,14 +142,15 @@ def is_quantized(path: str | os.PathLike[str]) -> bool:
     Raises:
         ValueError: one of the two is not JSON.
     """
-    values = {}
-    for name in ("config.json", MODELOPT_FILE):
+
+    def held(name: str, key: str) -> Any:
         file = os.path.join(os.fspath(path), name)
-        values[name] = read_json(file, "load_quantized") if os.path.isfile(file) else {}
-    if values["config.json"].get("quantization_config") is not None:
+        return read_json(file, "load_quantized").get(key) if os.path.isfile(file) else None
+
+    if held("config.json", "quantization_config") is not None:
         return True
-    quantization = values[MODELOPT_FILE].get("quantization")
-    return isinstance(quantization, dict) and quantization.get("quant_algo") is not None
+    value = held(MODELOPT_FILE, "quantization")
+    return isinstance(value, dict) and value.get("quant_algo") is not None
 
 
 def _load(
