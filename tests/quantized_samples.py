@@ -13,6 +13,7 @@ from typing import Any
 
 import mxfp4_samples
 import numpy as np
+import nvfp4_samples
 import pytest
 import torch
 
@@ -130,6 +131,19 @@ def pack_compressed(
     return out if g_idx is None else {**out, "weight_g_idx": g_idx.astype(np.int32)}
 
 
+def plain_compressed(
+    codes, scales, zeros, bits, symmetric, whole=False, g_idx=None
+) -> dict[str, np.ndarray]:
+    """What int-quantized holds: signed codes and zero points, a byte each."""
+    middle = 1 << (bits - 1)
+    out = {"weight": (codes - middle).astype(np.int8), "weight_scale": scales}
+    if not symmetric:
+        out["weight_zero_point"] = (zeros - middle).astype(np.int8)
+    if whole:
+        out = {key: part if key == "weight" else part[0] for key, part in out.items()}
+    return out if g_idx is None else {**out, "weight_g_idx": g_idx.astype(np.int32)}
+
+
 # --- folders --------------------------------------------------------------------------------------
 
 
@@ -137,8 +151,9 @@ class Sample:
     """A quantised folder to be written.
 
     Args:
-        method: "gptq", "gptq_v2", "awq", "compressed", or "mxfp4" (of compressed-tensors).
-        bits, group: of all linears; a group of -1 is the row. ("mxfp4" has its own.)
+        method: "gptq", "gptq_v2", "awq", "compressed", "int", "mxfp4" or "nvfp4" (the last three of
+            compressed-tensors), or "modelopt".
+        bits, group: of all linears; a group of -1 is the row. ("mxfp4" and NVFP4 have their own.)
         symmetric: all zero points are the middle code.
         scale_dtype: "F16", "BF16" or "F32".
         arch, config: the model, as `configuration`.
@@ -146,7 +161,8 @@ class Sample:
         settings: put into quantization_config.
         options: g_idx=callable (K, name) -> [K]; says: another checkpoint_format than is true;
             plain: zero points of compressed-tensors unpacked; symmetric_where=callable name ->
-            bool; kept: of experts, callable name -> bool; seed.
+            bool; kept: of experts, callable name -> bool; seed; whole: one scale for all rows of
+            "int"; activations: what config.json says of them; number: NVFP4's scale of a matrix.
     """
 
     def __init__(
@@ -226,20 +242,46 @@ class Sample:
                 "scale_dtype": "torch.uint8",
             }
             values = self._compressed("mxfp4-pack-quantized", weights)
+        elif self.method == "nvfp4":
+            weights = {
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "tensor_group",
+                "group_size": 16,
+                "dynamic": False,
+                "scale_dtype": "torch.float8_e4m3fn",
+            }
+            values = self._compressed("nvfp4-pack-quantized", weights)
+        elif self.method == "modelopt":
+            weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+            group = {"weights": weights, "targets": ["Linear"]}
+            if "activations" in self.options:
+                group["input_activations"] = self.options["activations"]
+            values = {
+                "quant_method": "modelopt",
+                "quant_algo": "NVFP4" if "activations" in self.options else "W4A16_NVFP4",
+                "config_groups": {"group_0": group},
+                "ignore": ["lm_head"],
+                "producer": {"name": "modelopt", "version": "0.33.0"},
+            }
         else:
+            strategy = "channel" if self.group == -1 else "group"
             weights = {
                 "num_bits": self.bits,
                 "type": "int",
                 "symmetric": self.symmetric,
-                "strategy": "channel" if self.group == -1 else "group",
+                "strategy": "tensor" if self.options.get("whole") else strategy,
                 "group_size": None if self.group == -1 else self.group,
                 "dynamic": False,
             }
-            values = self._compressed("pack-quantized", weights)
+            form = "int-quantized" if self.method == "int" else "pack-quantized"
+            values = self._compressed(form, weights)
         return {**values, **self.settings}
 
     def _compressed(self, form: str, weights: dict[str, Any]) -> dict[str, Any]:
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+        activations = self.options.get("activations")
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
         return {
             "quant_method": "compressed-tensors",
             "format": form,
@@ -298,6 +340,9 @@ class Sample:
         """Puts a linear of this name into the file; returns the weight that it stands for."""
         if self.method == "mxfp4":
             return self._draw_mxfp4(name, rows, columns)
+        if self.method in ("nvfp4", "modelopt"):
+            return self._draw_nvfp4(name, rows, columns)
+        whole = self.options.get("whole", False)
         only = self.options.get("symmetric_where")
         symmetric = self.symmetric or bool(only and only(name))
         groups = 1 if self.group == -1 else -(-columns // self.group)
@@ -308,6 +353,8 @@ class Sample:
         if symmetric:
             zeros[:] = top // 2
         drawn = torch.from_numpy(self.rng.uniform(0.4, 1, (rows, groups)) / 4 / top)
+        if whole:
+            zeros[:], drawn[:] = zeros[2, 0], drawn[2, 0].clone()
         scales = drawn.to(DTYPES[self.scale_dtype])
         index = np.arange(columns) // (columns if self.group == -1 else self.group)
         g_idx = self.options["g_idx"](columns, name) if "g_idx" in self.options else None
@@ -319,6 +366,9 @@ class Sample:
             parts = pack_gptq(codes, numbers, zeros, self.bits, self.method, g_idx)
         elif self.method == "awq":
             parts = pack_awq(codes, numbers, zeros)
+        elif self.method == "int":
+            parts = plain_compressed(codes, numbers, zeros, self.bits, self.symmetric, whole, g_idx)
+            codes, zeros = (part + 128 - top // 2 for part in (codes, zeros))
         else:
             plain = self.options.get("plain", False)
             given = (codes, numbers, zeros, self.bits, self.symmetric, plain, g_idx)
@@ -344,3 +394,26 @@ class Sample:
         self.scales[name] = np.ldexp(1.0, exponents.astype(np.int64) - 128)
         self.zeros[name] = np.full(exponents.shape, 128)
         return torch.from_numpy(mxfp4_samples.dense(nibbles, exponents)).float()
+
+    def _draw_nvfp4(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        nibbles = self.rng.integers(0, 16, (rows, columns), dtype=np.uint8)
+        of_groups = self.rng.integers(64, 127, (rows, -(-columns // 16)), dtype=np.uint8)
+        divide = self.method == "nvfp4"
+        number = np.float32(self.options.get("number", self.rng.uniform(4000, 9000)))
+        number = number if divide else np.float32(1) / number
+        codes, last = (
+            ("weight_packed", "weight_global_scale") if divide else ("weight", "weight_scale_2")
+        )
+        self.tensors.pop(f"{name}.weight", None)
+        self.tensors[f"{name}.{codes}"] = torch.from_numpy(nvfp4_samples.pairs(nibbles))
+        self.tensors[f"{name}.weight_scale"] = nvfp4_samples.e4m3_tensor(of_groups)
+        self.tensors[f"{name}.{last}"] = torch.tensor([number] if divide else number)
+        if "activations" in self.options:
+            leaf = "input_global_scale" if divide else "input_scale"
+            self.tensors[f"{name}.{leaf}"] = torch.tensor([0.5] if divide else 0.5)
+        scales = nvfp4_samples.scales(of_groups, number, divide)
+        # What a reader must find: symmetric codes of 8 bits, whose scale is half of the group's.
+        self.codes[name] = (128 + 2 * mxfp4_samples.ELEMENTS[nibbles]).astype(np.int64)
+        self.scales[name] = scales.astype(np.float64) / 2
+        self.zeros[name] = np.full(of_groups.shape, 128)
+        return torch.from_numpy(nvfp4_samples.dense(nibbles, scales))

@@ -107,6 +107,14 @@ def test_formats(tmp_path, method, bits, symmetric, group):
     assert all(row.reason.endswith(": exact") for row in model.nibblock_report.replaced)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("method", ["gptq", "gptq_v2", "compressed"])
+def test_groups_of_16(tmp_path, method, symmetric):
+    sample = Sample(method, 8, 16, symmetric, config={"num_hidden_layers": 1})
+    model = check(sample, sample.write(tmp_path / "m"))
+    assert model.model.layers[0].mlp.down_proj.group_size == 16
+
+
 @named
 def test_every_zero_point(tmp_path, method, bits):
     """Neighbours of every value, the borrows of version 1 included: the draws hold all of them."""
@@ -145,11 +153,13 @@ def test_scale_dtypes(tmp_path, method, bits, scale_dtype, symmetric):
     assert (layer.scale_dtype == torch.float16) == half
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed"])
-@pytest.mark.parametrize("group,ours", [(96, 32), (160, 32), (192, 64), (512, 256)])
-def test_other_groups_are_divided(tmp_path, method, group, ours):
+@named
+@pytest.mark.parametrize("group,ours", [(96, 32), (160, 32), (192, 64), (512, 256), (48, 16)])
+def test_other_groups_are_divided(tmp_path, method, bits, group, ours):
+    if bits == 4 and ours == 16:
+        pytest.skip("4 bits have no groups of 16: test_quantized_errors.py")
     config = {"hidden_size": 384, "intermediate_size": 640, "num_hidden_layers": 1}
-    sample = Sample(method, 4, group, config=config)
+    sample = Sample(method, bits, group, config=config)
     model = nb.load_quantized(sample.write(tmp_path / "m"))
     for name in sample.codes:
         layer = model.get_submodule(name)

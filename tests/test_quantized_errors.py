@@ -65,6 +65,10 @@ def test_missing_packages(folder, monkeypatch, name):
 
 # --- settings -------------------------------------------------------------------------------------
 
+FORMATS = (
+    '"pack-quantized" or "mxfp4-pack-quantized" or "nvfp4-pack-quantized" or "int-quantized" or '
+    '"naive-quantized" or "mixed-precision"'
+)
 KEYS = {
     "gptq": [
         ({"bits": 3}, "bits as 4 or 8, got 3"),
@@ -86,10 +90,11 @@ KEYS = {
         ({"group_size": -2}, "group_size as -1 or a positive number, got -2"),
     ],
     "compressed": [
-        ({"format": "int-quantized"}, 'format as "pack-quantized" or "mxfp4-pack-quantized", got '),
-        ({"format": None}, 'format as "pack-quantized" or "mxfp4-pack-quantized", got null'),
+        ({"format": "float-quantized"}, f'format as {FORMATS}, got "float-quantized"'),
+        ({"format": None}, f"format as {FORMATS}, got null"),
+        ({"format": "mixed-precision"}, "config_groups.group_0.format as .*, got nothing"),
         ({"quantization_status": "frozen"}, None),  # older files say so, packed all the same
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme as null"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, None),
         ({"transform_config": {"config_groups": {"r": 1}}}, "transform_config as null"),
         ({"sparsity_config": {"format": "24"}}, 'sparsity_config.format as "dense", got "24"'),
         ({"sparsity_config": {"format": "dense"}}, None),
@@ -103,7 +108,8 @@ GROUP_KEYS = [
     ({"weights": {"strategy": "block"}}, 'strategy as "group" or "channel", got "block"'),
     ({"weights": {"dynamic": True}}, "weights.dynamic as false, got true"),
     ({"weights": {"group_size": None}}, "weights.group_size as an integer, got null"),
-    ({"input_activations": {"num_bits": 8}}, "group_0.input_activations as null"),
+    ({"input_activations": 8}, "group_0.input_activations as an object, got 8"),
+    ({"output_activations": {"num_bits": 8}}, "group_0.output_activations as null"),
     ({"format": "nvfp4-pack-quantized"}, 'group_0.format as "pack-quantized"'),
     ({"targets": ["re:("]}, "group_0.targets as names or regular expressions"),
     ({"targets": "Linear"}, "group_0.targets as a list of names"),
@@ -144,7 +150,8 @@ def test_unknown_methods(folder, value):
     refused(
         folder,
         r"^load_quantized: 'm/config.json' must hold quantization_config.quant_method as "
-        f'"gptq" or "awq" or "compressed-tensors" or "mxfp4", got {re.escape(json.dumps(value))}$',
+        '"gptq" or "awq" or "compressed-tensors" or "modelopt" or "mxfp4", '
+        f"got {re.escape(json.dumps(value))}$",
     )
 
 
@@ -181,6 +188,14 @@ def test_config_json(folder):
 def test_groups_without_an_exact_form(tmp_path, method, group):
     path = Sample(method, 4, group).write(tmp_path / "m")
     message = rf"group_size as -1 or a multiple of 32, got {group}$"
+    assert "'m/config.json'" in refused(path, message)
+
+
+@pytest.mark.parametrize("group", [8, 24, 40])
+@pytest.mark.parametrize("method", ["gptq", "compressed"])
+def test_groups_of_8_bits_without_an_exact_form(tmp_path, method, group):
+    path = Sample(method, 8, group).write(tmp_path / "m")
+    message = rf"group_size as -1 or a multiple of 16, got {group}$"
     assert "'m/config.json'" in refused(path, message)
 
 

@@ -83,7 +83,7 @@ def load_gguf(
 def load_quantized(
     path: str, dtype: torch.dtype = torch.float32, fuse: bool = False, **options: object
 ) -> torch.nn.Module:
-    """A transformers model from a GPTQ, AWQ, compressed-tensors or MXFP4 folder, nothing rounded.
+    """A transformers model from a GPTQ, AWQ, compressed-tensors, modelopt or MXFP4 folder, no loss.
 
     See `nibblock.formats.quantized.load_quantized`, which this calls, for every argument, return
     and error.

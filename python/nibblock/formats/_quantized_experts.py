@@ -271,7 +271,7 @@ class Experts:
             bits[leaf], groups[leaf] = layer.bits, layer.group
             scheme = self.schemes[wanted.each()[0][2]]
             if rounded:
-                notes.append(f"{leaf}: offsets rounded to float32")
+                notes.append(f"{leaf}: {rounded} rounded to float32")
             if layer.group != scheme.group and layer.scales.shape[1] > 1:
                 notes.append(f"{leaf}: groups of {scheme.group} as {layer.group}")
             if order is not None:
@@ -282,13 +282,13 @@ class Experts:
         )
         return module, ", ".join(notes)
 
-    def _stack(self, wanted: _Matrices) -> tuple[tuple, Layer, bool, Optional[torch.Tensor]]:
-        """((qweight, scales, offsets or None) of all experts, one matrix, whether one is rounded,
+    def _stack(self, wanted: _Matrices) -> tuple[tuple, Layer, str, Optional[torch.Tensor]]:
+        """((qweight, scales, offsets or None) of all experts, one matrix, what of them is rounded,
         the orders of columns or None).
         """
         orders = _Orders(self.reader, wanted)
         first: Optional[Layer] = None
-        affine = rounded = False
+        affine, rounded = False, ""
         for expert, rows, name in wanted.each():
             sizes, one = (wanted.rows, wanted.columns), expert if self.reader.fused else None
             layer = self.reader.read(name, self.schemes[name], *sizes, one)
@@ -314,7 +314,7 @@ class Experts:
                 middle = 1 << (layer.bits - 1)
                 torch.mul(scales[expert, rows], -middle, out=offsets[expert, rows])
             affine |= layer.offsets is not None
-            rounded |= layer.rounded
+            rounded = rounded or layer.rounded
         if affine and not bool(torch.isfinite(offsets).all()):
             raise self.reader.fail(
                 known, self.reader.scales, "hold scales that float32 can multiply", "more"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+MODELOPT_FILE = "hf_quant_config.json"
 FLOATS = ("F32", "F16", "BF16")  # as safetensors names dtypes
 
 
@@ -99,12 +100,20 @@ class Folder:
         return ValueError(f"{self.op}: {name!r} must {need}, got {text}")
 
     def settings(self) -> Settings:
-        """config.json's quantization_config."""
+        """config.json's quantization_config, or what modelopt writes into a file of its own."""
         value = self.config.get("quantization_config")
+        if value is None and os.path.isfile(os.path.join(self.path, MODELOPT_FILE)):
+            return self._modelopt_settings()
         if not isinstance(value, dict):
             got = "none" if value is None else type(value).__name__
             raise self.fail("hold quantization_config", got, "config.json")
         return Settings(self, value, "quantization_config.")
+
+    def _modelopt_settings(self) -> Settings:
+        whole = Settings(self, self._json(MODELOPT_FILE), "", MODELOPT_FILE)
+        whole.child("producer").word(("name",), ("modelopt",), "")
+        values = {"quant_method": "modelopt", **whole.child("quantization").values}
+        return Settings(self, values, "quantization.", MODELOPT_FILE)
 
     # --- tensors ----------------------------------------------------------------------------------
 
@@ -210,15 +219,17 @@ class Folder:
 
 
 class Settings:
-    """Typed look-ups in a JSON object of config.json; each error names the key."""
+    """Typed look-ups in a JSON object of config.json or another file; each error names the key."""
 
-    def __init__(self, folder: Folder, values: dict[str, Any], prefix: str) -> None:
-        self.folder, self.values, self.prefix = folder, values, prefix
+    def __init__(
+        self, folder: Folder, values: dict[str, Any], prefix: str, file: str = "config.json"
+    ) -> None:
+        self.folder, self.values, self.prefix, self.file = folder, values, prefix, file
 
     def fail(self, key: str, need: str) -> ValueError:
         value = json.dumps(self.values.get(key))
         got = "nothing" if key not in self.values else value[:60]
-        return self.folder.fail(f"hold {self.prefix}{key} as {need}", got, "config.json")
+        return self.folder.fail(f"hold {self.prefix}{key} as {need}", got, self.file)
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key, default)
@@ -263,4 +274,4 @@ class Settings:
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise self.fail(key, "an object")
-        return Settings(self.folder, value, f"{self.prefix}{key}.")
+        return Settings(self.folder, value, f"{self.prefix}{key}.", self.file)

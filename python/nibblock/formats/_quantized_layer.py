@@ -4,7 +4,7 @@
 
 A float16 or bfloat16 scale (11 bits at most) times a zero point (8 bits) is exact in float32, and
 so is every dequantised weight. A float32 scale times a zero point may have to be rounded, by 2^-24
-of itself; `Layer.rounded` says so.
+of itself, and so may a scale that is itself computed from two numbers; `Layer.rounded` says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from nibblock import ops as _ops
 from nibblock.formats import _e2m1
-from nibblock.formats._quantized_folder import FLOATS, Folder, Part
+from nibblock.formats._quantized_folder import FLOATS, Folder, Part, Settings
 from nibblock.nn._packed import _exact
 from nibblock.ops._checks import GROUP_SIZES
 
@@ -32,7 +32,7 @@ class Layer:
 
     qweight: [N, ceil(K/2)] uint8, low nibble = even k (bits 4), or [N, K] uint8 (bits 8).
     scales: [N, ceil(K/group)] float16 or float32. offsets: the same, or None: symmetric.
-    rounded: whether an offset was rounded to float32.
+    rounded: "offsets" or "scales", where some of them had to be rounded to float32.
     columns: [K] int64, the weight's column of each column of these, or None: they are in order.
     """
 
@@ -41,7 +41,7 @@ class Layer:
     offsets: Optional[torch.Tensor]
     bits: int
     group: int
-    rounded: bool = False
+    rounded: str = ""
     columns: Optional[torch.Tensor] = None
 
 
@@ -63,18 +63,21 @@ def unpack_rows(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return raw[:, :count]
 
 
-def regroup(index: torch.Tensor, group: int) -> Optional[tuple[int, torch.Tensor]]:
+def regroup(index: torch.Tensor, group: int, bits: int) -> Optional[tuple[int, torch.Tensor]]:
     """The group size of ours that holds a file's groups exactly.
 
     Args:
         index: [K] int64, the file's group of each column.
         group: the file's group size; taken as it is where it is one of ours.
+        bits: of a code here, 4 or 8: 8 have groups of 16 too.
     Returns:
         (size, the file's group of each of ours [ceil(K/size)]): a group of 512 is one of 256
-        twice. None where no size does it: columns that share 32 belong to several groups.
+        twice. None where no size does it: columns that share 32 (of 8 bits, 16) belong to several
+        groups.
     """
-    own = [group] if group in GROUP_SIZES[4] else []
-    for size in (*own, -1, 256, 128, 64, 32):
+    sizes = GROUP_SIZES[bits]
+    own = [group] if group in sizes else []
+    for size in (*own, *reversed(sizes)):
         step = max(len(index), 1) if size == -1 else size
         first = index[::step]
         if torch.equal(first.repeat_interleave(step)[: len(index)], index):
@@ -116,11 +119,11 @@ def layer_of(
     if columns is not None:
         qweight = take_codes(qweight, bits, columns)
     wide = scales.float()
-    offsets, rounded = None, False
+    offsets, rounded = None, ""
     if zeros is not None and not bool((zeros == 1 << (bits - 1)).all()):
         exact = 0.0 - wide.double() * zeros.double()  # 32 bits at most
         offsets = exact.float()
-        rounded = not torch.equal(offsets.double(), exact)
+        rounded = "" if torch.equal(offsets.double(), exact) else "offsets"
     parts = (wide,) if offsets is None else (wide, offsets)
     if all(_exact(part, torch.float16) for part in parts):
         wide = wide.half()
@@ -163,7 +166,7 @@ def leaves_float32(layer: Layer, columns: int) -> bool:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a linear is stored: bits of a code, columns of a group (-1: the row), and the key of
+    """How a linear is stored: bits of a code here, columns of a group (-1: the row), and the key of
     config.json's quantization_config that says the latter.
     """
 
@@ -181,6 +184,7 @@ class Reader:
         order: the name of the tensor that says each column's group; "" where there is none.
         fused: whether what is quantised are experts as the model holds them: a tensor of the file
             has one for each, and is named <projection>_<marker> in place of <linear>.<marker>.
+        unused: patterns of names of tensors that no weight needs.
         notes: what a reader of the report should know.
     """
 
@@ -191,7 +195,31 @@ class Reader:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
+        self.unused: list[str] = []
         self.notes: list[str] = []
+
+    def leave_activations(self, settings: Settings, key: str) -> None:
+        """Notes that a key of the settings asks to quantise what linears read, and that it stays as
+        it is: no weight depends on it. Scales that the file holds for it are not used.
+        """
+        self.unused.append(r"\.input_(scale|zero_point|global_scale)$")
+        self.notes.append(
+            f"{settings.file} asks for quantised activations ({settings.prefix}{key}): they stay "
+            'as they are, which changes no weight; compute="int8" lets the kernels quantise them, '
+            "per row and group"
+        )
+
+    def leave_cache(self, settings: Settings, key: str) -> None:
+        """The same of the cache of keys and values."""
+        self.unused.append(r"\.[kv]_(scale|zero_point)$")
+        self.notes.append(
+            f"{settings.file} asks for a quantised cache of keys and values "
+            f"({settings.prefix}{key}): it stays as it is, which changes no weight"
+        )
+
+    def codes(self, name: str, kind: str) -> str:
+        """The name of the tensor that holds the codes of the module of this name and class name."""
+        return self.marker
 
     def key(self, name: str, tensor: str) -> str:
         """The file's name of a tensor of what is called `name`."""
@@ -276,13 +304,14 @@ class Reader:
                 wrong = held[(held < 0) | (held >= count)].tolist()
                 got = wrong[0] if wrong else "groups left out"
                 raise self.fail(name, self.order, f"hold each group from 0 to {count - 1}", got)
-        found, order = regroup(index, group), None
+        found, order = regroup(index, group, scheme.bits), None
         if found is None and stored is not None:
             order = self._activation_order(name, index, group)
-            found = regroup(index[order], group)
+            found = regroup(index[order], group, scheme.bits)
         if found is None:
+            least = min(size for size in GROUP_SIZES[scheme.bits] if size > 0)
             raise self.folder.fail(
-                f"hold quantization_config.{scheme.key} as -1 or a multiple of 32",
+                f"hold quantization_config.{scheme.key} as -1 or a multiple of {least}",
                 group,
                 "config.json",
             )

@@ -35,7 +35,7 @@ class MXFP4(Reader):
         super().__init__(folder)
 
     def scheme(self, name: str, kind: str) -> Scheme:
-        return Scheme(4, _GROUP)
+        return Scheme(8, _GROUP)
 
     def parts(self, scheme: Scheme, rows: int, columns: int) -> dict[str, Part]:
         groups = groups_of(columns, _GROUP)

@@ -6,15 +6,20 @@ become Int4Experts: formats/_quantized_experts.py.
 | quant_method       | what is read                                                               |
 | gptq               | checkpoint_format gptq and gptq_v2; 4 and 8 bits; formats/gptq.py          |
 | awq                | version gemm; 4 bits; formats/awq.py                                       |
-| compressed-tensors | format pack-quantized; 4 and 8 bits, symmetric or not, strategies group    |
-|                    | and channel; and mxfp4-pack-quantized; formats/compressed_tensors.py       |
+| compressed-tensors | pack-quantized of 4 and 8 bits, strategies group and channel;              |
+|                    | int-quantized and naive-quantized of integers, strategies group, channel   |
+|                    | and tensor; all of them symmetric or not; mxfp4- and nvfp4-pack-quantized; |
+|                    | mixed-precision of these; formats/compressed_tensors.py                    |
+| modelopt           | quant_algo NVFP4 and W4A16_NVFP4; formats/modelopt.py                      |
 | mxfp4              | experts of gpt-oss, as 8-bit codes; formats/mxfp4.py                       |
 
 Groups of 32, 64, 128, 256 and whole rows are taken as they are, other multiples of 32 as the
-largest of these that divides them, each scale as often as it takes. Columns in activation order
-(gptq's desc_act, compressed-tensors' actorder "group") are packed group by group and become an
-Int4Linear with a `column_order`. Groups that are no multiple of 32 have no exact form here and are
-refused. What the file holds unquantised stays dense, in `dtype`.
+largest of these that divides them, each scale as often as it takes; in 8 bits multiples of 16 and
+groups of 16 too. Columns in activation order (gptq's desc_act, compressed-tensors' actorder
+"group") are packed group by group and become an Int4Linear with a `column_order`. Other groups have
+no exact form here and are refused. What the file holds unquantised stays dense, in `dtype`. Where
+the file asks for quantised activations, or a quantised cache of keys and values, both stay as they
+are: no weight depends on them, and the report says so.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import math
 import os
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,12 +36,13 @@ from torch import nn
 from nibblock._accelerate import _Layer, _unfit, model_bytes
 from nibblock._report import LayerReport
 from nibblock.formats._quantized_experts import Experts, Names
-from nibblock.formats._quantized_folder import FLOATS, Folder, Part, read_json
+from nibblock.formats._quantized_folder import FLOATS, MODELOPT_FILE, Folder, Part, read_json
 from nibblock.formats._quantized_layer import Layer, Reader, Scheme
 from nibblock.formats.awq import AWQ
-from nibblock.formats.compressed_tensors import compressed_tensors
+from nibblock.formats.compressed_tensors import CompressedTensors
 from nibblock.formats.gguf import ImportReport
 from nibblock.formats.gptq import GPTQ
+from nibblock.formats.modelopt import ModelOpt
 from nibblock.formats.mxfp4 import MXFP4
 from nibblock.nn import Int4Experts, Int4Linear
 from nibblock.nn._conv1d import is_conv1d, linear_shape
@@ -45,7 +51,13 @@ from nibblock.nn._expert_form import looks_like_experts, matrix_shape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-READERS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": compressed_tensors, "mxfp4": MXFP4}
+READERS = {
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "compressed-tensors": CompressedTensors,
+    "modelopt": ModelOpt,
+    "mxfp4": MXFP4,
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {torch.int64: ("I64",), torch.int32: ("I32",), torch.bool: ("BOOL",)}
 _ORDERED = ", columns in activation order"
@@ -64,8 +76,8 @@ def load_quantized(
         w[n, k] = scale[n, g(k)] * (code[n, k] - zero[n, g(k)]) = scale * code + offset
 
     Args:
-        path: a local transformers folder: config.json with quantization_config, and
-            model.safetensors or its shards with their index. Any architecture that
+        path: a local transformers folder: config.json with quantization_config (or, of modelopt,
+            hf_quant_config.json), and model.safetensors or its shards. Any architecture that
             `AutoModelForCausalLM` builds, as long as what is quantised are its `nn.Linear`s, its
             `Conv1D`s (GPT-2), and its experts where transformers stacks them (Mixtral, Qwen-MoE,
             OLMoE, DeepSeek) or the file does (gpt-oss): these become `Int4Experts`.
@@ -92,8 +104,10 @@ def load_quantized(
     Numerics: codes are the file's; scales are, in float16 or float32; offset = -scale * zero is
         exact for float16 and bfloat16 scales, and so is every dequantised weight in float32. With
         float32 scales an offset may be rounded to float32; the report says so. Four-bit floats
-        become symmetric codes of 8 bits, which hold them exactly. `dtype` rounds dense tensors
-        only. Peak memory is the result plus one layer.
+        become symmetric codes of 8 bits, which hold them exactly. NVFP4's scales are products or
+        quotients of two numbers: they are rounded to float32, as their writers' own arithmetic
+        does, and the report says so. `dtype` rounds dense tensors only. Activations are not
+        quantised unless `compute` asks for it. Peak memory is the result plus one layer.
     Source: the formats are described in their readers; tests/test_quantized_checkpoints.py packs
     them independently and compares with transformers. Example:
         >>> model = nb.load_quantized("Qwen2.5-0.5B-Instruct-GPTQ-Int4", fuse=True)
@@ -122,15 +136,21 @@ def load_quantized_dense(
 
 
 def is_quantized(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder whose config.json has a quantization_config, of whatever kind.
+    """Whether this is a folder whose config.json has a quantization_config, of whatever kind, or
+    whose hf_quant_config.json names a quant_algo.
 
     Raises:
-        ValueError: config.json is not JSON.
+        ValueError: one of the two is not JSON.
     """
-    file = os.path.join(os.fspath(path), "config.json")
-    if not os.path.isfile(file):
-        return False
-    return read_json(file, "load_quantized").get("quantization_config") is not None
+
+    def held(name: str, key: str) -> Any:
+        file = os.path.join(os.fspath(path), name)
+        return read_json(file, "load_quantized").get(key) if os.path.isfile(file) else None
+
+    if held("config.json", "quantization_config") is not None:
+        return True
+    value = held(MODELOPT_FILE, "quantization")
+    return isinstance(value, dict) and value.get("quant_algo") is not None
 
 
 def _load(
@@ -258,6 +278,8 @@ class _Builder:
             return self._plan_linear(name, source, modules[name])
         if place is not None:
             reason = self.experts.add(place, source, packed=True)
+            if not reason:  # codes may be called as a dense weight is, which this one is not
+                return [self.reader.key(source, self.reader.codes(source, "Linear"))]
         if reason and not self._ignored(self.reader.key(source, self.reader.marker)):
             raise self._no_place(source, reason)
         return []
@@ -344,7 +366,8 @@ class _Builder:
 
     def _ignored(self, name: str) -> bool:
         """Whether a tensor of the file is none of the model's business."""
-        patterns = [*(self.model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED]
+        ignored = self.model._keys_to_ignore_on_load_unexpected or ()
+        patterns = [*ignored, *_COMPUTED, *self.reader.unused]
         return any(re.search(pattern, name) for pattern in patterns)
 
     def _check_left(self, left: dict[str, None]) -> None:
@@ -413,7 +436,8 @@ class _Builder:
     def _reason(self, scheme: Scheme, layer: Layer) -> str:
         text = f"{self.method}: exact"
         if layer.rounded:
-            text = f"{self.method}: codes and scales exact, offsets rounded to float32"
+            known = "codes" if layer.rounded == "scales" else "codes and scales"
+            text = f"{self.method}: {known} exact, {layer.rounded} rounded to float32"
         if layer.group != scheme.group and layer.scales.shape[1] > 1:
             text += f", groups of {scheme.group} as {layer.group}"
         if layer.columns is not None:
