@@ -1,4 +1,4 @@
-// The body of attend, compiled for the baseline and for AVX2.
+// The body of attend, compiled for the baseline and for AVX2: the same loops, the same bits.
 //
 // A task is one key head of one sequence with the query heads that read it, so that each key is
 // loaded once for all of them. Scores of a head stand in one row; softmax subtracts the largest.
@@ -13,27 +13,10 @@
 namespace nibblock {
 namespace {
 
-// Eight lanes: one register of AVX2, two of the baseline; the same operations either way.
-typedef float F8 __attribute__((vector_size(32)));
-constexpr int64_t kLanes = 8;
 constexpr int64_t kChunk = 32;  // outputs of a head that stay in registers over all keys
 constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds below which one thread is faster
 
 NB_INLINE int64_t padded_keys(const AttendParams& p) { return (p.keys + 7) / kLanes * kLanes; }
-
-NB_INLINE F8 load8(const float* p) {
-  F8 v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-NB_INLINE F8 load8(const uint16_t* p) {  // bfloat16
-  typedef uint16_t U8 __attribute__((vector_size(16)));
-  typedef uint32_t W8 __attribute__((vector_size(32)));
-  U8 v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return (F8)(__builtin_convertvector(v, W8) << 16);
-}
-NB_INLINE void store8(float* p, F8 v) { __builtin_memcpy(p, &v, sizeof v); }
 
 NB_INLINE float total(F8 v) {
   typedef float F4 __attribute__((vector_size(16)));
@@ -68,7 +51,8 @@ NB_INLINE float exponentials(float* scores, int64_t n) {
   if (total(strange) != 0.0f) {  // as the C library has it: NaN stays, -inf is 0
     for (int64_t t = 0; t < n; ++t) scores[t] = expf(scores[t] - most);
   } else {
-    for (int64_t t = 0; t < n; ++t) scores[t] = exp_clamped(scores[t] - most);
+    for (int64_t t = 0; t < n; t += kLanes)
+      store8(scores + t, exp_clamped(load8(scores + t) - most));
   }
   F8 sums = {};
   for (int64_t t = 0; t < n; t += kLanes) sums += load8(scores + t);

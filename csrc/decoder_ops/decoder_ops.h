@@ -7,9 +7,9 @@
 //     y[h] = softmax over t of scale * q[h] . k[h', t], times v[h', t]       (attend)
 //
 // At one token a step each of these is a few hundred numbers, and torch takes 3 to 7 calls of 2 to
-// 5 us for it: as long as the int4 products themselves. The bodies are plain loops that the
-// compiler vectorises for the baseline; wider instructions would save fractions of a microsecond.
-// attend alone grows with the context and has a second body for AVX2: the same loops and bits.
+// 5 us for it: as long as the int4 products themselves. The bodies are plain loops over eight
+// lanes, compiled for the baseline and for AVX2; wider instructions would save fractions of a
+// microsecond.
 //
 // Arithmetic is float32. Where torch's sequence of calls rounds to x's dtype, so do these: after
 // x + delta, after the normalisation, and after each product and sum of the rotation.
@@ -71,8 +71,13 @@ struct AttendParams {
 };
 NB_API Status attend(const AttendParams& p);
 
-// The bodies that attend() chooses from.
-Status attend_baseline(const AttendParams& p);
-Status attend_avx2(const AttendParams& p);
+// What the functions above choose from.
+struct DecoderBodies {
+  void (*add_rms_norm)(const AddRmsNormParams& p);
+  void (*rotate)(const RotateParams& p);
+  void (*silu_mul)(const SiluMulParams& p);
+  Status (*attend)(const AttendParams& p);
+};
+DecoderBodies decoder_bodies_avx2();
 
 }  // namespace nibblock

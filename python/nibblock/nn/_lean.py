@@ -292,18 +292,25 @@ def _layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: A
         args
         or not (_is_lean_norm(first) and _is_lean_norm(second))
         or not _plain_step(hidden_states, first.weight)
-        or not _plain_step(hidden_states, second.weight)
+        or not _joins(second.weight, hidden_states)
         or _torch_module._has_any_global_hook()
     ):
         return self._int4_original_forward(hidden_states, *args, **kwargs)
     x = _norm(hidden_states, first.weight, first.variance_epsilon)
     x, _ = self.self_attn(hidden_states=x, **kwargs)
     # An adapter inside may ask for gradients where the layer's input did not.
-    if x.shape != hidden_states.shape or not _plain_step(x, second.weight):
+    if x.shape != hidden_states.shape or not x.is_contiguous() or not _joins(x, hidden_states):
         hidden_states = hidden_states + x
         return hidden_states + self.mlp(second(hidden_states))
     hidden_states, x = _add_norm(hidden_states, x, second.weight, second.variance_epsilon)
     return hidden_states + self.mlp(x)
+
+
+def _joins(t: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether t can take part in a step whose x is known to be plain."""
+    if t.requires_grad and torch.is_grad_enabled():
+        return False
+    return t.dtype == x.dtype and t.device == x.device
 
 
 def _is_lean_norm(module: nn.Module) -> bool:

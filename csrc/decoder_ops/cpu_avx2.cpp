@@ -1,0 +1,7 @@
+#include "cpu_bodies.h"
+
+namespace nibblock {
+
+DecoderBodies decoder_bodies_avx2() { return bodies(); }
+
+}  // namespace nibblock
