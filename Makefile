@@ -59,7 +59,8 @@ emulate: $(STAMPS)/dev $(STAMPS)/build
 	@test -f $(SIMDE)/simde/x86/avx512.h || \
 	  { echo 'make: $(SIMDE) must hold simde/x86/avx512.h; type: apt-get install libsimde-dev'; exit 1; }
 	mkdir -p build/emulated
-	git ls-files -z | xargs -0 cp --parents -u -t build/emulated
+	rm -rf build/emulated/csrc build/emulated/tests
+	git ls-files -z | xargs -0 cp --parents -p -t build/emulated
 	cd build/emulated && NIBBLOCK_EMULATE_AVX512=$(abspath $(SIMDE)) $(abspath $(PY)) setup.py -q \
 	  build_ext --inplace
 	cd build/emulated && PYTHONPATH=python:. $(abspath $(PY)) -m pytest -q $(TESTS)
