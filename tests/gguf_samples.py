@@ -12,6 +12,7 @@ gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 # byte offsets of the float16 numbers in a block: the rest of a block may be any bytes
 HALVES = {
+    "Q1_0": (0,),
     "Q4_0": (0,),
     "Q4_1": (0, 2),
     "Q5_0": (0,),
@@ -58,6 +59,19 @@ def blocks(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.n
         words = raw[..., 48:].view(np.uint16)
         words[...] = (words & 0x0FFF) | nibbles
     return raw.reshape(rows, -1)
+
+
+def ggml_values(kind: str, raw: np.ndarray) -> np.ndarray:
+    """[rows, columns] float32: what ggml makes of blocks, by the gguf package where it knows."""
+    if kind != "Q1_0":
+        return gguf.quants.dequantize(raw, type_id(kind))
+    out = []
+    for row in raw.reshape(len(raw), -1, 18):
+        for block in row:
+            d = np.frombuffer(block[:2].tobytes(), "<f2")[0].astype(np.float32)
+            bits = int.from_bytes(block[2:].tobytes(), "little")
+            out += [d if bits >> i & 1 else -d for i in range(128)]
+    return np.array(out, np.float32).reshape(len(raw), -1)
 
 
 class Model:

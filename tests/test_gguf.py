@@ -23,6 +23,7 @@ transformers = pytest.importorskip(
 
 LOSSLESS = sorted(EXACT_TYPES)
 DENSE = ["F32", "F16", "BF16"]
+NIBBLES = ["Q4_0", "Q4_1", "Q4_K", "Q1_0", "TQ1_0", "TQ2_0"]
 
 
 def smollm2() -> Path:
@@ -81,7 +82,7 @@ def test_lossless_types(tmp_path, kind, tied):
     assert len(layers) == 15
     for name, layer in layers.items():
         assert isinstance(layer, nb.Int4Linear), name
-        assert layer.bits == (4 if kind in ("Q4_0", "Q4_1", "Q4_K") else 8)
+        assert layer.bits == (4 if kind in NIBBLES else 8)
         torch.testing.assert_close(
             layer.dequantize(), dense.get_submodule(name).weight.detach(), rtol=0, atol=0
         )

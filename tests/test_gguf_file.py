@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_samples import HALVES, Model, blocks, gguf, type_id
+from gguf_samples import HALVES, Model, blocks, ggml_values, gguf, type_id
 from nibblock.formats._ggml_types import EXACT_TYPES, decode, dequantize, form
 from nibblock.formats._gguf_file import GGML_TYPES, GGUFFile
 from nibblock.formats._gguf_metadata import llama3_scaling
@@ -49,13 +49,13 @@ def test_type_table_is_ggufs():
 def test_codes_are_exact(kind):
     raw = blocks(np.random.default_rng(3), kind, 5, 768)
     codes = decode(kind, raw)
-    expected = gguf.quants.dequantize(raw, type_id(kind))
+    expected = ggml_values(kind, raw)
     np.testing.assert_array_equal(codes.dequantize(), expected)
     np.testing.assert_array_equal(dequantize(kind, raw), expected)
     assert codes.qweight.dtype == np.uint8
     assert codes.qweight.shape == (5, 768 * codes.bits // 8)
     assert codes.scales.shape == (5, 768 // codes.group)
-    narrow = kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "NVFP4")
+    narrow = kind in ("Q1_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "NVFP4")
     assert codes.scales.dtype == (np.float16 if narrow else np.float32)
     found = (codes.bits, codes.group, codes.offsets is not None, codes.scales.dtype.name)
     assert form(kind) == found
@@ -71,9 +71,7 @@ def test_extreme_codes_are_exact(kind):
     # Scales that are no halves.
     kept = {"IQ1_M": range(48, 56), "MXFP4": [0], "NVFP4": range(4)}.get(kind, kept)
     raw[:, np.setdiff1d(np.arange(size), kept)] = fill
-    np.testing.assert_array_equal(
-        decode(kind, raw).dequantize(), gguf.quants.dequantize(raw, type_id(kind))
-    )
+    np.testing.assert_array_equal(decode(kind, raw).dequantize(), ggml_values(kind, raw))
 
 
 def test_golden_blocks():
@@ -89,7 +87,7 @@ def test_golden_blocks():
 @pytest.mark.parametrize("kind", sorted(EXACT_TYPES))
 def test_dense_values_are_those_of_gguf(kind):
     raw = blocks(np.random.default_rng(3), kind, 3, 512)
-    np.testing.assert_array_equal(dequantize(kind, raw), gguf.quants.dequantize(raw, type_id(kind)))
+    np.testing.assert_array_equal(dequantize(kind, raw), ggml_values(kind, raw))
 
 
 def test_row_order_of_q_and_k_is_undone():

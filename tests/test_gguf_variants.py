@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_architectures import Sample, configuration, expected_state
-from gguf_samples import blocks, gguf, type_id
+from gguf_samples import blocks, ggml_values
 from nibblock.formats._ggml_types import EXACT_TYPES, alike, decode
 from nibblock.formats._gguf_file import GGUFFile
 from nibblock.formats._gguf_model import plan
@@ -55,7 +55,7 @@ def test_any_two_types_share_a_form_without_rounding():
             forms = {(c.bits, c.group, c.offsets is None, c.scales.dtype) for c in pair}
             assert len(forms) == 1
             for kind, data, codes in zip((first, second), raw, pair):
-                expected = gguf.quants.dequantize(data, type_id(kind))
+                expected = ggml_values(kind, data)
                 np.testing.assert_array_equal(_rounded_once(codes), expected)
 
 

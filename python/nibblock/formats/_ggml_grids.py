@@ -1,6 +1,6 @@
 """Codes of ggml's types whose values are looked up: the IQ1, IQ2 and IQ3 families and TQ1, TQ2.
 
-    w[n, k] = step[n, g(k)] * integer[n, k]          code = integer + 128
+    w[n, k] = step[n, g(k)] * integer[n, k]          code = integer + 128, or + 8 of TQ1 and TQ2
 
 | type              | step                | integers   | group | s                                 |
 | IQ2_XXS           | d * (s + 1/2) / 4   | -43..43    | 32    | top 4 bits of each second word    |
@@ -57,38 +57,46 @@ def _iq1_m(b: np.ndarray) -> np.ndarray:
     return _odd(d, s.reshape(*b.shape[:-1], 16), 0.125)
 
 
-# type: (steps of blocks [..., bytes] -> [..., 256 / group], bytes of a block, group)
-GRIDS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int, int]] = {
+# type: (steps of blocks [..., bytes] -> [..., 256 / group], bytes of a block, bits, group)
+GRIDS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int, int, int]] = {
     "IQ1_S": (
         lambda b: _odd(_half(b[..., :2]), _words(b[..., 34:], "<u2") >> 12 & 7, 0.125),
         50,
+        8,
         32,
     ),
-    "IQ1_M": (_iq1_m, 56, 16),
+    "IQ1_M": (_iq1_m, 56, 8, 16),
     "IQ2_XXS": (
         lambda b: _odd_halves(_half(b[..., :2]), _words(b[..., 2:], "<u4")[..., 1::2] >> 28, 0.25),
         66,
+        8,
         32,
     ),
-    "IQ2_XS": (lambda b: _odd_halves(_half(b[..., :2]), nibble_pairs(b[..., 66:]), 0.25), 74, 16),
-    "IQ2_S": (lambda b: _odd_halves(_half(b[..., :2]), nibble_pairs(b[..., 74:]), 0.25), 82, 16),
+    "IQ2_XS": (
+        lambda b: _odd_halves(_half(b[..., :2]), nibble_pairs(b[..., 66:]), 0.25),
+        74,
+        8,
+        16,
+    ),
+    "IQ2_S": (lambda b: _odd_halves(_half(b[..., :2]), nibble_pairs(b[..., 74:]), 0.25), 82, 8, 16),
     "IQ3_XXS": (
         lambda b: _odd_halves(_half(b[..., :2]), _words(b[..., 66:], "<u4") >> 28, 0.5),
         98,
+        8,
         32,
     ),
-    "IQ3_S": (lambda b: _odd(_half(b[..., :2]), nibble_pairs(b[..., 106:]), 1.0), 110, 32),
-    "TQ1_0": (lambda b: _half(b[..., 52:]), 54, 256),
-    "TQ2_0": (lambda b: _half(b[..., 64:]), 66, 256),
+    "IQ3_S": (lambda b: _odd(_half(b[..., :2]), nibble_pairs(b[..., 106:]), 1.0), 110, 8, 32),
+    "TQ1_0": (lambda b: _half(b[..., 52:]), 54, 4, 256),
+    "TQ2_0": (lambda b: _half(b[..., 64:]), 66, 4, 256),
 }
 
 
 def grid_codes(kind: str, raw: np.ndarray, values: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [N, K] uint8 and scales [N, K/group] float32 of a name in GRIDS.
+    """Codes [N, K] uint8, not packed, and scales [N, K/group] float32 of a name in GRIDS.
 
     raw: [N, bytes per row] uint8. values(kind, raw): ggml's own float32 values.
     """
-    steps_of, size, group = GRIDS[kind]
+    steps_of, size, bits, group = GRIDS[kind]
     rows, blocks = raw.shape[0], raw.shape[1] // size
     scales = steps_of(raw.reshape(rows, blocks, size)).reshape(rows, -1)
     code = np.empty((rows, blocks * 256), np.uint8)
@@ -96,6 +104,8 @@ def grid_codes(kind: str, raw: np.ndarray, values: Callable) -> tuple[np.ndarray
     for at in range(0, rows, step):
         some = values(kind, raw[at : at + step]).reshape(-1, scales.shape[1], group)
         scale = scales[at : at + step, :, None]
-        whole = np.divide(some, scale, out=np.zeros_like(some), where=scale != 0) + 128
+        whole = np.divide(some, scale, out=np.zeros_like(some), where=scale != 0) + (
+            1 << (bits - 1)
+        )
         code[at : at + step] = whole.astype(np.uint8).reshape(len(some), -1)
     return code, scales

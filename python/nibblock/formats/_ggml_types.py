@@ -6,6 +6,7 @@
 | Q4_0            | 4    | 32    | float16 | d * (q - 8)                                |
 | Q4_1            | 4    | 32    | float16 | d * q + m                                  |
 | Q4_K            | 4    | 32    | float32 | (d * sc) * q - dmin * mn                   |
+| Q1_0            | 4    | 128   | float16 | d or -d              as code 9 or 7        |
 | Q5_0            | 8    | 32    | float16 | d * (q - 16)         as code q + 112       |
 | Q5_1            | 8    | 32    | float16 | d * q + m                                  |
 | Q5_K            | 8    | 32    | float32 | (d * sc) * q - dmin * mn                   |
@@ -17,8 +18,8 @@
 | NVFP4           | 8    | 16    | float16 | the same elements, scales of 8 bits (E4M3) |
 | Q3_K            | 8    | 256   | float32 | d * (sc * q)         as code sc * q + 127  |
 | Q2_K            | 8    | 16    | float32 | (d * sc) * q - dmin * mn                   |
-| IQ1, IQ2, IQ3,  | 8    | 16,   | float32 | _ggml_grids.py                             |
-| TQ1, TQ2        |      | 32... |         |                                            |
+| IQ1, IQ2, IQ3   | 8    | 16/32 | float32 | _ggml_grids.py                             |
+| TQ1_0, TQ2_0    | 4    | 256   | float32 | the same                                   |
 
 The products d * sc have at most 19 significant bits, so they are exact in float32. In Q3_K the
 six-bit scale times the three-bit code lies in -124..128 and is itself a code of 8 bits.
@@ -225,6 +226,11 @@ def _q2_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     return code, d * scale.astype(np.float32), -(dmin * minimum.astype(np.float32))
 
 
+def _q1_0(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    sign = np.unpackbits(np.ascontiguousarray(b[..., 2:]), axis=-1, bitorder="little")
+    return 7 + 2 * sign, _halves(b[..., :2]), None
+
+
 # The sixteen levels shared by IQ4_NL and IQ4_XS.
 _IQ4_LEVELS = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16
@@ -261,6 +267,7 @@ _DECODERS = {
     "Q4_0": (_q4_0, 32, 18, 4, 32),
     "Q4_1": (_q4_1, 32, 20, 4, 32),
     "Q4_K": (_q4_k, 256, 144, 4, 32),
+    "Q1_0": (_q1_0, 128, 18, 4, 128),
     "Q5_0": (_q5_0, 32, 22, 8, 32),
     "Q5_1": (_q5_1, 32, 24, 8, 32),
     "Q5_K": (_q5_k, 256, 176, 8, 32),
@@ -291,7 +298,8 @@ def decode(kind: str, raw: np.ndarray) -> Codes:
     with np.errstate(all="ignore"):  # a corrupt scale is found by its result, which is not finite
         if kind in GRIDS:
             code, scales = grid_codes(kind, raw, _gguf_values)
-            return Codes(code, scales, None, 8, GRIDS[kind][2])
+            bits, group = GRIDS[kind][2:]
+            return Codes(_pack_nibbles(code) if bits == 4 else code, scales, None, bits, group)
         decoder, _, block_bytes, bits, group = _DECODERS[kind]
         rows = raw.shape[0]
         code, scales, offsets = decoder(raw.reshape(rows, raw.shape[1] // block_bytes, block_bytes))
@@ -343,7 +351,7 @@ def _gguf_values(kind: str, raw: np.ndarray) -> np.ndarray:
 def form(kind: str) -> Form:
     """(bits, group, whether it has offsets, dtype of the scales) of a name in EXACT_TYPES."""
     if kind in GRIDS:
-        return 8, GRIDS[kind][2], False, "float32"
+        return *GRIDS[kind][2:], False, "float32"
     # Of a block of zeros, so that the decoders stay the only place that knows.
     codes = decode(kind, np.zeros((1, _DECODERS[kind][2]), np.uint8))
     return codes.bits, codes.group, codes.offsets is not None, codes.scales.dtype.name
