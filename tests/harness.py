@@ -84,6 +84,13 @@ def isa(level: str) -> Iterator[None]:
         native.set_cpu_isa(before)
 
 
+@contextmanager
+def float32_level() -> Iterator[None]:
+    """A level whose kernels keep more of a float32 x than bfloat16, which AMX multiplies in."""
+    with isa("avx512_vnni" if native.cpu_isa() == "amx" else native.cpu_isa()):
+        yield
+
+
 def store(x: np.ndarray, dtype: str) -> np.ndarray:
     """x in the storage the native functions take: float32, float16, or bfloat16 as uint16."""
     with np.errstate(over="ignore"):

@@ -10,7 +10,7 @@ import nibblock as nb
 import pytest
 import reference_blocks as rb
 import torch
-from harness import as_numpy
+from harness import as_numpy, native
 from nibblock.sparse._choose import read_blocks
 from test_adapter_linear import BASES, base_of, x_of
 from torch import nn
@@ -261,7 +261,8 @@ def check_against_float64(model, layers, tokens):
     dense.double()
     dense(tokens, labels=tokens, use_cache=False).loss.backward()
     assert errors.keys() == layers.keys()
-    assert max(errors.values()) < 0.02
+    # AMX rounds the operands of every product to bfloat16, 2 x 210 times one after the other.
+    assert max(errors.values()) < (0.1 if native.cpu_isa() == "amx" else 0.02)
 
 
 WATCHES = {
