@@ -9,6 +9,7 @@ import nibblock as nb
 import numpy as np
 import pytest
 import torch
+from harness import float32_level
 from nibblock.formats.quantized import is_quantized, load_quantized_dense
 from peak_memory import peak_of_loading
 from quantized_samples import DTYPES, Sample, configuration, transformers
@@ -26,7 +27,8 @@ def logits(model, ids, dtype=torch.float32):
 
 def assert_same_function(model, dense, tolerance=2e-2):
     ids = tokens(dense)
-    expected, got = logits(dense, ids), logits(model, ids)
+    with float32_level():
+        expected, got = logits(dense, ids), logits(model, ids)
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 

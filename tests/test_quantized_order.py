@@ -12,6 +12,7 @@ import nibblock as nb
 import numpy as np
 import pytest
 import torch
+from harness import float32_level
 from nibblock.formats.quantized import load_quantized_dense
 from quantized_samples import Sample, configuration, transformers
 from test_quantized_checkpoints import assert_same_function, edit, logits, tokens, unpacked
@@ -148,7 +149,10 @@ def test_one_layer_in_activation_order(tmp_path):
     assert [n for n in sample.codes if model.get_submodule(n).column_order is not None] == [
         "model.layers.0.self_attn.v_proj"
     ]
-    assert model.nibblock_report.fused == ["model.layers.0.mlp.(gate_proj|up_proj)"]
+    assert model.nibblock_report.fused == [
+        "model.layers.0.self_attn.(q_proj|k_proj)",
+        "model.layers.0.mlp.(gate_proj|up_proj)",
+    ]
     for name in sample.codes:
         weight = sample.model.get_submodule(name).weight
         assert torch.equal(model.get_submodule(name).dequantize(), weight), name
@@ -331,6 +335,7 @@ def of_expert(name):
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("method,bits", [("gptq", 4), ("gptq_v2", 8), ("compressed", 4)])
+@float32_level()
 def test_experts(tmp_path, method, bits, arch):
     sample = Sample(method, bits, arch=arch, g_idx=shuffle(by=of_expert))
     folder = sample.write(tmp_path / "m")
