@@ -14,7 +14,7 @@ muon_direction = sys.modules["nibblock.ops.muon_direction"]  # the name is the f
 
 # Decode shortcuts of nn/_lean.py and the look-ahead of optim/_plan.py: hints and calls that a model
 # on a GPU never meets.
-CPU_ONLY = {"_rms_norm", "_add_rms_norm", "_rotate_", "_silu_mul", "_fetch_lines"}
+CPU_ONLY = {"_rms_norm", "_add_rms_norm", "_rotate_", "_silu_mul", "_attend", "_fetch_lines"}
 BY_TORCH = {"muon_direction_"}  # its CUDA body is torch's batched products
 
 
