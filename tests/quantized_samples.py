@@ -25,6 +25,11 @@ safetensors_torch = pytest.importorskip(
 )
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+# Strategy, group and dtype of the scales, as compressed-tensors' config groups say them.
+FLOATS_OF_4_BITS = {
+    "mxfp4": ("group", 32, "uint8"),
+    "nvfp4": ("tensor_group", 16, "float8_e4m3fn"),
+}
 _COMMON = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 72}
 _GATED = {"intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 64}
 _SMALL = {
@@ -231,28 +236,18 @@ class Sample:
                 "group_size": self.group,
                 "zero_point": True,
             }
-        elif self.method == "mxfp4":
+        elif self.method in FLOATS_OF_4_BITS:
+            strategy, size, scales = FLOATS_OF_4_BITS[self.method]
             weights = {
                 "num_bits": 4,
                 "type": "float",
                 "symmetric": True,
-                "strategy": "group",
-                "group_size": 32,
+                "strategy": strategy,
+                "group_size": size,
                 "dynamic": False,
-                "scale_dtype": "torch.uint8",
+                "scale_dtype": f"torch.{scales}",
             }
-            values = self._compressed("mxfp4-pack-quantized", weights)
-        elif self.method == "nvfp4":
-            weights = {
-                "num_bits": 4,
-                "type": "float",
-                "symmetric": True,
-                "strategy": "tensor_group",
-                "group_size": 16,
-                "dynamic": False,
-                "scale_dtype": "torch.float8_e4m3fn",
-            }
-            values = self._compressed("nvfp4-pack-quantized", weights)
+            values = self._compressed(f"{self.method}-pack-quantized", weights)
         elif self.method == "modelopt":
             weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
             group = {"weights": weights, "targets": ["Linear"]}
