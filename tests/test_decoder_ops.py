@@ -128,6 +128,8 @@ def test_attention_keeps_what_is_not_finite():
     k[0, 1, 3, 5] = float("-inf")  # where q is negative the score is +inf: NaN, as torch has it
     expected = F.scaled_dot_product_attention(q, k, v, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(ops._attend(q, k, v, 0.25), expected, equal_nan=True)
+    k[..., 0], q = float("-inf"), q.abs()  # no key has a finite score
+    assert ops._attend(q, k, v, 0.25).isnan().all()
 
 
 def test_nan_stays():

@@ -38,8 +38,8 @@ NB_INLINE float dot(const float* a, const float* b, int64_t n) {
   return total(even + odd);
 }
 
-// scores[n] -> exp(scores - max), n a multiple of 8; returns their sum.
-NB_INLINE float exponentials(float* scores, int64_t n) {
+// scores[keys] -> exp(scores - max), padded to n, a multiple of 8; returns their sum.
+NB_INLINE float exponentials(float* scores, int64_t keys, int64_t n) {
   F8 max = load8(scores), strange = {};
   for (int64_t t = 0; t < n; t += kLanes) {
     const F8 s = load8(scores + t);
@@ -48,8 +48,10 @@ NB_INLINE float exponentials(float* scores, int64_t n) {
   }
   float most = max[0];
   for (int i = 1; i < kLanes; ++i) most = max[i] > most ? max[i] : most;
-  if (total(strange) != 0.0f) {  // as the C library has it: NaN stays, -inf is 0
-    for (int64_t t = 0; t < n; ++t) scores[t] = expf(scores[t] - most);
+  if (total(strange) != 0.0f) {  // as the C library has it: NaN stays, -inf is 0 beside a number
+    most = scores[0];            // (of the keys alone: all of them may lie below the padding)
+    for (int64_t t = 1; t < keys; ++t) most = scores[t] > most ? scores[t] : most;
+    for (int64_t t = 0; t < n; ++t) scores[t] = t < keys ? expf(scores[t] - most) : 0.0f;
   } else {
     for (int64_t t = 0; t < n; t += kLanes)
       store8(scores + t, exp_clamped(load8(scores + t) - most));
@@ -93,7 +95,7 @@ void attend_task(const AttendParams& p, int64_t task, float* memory) {
   S* y = static_cast<S*>(p.y) + (b * p.heads + kv * group) * p.dim;
   for (int64_t h = 0; h < group; ++h, y += p.dim) {
     const float* s = scores + h * row;
-    const float by = 1.0f / exponentials(scores + h * row, row);
+    const float by = 1.0f / exponentials(scores + h * row, p.keys, row);
     int64_t i = 0;
     for (; i + kChunk <= p.dim; i += kChunk)
       mix<T, kChunk>(s, p.keys, v + i, p.v_stride[2], by, y + i);
