@@ -8,9 +8,10 @@
 
 namespace nibblock {
 
-enum class Dtype : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+// kI8 is a way to store the scales of an int4 weight (int4_linear.h) and nothing else.
+enum class Dtype : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };
 
-static inline int64_t dtype_size(Dtype t) { return t == Dtype::kF32 ? 4 : 2; }
+static inline int64_t dtype_size(Dtype t) { return t == Dtype::kF32 ? 4 : t == Dtype::kI8 ? 1 : 2; }
 
 static inline float bits_to_f32(uint32_t b) {
   float f;

@@ -17,17 +17,24 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
   STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
   STD_TORCH_CHECK(int4_has_group(group, bits), op, ": group_size must be ", int4_groups_text(bits),
                   ", got ", group);
-  STD_TORCH_CHECK(scale_dtype == ScalarType::Half || scale_dtype == ScalarType::Float, op,
-                  ": scale_dtype must be float16 or float32, got ", dtype_name(scale_dtype));
+  STD_TORCH_CHECK(scale_dtype == ScalarType::Half || scale_dtype == ScalarType::Float ||
+                      scale_dtype == ScalarType::Char,
+                  op, ": scale_dtype must be float16, float32 or int8, got ",
+                  dtype_name(scale_dtype));
   STD_TORCH_CHECK(n >= 0, op, ": out_features must be at least 0, got ", n);
   STD_TORCH_CHECK(k >= 0, op, ": in_features must be at least 0, got ", k);
+  STD_TORCH_CHECK(scale_dtype != ScalarType::Char || int4_has_int8_scales(group, k), op,
+                  ": the weight must have ", int4_int8_scales_text(), ", got group_size=", group,
+                  ", in_features=", k);
   Int4Format f;
   f.n = n;
   f.k = k;
   f.group = group;
   f.bits = static_cast<int32_t>(bits);
   f.affine = affine;
-  f.scale_type = scale_dtype == ScalarType::Half ? Dtype::kF16 : Dtype::kF32;
+  f.scale_type = scale_dtype == ScalarType::Half    ? Dtype::kF16
+                 : scale_dtype == ScalarType::Float ? Dtype::kF32
+                                                    : Dtype::kI8;
   device(op, "packed", packed);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte, op, ": packed must be uint8, got ",
                   dtype_name(packed.scalar_type()));
@@ -53,7 +60,7 @@ inline FormatCode decode_format(int64_t code) {
   FormatCode f;
   f.bits = code & 1 ? 8 : 4;
   f.affine = code & 2;
-  f.scale_dtype = code & 4 ? ScalarType::Float : ScalarType::Half;
+  f.scale_dtype = code & 128 ? ScalarType::Char : code & 4 ? ScalarType::Float : ScalarType::Half;
   f.int8 = code & 8;
   f.group_size = kGroups[(code >> 4) & 7];
   f.out_features = code >> 8;

@@ -113,11 +113,11 @@ NB_AMX_INLINE void flush_sums(const Problem& q, const TileJob& t, int64_t b, int
                               __m512 sums[16]) {
   amx::store<Acc>(parking, 64);
   const int64_t group = b >> q.group_shift;
-  const __m512 scale = load_scales(t.panel + q.g.scales_at, q.p->w.scale_type, group);
+  const __m512 scale = load_scales(q.p->w, q.g, t.panel + q.g.scales_at, group);
   __m512 offset = _mm512_setzero_ps();
   if (Affine) {
     offset = _mm512_fmadd_ps(_mm512_set1_ps(q.p->w.bits == 8 ? 128.0f : 8.0f), scale,
-                             load_scales(t.panel + q.g.offsets_at, q.p->w.scale_type, group));
+                             load_scales(q.p->w, q.g, t.panel + q.g.offsets_at, group));
   }
   const float* x_scale = q.x.scale + b * q.x.rows + t.row;
   const float* x_sum = q.x.sum + b * q.x.rows + t.row;

@@ -36,10 +36,17 @@ constexpr int64_t kStepK = 32;  // bfloat16 elements in a tile row
 // reloads below into lane shuffles on the port that is already the busiest).
 NB_AMX_INLINE void compiler_barrier() { __asm__ volatile("" : : : "memory"); }
 
-NB_AMX_INLINE __m512 load_scales(const uint8_t* section, Dtype type, int64_t group) {
-  if (type == Dtype::kF32) return _mm512_loadu_ps(section + group * 64);
-  return _mm512_cvtph_ps(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(section + group * 32)));
+// Of a panel's rows for one group, as float32.
+NB_AMX_INLINE __m512 load_scales(const Int4Format& f, const Int4Geometry& g, const uint8_t* section,
+                                 int64_t group) {
+  auto halves = [](const uint8_t* at) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  };
+  if (f.scale_type == Dtype::kF32) return _mm512_loadu_ps(section + group * 64);
+  if (f.scale_type == Dtype::kF16) return halves(section + group * 32);
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(section + group * 16));
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)),
+                       halves(section + g.units_at + (group >> g.run_shift) * 32));
 }
 
 // Scale and centred offset of one panel's rows for the 32 k of a step, and for 4 bits the tables
@@ -56,11 +63,11 @@ struct PanelScales {
 NB_AMX_INLINE void load_group_scales(const Int4Format& f, const Int4Geometry& g,
                                      const uint8_t* panel, int64_t group, float* scale_out,
                                      float* offset_out) {
-  const __m512 scale = load_scales(panel + g.scales_at, f.scale_type, group);
+  const __m512 scale = load_scales(f, g, panel + g.scales_at, group);
   __m512 offset = _mm512_setzero_ps();
   if (f.affine) {
     offset = _mm512_fmadd_ps(_mm512_set1_ps(f.bits == 8 ? 128.0f : 8.0f), scale,
-                             load_scales(panel + g.offsets_at, f.scale_type, group));
+                             load_scales(f, g, panel + g.offsets_at, group));
   }
   _mm512_store_ps(scale_out, scale);
   _mm512_store_ps(offset_out, offset);

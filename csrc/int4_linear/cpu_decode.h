@@ -8,6 +8,7 @@
 #pragma once
 
 #include "activations.h"
+#include "vector_scales.h"
 
 namespace nibblock {
 namespace {
@@ -25,15 +26,18 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
   // Stepwise it ends in an addition, one cycle.
   constexpr int kSets = O::kStepwise || R * C >= 8 ? 1 : R * C >= 4 || kSteps == 2 ? 2 : 4;
   const uint8_t *codes[C], *scales[C], *offsets[C];
+  int64_t lanes[C];
   NB_UNROLL
   for (int c = 0; c < C; ++c) {
     const int64_t v = v0 + c, lane = (v % kPerPanel) * O::kLanes;
     const uint8_t* panel = p.packed + (v / kPerPanel) * g.panel_stride;
     codes[c] = panel + lane * 4;
-    scales[c] = panel + g.scales_at + lane * dtype_size(p.w.scale_type);
-    offsets[c] = panel + g.offsets_at + lane * dtype_size(p.w.scale_type);
+    scales[c] = panel + g.scales_at;
+    offsets[c] = panel + g.offsets_at;
+    lanes[c] = lane;
   }
-  const int64_t scale_row = kPanelRows * dtype_size(p.w.scale_type);
+  RunningScales<O, C> scale, offset;
+  const int64_t scale_bytes = dtype_size(p.w.scale_type);
   // The next C vectors' panels. Behind the last ones this names memory that is never read: a
   // prefetch does not fault.
   const int64_t next_panels = ceil_div(C, kPerPanel) * g.panel_stride;
@@ -62,9 +66,12 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
     if (at + ahead >= g.scales_at) ahead += next_panels - g.scales_at;
     NB_UNROLL
     for (int c = 0; c < C; ++c) {
-      O::prefetch(scales[c] + next_panels + group * scale_row);
-      if (p.w.affine) O::prefetch(offsets[c] + next_panels + group * scale_row);
+      const int64_t next = next_panels + (group * kPanelRows + lanes[c]) * scale_bytes;
+      O::prefetch(scales[c] + next);
+      if (p.w.affine) O::prefetch(offsets[c] + next);
     }
+    scale.enter(p.w, g, scales, lanes, group);
+    if (p.w.affine) offset.enter(p.w, g, offsets, lanes, group);
     const uint8_t* x = a.q + b * a.block_stride;
     for (int64_t j = at; j < at + (k1 - k0) / 8 * kLineBytes; j += kLineBytes) {
       I w[C][kSteps];
@@ -101,10 +108,10 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
         NB_UNROLL
         for (int s = 1; s < kSets; ++s) total = O::add(total, sum[r][c][s]);
         if (p.w.affine) {
-          y[r][c] =
-              O::fmaf(O::load_scale(offsets[c] + group * scale_row, p.w.scale_type), xsum, y[r][c]);
+          const F o = offset.of(p.w, offsets[c], lanes[c], group, c);
+          y[r][c] = O::fmaf(o, xsum, y[r][c]);
         }
-        const F s = O::mulf(O::load_scale(scales[c] + group * scale_row, p.w.scale_type), xscale);
+        const F s = O::mulf(scale.of(p.w, scales[c], lanes[c], group, c), xscale);
         y[r][c] = O::fmaf(O::to_float(total), s, y[r][c]);
       }
     }

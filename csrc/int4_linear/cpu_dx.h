@@ -18,6 +18,7 @@
 #pragma once
 
 #include "activations.h"
+#include "vector_scales.h"
 
 namespace nibblock {
 namespace {
@@ -44,22 +45,10 @@ static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, i
         const int64_t k8 = k + 8 * line;
         // k_pad may reach past the last group (its codes are zero); stay inside the scales.
         const int64_t group = k8 / g.group < g.groups ? k8 / g.group : g.groups - 1;
-        float s[16], o[16];
-        const int64_t i = group * kPanelRows + half * O::kLanes;
-        const uint8_t* sp = panel + g.scales_at;
-        const uint8_t* op = panel + g.offsets_at;
-        F scale, offset = zero;
-        if (p.w.scale_type == Dtype::kF32) {
-          scale = O::loadf(sp + i * 4);
-          if (p.w.affine) offset = O::loadf(op + i * 4);
-        } else {
-          for (int j = 0; j < O::kLanes; j += 8) O::load_f16(sp + (i + j) * 2, s + j);
-          scale = O::loadf(s);
-          if (p.w.affine) {
-            for (int j = 0; j < O::kLanes; j += 8) O::load_f16(op + (i + j) * 2, o + j);
-            offset = O::loadf(o);
-          }
-        }
+        const int64_t lane = half * O::kLanes;
+        const F scale = group_scales<O>(p.w, g, panel + g.scales_at, lane, group);
+        const F offset =
+            p.w.affine ? group_scales<O>(p.w, g, panel + g.offsets_at, lane, group) : zero;
         I c[8];
         if (BITS == 4) {
           const I codes = O::load(panel + k8 / 8 * 64 + half * O::kBytes);

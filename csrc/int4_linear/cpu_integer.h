@@ -34,6 +34,7 @@
 #pragma once
 
 #include "activations.h"
+#include "vector_scales.h"
 
 namespace nibblock {
 namespace {
@@ -226,23 +227,6 @@ static TileFn tile_for(int rows) {
   return nullptr;
 }
 
-// Scales (or offsets) of the vectors [v0, v0 + count) for one group, as float32.
-template <class O>
-static inline void load_scales(const Int4LinearParams& p, const Int4Geometry& g, int64_t section,
-                               int64_t v0, int count, int64_t group, float* out) {
-  constexpr int kPerPanel = 16 / O::kLanes;
-  for (int c = 0; c < count; ++c) {
-    const int64_t v = v0 + c;
-    const uint8_t* at = p.packed + (v / kPerPanel) * g.panel_stride + section;
-    const int64_t i = group * kPanelRows + (v % kPerPanel) * O::kLanes;
-    if (p.w.scale_type == Dtype::kF32) {
-      O::storef(out + c * O::kLanes, O::loadf(at + i * 4));
-    } else {
-      for (int j = 0; j < O::kLanes; j += 8) O::load_f16(at + (i + j) * 2, out + c * O::kLanes + j);
-    }
-  }
-}
-
 // Bias, conversion to the type of x, and the store of one finished row of a tile.
 template <class O>
 static inline void store_row(const Int4LinearParams& p, int64_t m, int64_t n0, int64_t count,
@@ -295,20 +279,26 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   const int64_t scale_bytes = kPanelRows * dtype_size(p.w.scale_type);
   constexpr int64_t acc_stride = C * O::kLanes;
   memset(acc, 0, static_cast<size_t>(a.rows * acc_stride) * 4);
-  const uint8_t* codes[C];
+  const uint8_t *codes[C], *scales[C], *offsets[C];
+  int64_t lanes[C];
   NB_UNROLL
   for (int c = 0; c < C; ++c) {
     const int64_t v = v0 + c;
-    codes[c] = p.packed + (v / kPerPanel) * g.panel_stride + (v % kPerPanel) * O::kBytes;
+    const uint8_t* at = p.packed + (v / kPerPanel) * g.panel_stride;
+    codes[c] = at + (v % kPerPanel) * O::kBytes;
+    scales[c] = at + g.scales_at;
+    offsets[c] = at + g.offsets_at;
+    lanes[c] = (v % kPerPanel) * O::kLanes;
   }
+  RunningScales<O, C> running_scale, running_offset;
   if (a.rows == 1) decode<O, BITS, ACT, 1, C>(p, g, a, v0, acc);
   if (a.rows == 2) decode<O, BITS, ACT, 2, C>(p, g, a, v0, acc);
   for (int64_t b = 0; b < a.blocks && a.rows > 2; ++b) {
     const int64_t k0 = b * a.block;
     const int64_t k1 = k0 + a.block < a.k_pad ? k0 + a.block : a.k_pad;
     const int64_t group = k0 / g.group;
-    load_scales<O>(p, g, g.scales_at, v0, C, group, scale);
-    if (p.w.affine) load_scales<O>(p, g, g.offsets_at, v0, C, group, offset);
+    running_scale.load(p.w, g, scales, lanes, group, scale);
+    if (p.w.affine) running_offset.load(p.w, g, offsets, lanes, group, offset);
     t.lines = (k1 - k0) / 8;
     NB_UNROLL
     for (int c = 0; c < C; ++c) t.w[c] = codes[c] + k0 / 8 * kLineBytes;

@@ -10,10 +10,77 @@ inline uint8_t canonical_code(const uint8_t* row, int bits, int64_t k) {
   return (row[k >> 1] >> (4 * (k & 1))) & 15;
 }
 
+// unit and multiples with values[i] == unit * multiples[i] for all i, or false where there are none.
+// The largest value tells: for each multiple it might be, the unit follows.
+bool factor_run(const float* values, int64_t count, int8_t* multiples, uint16_t* unit) {
+  float top = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(values[i] - values[i] == 0.0f)) return false;  // infinite or NaN
+    if ((values[i] < 0 ? -values[i] : values[i]) > (top < 0 ? -top : top)) top = values[i];
+  }
+  *unit = 0;
+  memset(multiples, 0, static_cast<size_t>(count));
+  if (top == 0.0f) return true;
+  // 63 first: the largest of ggml's 6 bits is nearly always that. -128 is the one without a twin.
+  for (int step = 0; step <= 128; ++step) {
+    const int most = step == 0 ? 63 : step == 1 ? -128 : 129 - step;
+    const uint16_t half = f32_to_f16(top / static_cast<float>(most));
+    const float u = f16_to_f32(half);
+    if (u * static_cast<float>(most) != top) continue;
+    int64_t i = 0;
+    for (; i < count; ++i) {
+      const float ratio = values[i] / u;  // at most 128 in magnitude
+      const int m = static_cast<int>(ratio < 0 ? ratio - 0.5f : ratio + 0.5f);
+      if (m < -128 || m > 127 || u * static_cast<float>(m) != values[i]) break;
+      multiples[i] = static_cast<int8_t>(m);
+    }
+    *unit = half;
+    if (i == count) return true;
+  }
+  return false;
+}
+
+// Canonical scales (or offsets) of row n into lane r of a panel's section, and back.
+void pack_scales(const Int4Format& f, const Int4Geometry& g, const char* values, int64_t n, int r,
+                 uint8_t* section) {
+  if (f.scale_type == Dtype::kI8) {
+    const int64_t each = int64_t{1} << g.run_shift;
+    for (int64_t gi = 0; gi < g.groups; gi += each) {
+      float run[16];
+      int8_t multiples[16];
+      uint16_t unit;
+      memcpy(run, values + (n * g.groups + gi) * 4, static_cast<size_t>(each) * 4);
+      factor_run(run, each, multiples, &unit);
+      for (int64_t i = 0; i < each; ++i) {
+        section[(gi + i) * kPanelRows + r] = static_cast<uint8_t>(multiples[i]);
+      }
+      memcpy(section + g.units_at + ((gi >> g.run_shift) * kPanelRows + r) * 2, &unit, 2);
+    }
+    return;
+  }
+  const int64_t es = dtype_size(f.scale_type);
+  for (int64_t gi = 0; gi < g.groups; ++gi) {
+    memcpy(section + (gi * kPanelRows + r) * es, values + (n * g.groups + gi) * es, es);
+  }
+}
+
+void unpack_scales(const Int4Format& f, const Int4Geometry& g, const uint8_t* section, int64_t n,
+                   int r, char* values) {
+  const int64_t es = f.scale_type == Dtype::kI8 ? 4 : dtype_size(f.scale_type);
+  for (int64_t gi = 0; gi < g.groups; ++gi) {
+    char* out = values + (n * g.groups + gi) * es;
+    if (f.scale_type == Dtype::kI8) {
+      const float value = int4_scale(f, g, section, gi, r);
+      memcpy(out, &value, 4);
+    } else {
+      memcpy(out, section + (gi * kPanelRows + r) * es, es);
+    }
+  }
+}
+
 void pack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, const uint8_t* qweight,
                 const char* scales, const char* offsets, uint8_t* out) {
   const int64_t row_bytes = f.bits == 8 ? f.k : (f.k + 1) / 2;
-  const int64_t es = dtype_size(f.scale_type);
   memset(out, 0, static_cast<size_t>(g.panel_stride));
   memset(out, f.bits == 8 ? 0x80 : 0x88, static_cast<size_t>(g.scales_at));
   for (int r = 0; r < kPanelRows; ++r) {
@@ -30,20 +97,14 @@ void pack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, const
             static_cast<uint8_t>((out[at.byte] & ~(15 << at.shift)) | (code << at.shift));
       }
     }
-    for (int64_t gi = 0; gi < g.groups; ++gi) {
-      memcpy(out + g.scales_at + (gi * kPanelRows + r) * es, scales + (n * g.groups + gi) * es, es);
-      if (f.affine) {
-        memcpy(out + g.offsets_at + (gi * kPanelRows + r) * es, offsets + (n * g.groups + gi) * es,
-               es);
-      }
-    }
+    pack_scales(f, g, scales, n, r, out + g.scales_at);
+    if (f.affine) pack_scales(f, g, offsets, n, r, out + g.offsets_at);
   }
 }
 
 void unpack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, const uint8_t* in,
                   uint8_t* qweight, char* scales, char* offsets) {
   const int64_t row_bytes = f.bits == 8 ? f.k : (f.k + 1) / 2;
-  const int64_t es = dtype_size(f.scale_type);
   for (int r = 0; r < kPanelRows; ++r) {
     const int64_t n = panel * kPanelRows + r;
     if (n >= f.n) break;
@@ -58,13 +119,8 @@ void unpack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, con
             static_cast<uint8_t>(row[k >> 1] | (((in[at.byte] >> at.shift) & 15) << (4 * (k & 1))));
       }
     }
-    for (int64_t gi = 0; gi < g.groups; ++gi) {
-      memcpy(scales + (n * g.groups + gi) * es, in + g.scales_at + (gi * kPanelRows + r) * es, es);
-      if (f.affine) {
-        memcpy(offsets + (n * g.groups + gi) * es, in + g.offsets_at + (gi * kPanelRows + r) * es,
-               es);
-      }
-    }
+    unpack_scales(f, g, in + g.scales_at, n, r, scales);
+    if (f.affine) unpack_scales(f, g, in + g.offsets_at, n, r, offsets);
   }
 }
 
@@ -94,6 +150,27 @@ void int4_unpack(const Int4Format& f, const uint8_t* packed, uint8_t* qweight, v
   parallel_for(parallel, g.panels, body);
 }
 
+int64_t int4_unfit_run(const float* scales, int64_t n, int64_t groups, int64_t group,
+                       const Parallel& parallel) {
+  const int64_t each = kRunK / group, runs = n * groups / each;
+  int64_t first = runs;
+  auto body = [&](int64_t begin, int64_t end) {
+    int8_t multiples[16];
+    uint16_t unit;
+    for (int64_t run = begin; run < end; ++run) {
+      int64_t known = __atomic_load_n(&first, __ATOMIC_RELAXED);
+      if (known <= run) return;
+      if (factor_run(scales + run * each, each, multiples, &unit)) continue;
+      while (run < known && !__atomic_compare_exchange_n(&first, &known, run, true,
+                                                         __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+      }
+      return;
+    }
+  };
+  parallel_for(parallel, runs, body);
+  return first < runs ? first : -1;
+}
+
 void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* rows, int64_t count,
                      void* out, Dtype type, const Parallel& parallel) {
   const Int4Geometry g = int4_geometry(f);
@@ -104,9 +181,8 @@ void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* 
       const uint8_t* panel = packed + (n / kPanelRows) * g.panel_stride;
       const int r = static_cast<int>(n % kPanelRows);
       for (int64_t gi = 0; gi < g.groups; ++gi) {
-        const float s = load_as_f32(panel + g.scales_at, f.scale_type, gi * kPanelRows + r);
-        const float o =
-            f.affine ? load_as_f32(panel + g.offsets_at, f.scale_type, gi * kPanelRows + r) : 0.0f;
+        const float s = int4_scale(f, g, panel + g.scales_at, gi, r);
+        const float o = f.affine ? int4_scale(f, g, panel + g.offsets_at, gi, r) : 0.0f;
         const int64_t k1 = (gi + 1) * g.group < f.k ? (gi + 1) * g.group : f.k;
         for (int64_t k = gi * g.group; k < k1; ++k) {
           const CodePlace at = code_place(f.bits, k, r);

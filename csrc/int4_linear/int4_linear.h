@@ -12,7 +12,9 @@
 // K is padded to a multiple of 64. A panel is one run of memory:
 //
 //     codes    [k_pad / 8] lines of 64 bytes (bits = 4), [k_pad / 4] lines of 64 bytes (bits = 8)
-//     scales   [groups][16] float16 or float32, section padded to 64 bytes
+//     scales   [groups][16] float16, float32 or int8, section padded to 64 bytes; behind int8, in the
+//              same section, [k / 256][16] float16 units: a scale is its int8 times the unit of its
+//              run of 256 k, which float32 holds exactly
 //     offsets  the same, only if affine
 //     padding  so that panel_stride is an odd multiple of 64 bytes: panels read side by side then
 //              never fall into the same cache set
@@ -32,6 +34,9 @@
 //
 // Padding rows and padding k hold the code of zero (8 or 128) and scale 0, offset 0.
 //
+// int8 scales are those of GGUF's K-quants: 6 or 8 bits for 16 or 32 weights and a float16 for 256,
+// where the products would take a float32 each (Q4_K: 4.6 bits a weight instead of 6).
+//
 // Sources: the VNNI tile order of Intel's AMX documentation; group scales kept outside the code
 // stream as in ggml's repacked formats; everything else is ours.
 #pragma once
@@ -46,6 +51,7 @@ namespace nibblock {
 constexpr int64_t kPanelRows = 16;  // n per panel
 constexpr int64_t kGranuleK = 64;   // k_pad is a multiple of this
 constexpr int64_t kFlushK = 128;    // integer sums are turned into float at least this often
+constexpr int64_t kRunK = 256;      // k that share a unit of int8 scales
 
 enum class Compute : int32_t {
   kBF16 =
@@ -60,7 +66,7 @@ struct Int4Format {
   int64_t group;     // 16 (8 bits only), 32, 64, 128, 256, or -1 for the whole row
   int32_t bits;      // 4 or 8
   int32_t affine;    // 1: offsets are stored
-  Dtype scale_type;  // kF16 or kF32, of scales and offsets
+  Dtype scale_type;  // kF16, kF32 or kI8, of scales and offsets
 };
 
 // Groups of 16 have 8-bit codes: GGUF's Q6_K and Q2_K and NVFP4 need them, and their scales alone
@@ -75,6 +81,15 @@ static inline const char* int4_groups_text(int64_t bits) {
                    : "32, 64, 128, 256 or -1 (whole row)";
 }
 
+// Whether int8 scales exist for this group and k: whole runs of groups for which they save memory.
+static inline bool int4_has_int8_scales(int64_t group, int64_t k) {
+  return (group == 16 || group == 32) && k % kRunK == 0;
+}
+
+static inline const char* int4_int8_scales_text() {
+  return "group_size 16 or 32 and in_features a multiple of 256 for int8 scales";
+}
+
 // Sizes that follow from a format.
 struct Int4Geometry {
   int64_t k_pad;
@@ -83,6 +98,8 @@ struct Int4Geometry {
   int64_t groups;        // ceil(k / group), the groups that hold data
   int64_t scales_at;     // byte offset of the scales inside a panel (= bytes of codes)
   int64_t offsets_at;    // byte offset of the offsets; equals panel_end when there are none
+  int64_t units_at;      // byte offset of the units of int8 scales (offsets) inside their section
+  int run_shift;         // group >> run_shift: its run
   int64_t panel_stride;  // bytes
   int64_t bytes;         // panels * panel_stride
 };
@@ -111,12 +128,25 @@ static inline Int4Geometry int4_geometry(const Int4Format& f) {
   g.group = f.group < 0 ? g.k_pad : f.group;
   g.groups = g.group > 0 ? ceil_div(f.k, g.group) : 0;
   g.scales_at = g.k_pad * kPanelRows * f.bits / 8;
-  const int64_t section = round_up(g.groups * kPanelRows * dtype_size(f.scale_type), 64);
+  g.units_at = g.groups * kPanelRows;
+  g.run_shift = g.group == 16 ? 4 : 3;
+  const int64_t units = f.scale_type == Dtype::kI8 ? f.k / kRunK * kPanelRows * 2 : 0;
+  const int64_t section = round_up(g.groups * kPanelRows * dtype_size(f.scale_type) + units, 64);
   g.offsets_at = g.scales_at + section;
   int64_t lines = (g.offsets_at + (f.affine ? section : 0)) / 64;
   g.panel_stride = (lines | 1) * 64;
   g.bytes = g.panels * g.panel_stride;
   return g;
+}
+
+// The scale (or offset) of row r of a panel for a group; `section` is where the panel's start.
+static inline float int4_scale(const Int4Format& f, const Int4Geometry& g, const uint8_t* section,
+                               int64_t group, int64_t r) {
+  const int64_t at = group * kPanelRows + r;
+  if (f.scale_type != Dtype::kI8) return load_as_f32(section, f.scale_type, at);
+  const int64_t run = (group >> g.run_shift) * kPanelRows + r;
+  return static_cast<float>(static_cast<int8_t>(section[at])) *
+         load_as_f32(section + g.units_at, Dtype::kF16, run);
 }
 
 // Rows m0 .. m0 + rows of x as int16 in blocks along k, each block of a row with its scale. Block b
@@ -191,11 +221,17 @@ NB_API Status int4_linear_run(const Int4LinearTable& t, const Int4LinearParams& 
                               const char* forced_id);
 
 // Canonical <-> packed. qweight is [n, ceil(k/2)] uint8, two codes a byte, low nibble = even k
-// (bits = 4), or [n, k] uint8 (bits = 8); scales and offsets are [n, groups] of f.scale_type.
+// (bits = 4), or [n, k] uint8 (bits = 8); scales and offsets are [n, groups] of f.scale_type, or of
+// float32 for int8, where int4_unfit_run has to find none: then nothing is rounded either way.
 NB_API void int4_pack(const Int4Format& f, const uint8_t* qweight, const void* scales,
                       const void* offsets, uint8_t* packed, const Parallel& parallel);
 NB_API void int4_unpack(const Int4Format& f, const uint8_t* packed, uint8_t* qweight, void* scales,
                         void* offsets, const Parallel& parallel);
+
+// The first run of `scales` [n, groups] float32 that is not 256 / group int8 multiples of one
+// float16, as row * runs + run; -1 when all are.
+NB_API int64_t int4_unfit_run(const float* scales, int64_t n, int64_t groups, int64_t group,
+                              const Parallel& parallel);
 
 // Rows of the dequantised weight: out[i, :] = w[rows ? rows[i] : i, :] for i < count, rounded to
 // `type`.

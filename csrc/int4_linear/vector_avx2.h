@@ -84,10 +84,12 @@ struct Avx2 {
     _mm_storeu_si128(static_cast<__m128i*>(p),
                      _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
   }
-  // A vector of scales as float32.
-  static inline F load_scale(const uint8_t* p, Dtype type) {
-    if (type == Dtype::kF32) return loadf(p);
+  static inline F load_half(const uint8_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline F load_int8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
   // out[j * stride ..] = the 8 lanes of row j after transposing 8 vectors.
   static inline void transpose_store(const F* v, float* out, int64_t stride) {

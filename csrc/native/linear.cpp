@@ -23,15 +23,28 @@ int64_t packed_bytes(int64_t out_features, int64_t in_features, int64_t group_si
       .bytes;
 }
 
+int64_t unfit_run(const void* scales, int64_t n, const Int4Geometry& g, const Parallel& parallel) {
+  py::gil_scoped_release nogil;
+  return int4_unfit_run(static_cast<const float*>(scales), n, g.groups, g.group, parallel);
+}
+
 py::array pack(const py::object& qweight, const py::object& scales, const py::object& offsets,
-               int64_t in_features, int64_t group_size, int64_t bits, int64_t threads) {
+               int64_t in_features, int64_t group_size, int64_t bits, const py::object& scale_dtype,
+               int64_t threads) {
   const string op = "pack";
   py::array q = want_array(op, "qweight", qweight, {"uint8"});
   py::array s = want_array(op, "scales", scales, {"float16", "float32"});
   if (q.ndim() != 2) fail_value(op, "qweight must be [N, bytes of a row], got " + shape_text(q));
   const bool affine = !offsets.is_none();
+  const string stored =
+      scale_dtype.is_none() ? dtype_name(s) : py::cast<string>(py::str(scale_dtype));
   const Int4Format f = want_format(op, q.shape(0), in_features, group_size, bits, affine,
-                                   float_dtype(dtype_name(s)));
+                                   want_scale_dtype(op, stored));
+  const string held = f.scale_type == Dtype::kI8 ? "float32" : stored;
+  if (dtype_name(s) != held) {
+    fail_type(op, "scales must be " + held + " for scale_dtype " + stored + ", got " +
+                      dtype_name(s));
+  }
   const Int4Geometry g = int4_geometry(f);
   want_shape(op, "qweight", q, {f.n, code_row_bytes(f)});
   want_shape(op, "scales", s, {f.n, g.groups});
@@ -48,11 +61,35 @@ py::array pack(const py::object& qweight, const py::object& scales, const py::ob
   auto* out = static_cast<uint8_t*>(packed.mutable_data());
   const auto* codes = static_cast<const uint8_t*>(q.data());
   const void *scale_data = s.data(), *offset_data = affine ? o.data() : nullptr;
+  if (f.scale_type == Dtype::kI8) {
+    for (const auto& [name, data] : {std::pair{"scales", scale_data}, {"offsets", offset_data}}) {
+      const int64_t run = data ? unfit_run(data, f.n, g, parallel) : -1;
+      if (run < 0) continue;
+      const int64_t runs = f.k / kRunK;
+      fail_value(op, string(name) + " must be int8 multiples of one float16 in every 256 columns " +
+                         "for scale_dtype int8, got others in row " + to_string(run / runs) +
+                         ", columns from " + to_string(run % runs * kRunK) +
+                         "; use float32 scales");
+    }
+  }
   {
     py::gil_scoped_release nogil;
     int4_pack(f, codes, scale_data, offset_data, out, parallel);
   }
   return packed;
+}
+
+bool int8_scales_fit(const py::object& scales, int64_t in_features, int64_t group_size,
+                     int64_t threads) {
+  const string op = "int8_scales_fit";
+  py::array s = want_array(op, "scales", scales, {"float32"});
+  if (s.ndim() != 2) fail_value(op, "scales must be [N, groups], got " + shape_text(s));
+  if (!int4_has_int8_scales(group_size, in_features)) return false;
+  const Int4Geometry g =
+      int4_geometry({s.shape(0), in_features, group_size, 4, false, Dtype::kI8});
+  want_shape(op, "scales", s, {s.shape(0), g.groups});
+  s = contiguous(s);
+  return unfit_run(s.data(), s.shape(0), g, std_threads(want_threads(op, threads))) < 0;
 }
 
 py::tuple unpack(const py::object& packed, int64_t out_features, int64_t in_features,
@@ -66,11 +103,12 @@ py::tuple unpack(const py::object& packed, int64_t out_features, int64_t in_feat
   py::array keep;
   const uint8_t* in = want_packed(op, f, packed, false, &keep);
   py::array q(py::dtype::of<uint8_t>(), {f.n, code_row_bytes(f)});
-  py::array s(py::dtype(scale_dtype), {f.n, g.groups});
+  const py::dtype held(f.scale_type == Dtype::kI8 ? "float32" : scale_dtype);
+  py::array s(held, {f.n, g.groups});
   py::object o = py::none();
   void* offset_data = nullptr;
   if (affine) {
-    py::array offsets(py::dtype(scale_dtype), {f.n, g.groups});
+    py::array offsets(held, {f.n, g.groups});
     offset_data = offsets.mutable_data();
     o = offsets;
   }
@@ -279,10 +317,14 @@ void bind_int4_linear(py::module_& m) {
   m.def("packed_bytes", &packed_bytes, arg("out_features"), arg("in_features"), arg("group_size"),
         arg("bits"), arg("affine"), arg("scale_dtype"), "Bytes of a packed weight [N, K].");
   m.def("pack", &pack, arg("qweight"), arg("scales"), arg("offsets"), arg("in_features"),
-        arg("group_size"), arg("bits"), arg("threads") = 1,
+        arg("group_size"), arg("bits"), arg("scale_dtype") = py::none(), arg("threads") = 1,
         "Canonical codes uint8 [N, ceil(K/2)] (8 bits: [N, K]), scales and offsets [N, groups] of "
-        "one "
-        "float type -> packed uint8, its data at a multiple of 64 bytes.");
+        "one float type -> packed uint8, its data at a multiple of 64 bytes. scale_dtype: that "
+        "type, or \"int8\" for float32 ones that int8_scales_fit holds exact.");
+  m.def("int8_scales_fit", &int8_scales_fit, arg("scales"), arg("in_features"), arg("group_size"),
+        arg("threads") = 1,
+        "Whether float32 scales (or offsets) [N, groups] are int8 multiples of one float16 in every "
+        "256 columns, in a format that has int8 scales.");
   m.def("unpack", &unpack, arg("packed"), arg("out_features"), arg("in_features"),
         arg("group_size"), arg("bits"), arg("affine"), arg("scale_dtype"), arg("threads") = 1,
         "The inverse of pack: (qweight, scales, offsets or None).");

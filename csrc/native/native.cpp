@@ -120,8 +120,9 @@ int want_threads(const std::string& op, int64_t threads) {
 }
 
 Dtype want_scale_dtype(const std::string& op, const std::string& name) {
+  if (name == "int8") return Dtype::kI8;
   if (name != "float32" && name != "float16") {
-    fail_type(op, "scale_dtype must be float32 or float16, got " + name);
+    fail_type(op, "scale_dtype must be float32, float16 or int8, got " + name);
   }
   return float_dtype(name);
 }
@@ -145,6 +146,11 @@ Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_f
   if (!int4_has_group(group_size, bits)) {
     fail_value(op, std::string("group_size must be ") + int4_groups_text(bits) + ", got " +
                        std::to_string(group_size));
+  }
+  if (scale_type == Dtype::kI8 && !int4_has_int8_scales(group_size, in_features)) {
+    fail_value(op, std::string("the weight must have ") + int4_int8_scales_text() +
+                       ", got group_size=" + std::to_string(group_size) +
+                       ", in_features=" + std::to_string(in_features));
   }
   return {out_features, in_features, group_size, static_cast<int32_t>(bits), affine, scale_type};
 }
