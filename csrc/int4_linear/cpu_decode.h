@@ -99,19 +99,17 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
       x += 4 * kSteps;
     }
     NB_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const F xscale = O::set1f(a.scale[b * a.rows + r]);
-      const F xsum = O::set1f(a.sum[b * a.rows + r]);
+    for (int c = 0; c < C; ++c) {
+      const F wscale = scale.of(p.w, scales[c], lanes[c], group, c);
+      F woffset;
+      if (p.w.affine) woffset = offset.of(p.w, offsets[c], lanes[c], group, c);
       NB_UNROLL
-      for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R; ++r) {
         I total = sum[r][c][0];
         NB_UNROLL
         for (int s = 1; s < kSets; ++s) total = O::add(total, sum[r][c][s]);
-        if (p.w.affine) {
-          const F o = offset.of(p.w, offsets[c], lanes[c], group, c);
-          y[r][c] = O::fmaf(o, xsum, y[r][c]);
-        }
-        const F s = O::mulf(scale.of(p.w, scales[c], lanes[c], group, c), xscale);
+        if (p.w.affine) y[r][c] = O::fmaf(woffset, O::set1f(a.sum[b * a.rows + r]), y[r][c]);
+        const F s = O::mulf(wscale, O::set1f(a.scale[b * a.rows + r]));
         y[r][c] = O::fmaf(O::to_float(total), s, y[r][c]);
       }
     }
