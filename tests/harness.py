@@ -137,7 +137,7 @@ def op_arguments(weight: Weight, compute: str = "bf16") -> dict:
         "group_size": weight.group_size,
         "bits": weight.bits,
         "affine": weight.affine,
-        "scale_dtype": TORCH[weight.scale_dtype],
+        "scale_dtype": getattr(torch, weight.scale_dtype),
         "compute": compute,
     }
 

@@ -12,6 +12,7 @@ import numpy as np
 
 PANEL_ROWS = 16
 GRANULE_K = 64
+RUN_K = 256  # columns that share the unit of int8 scales
 INT8_BLOCK = 128  # compute="int8" quantises activations per row and block of min(group, 128)
 EPS32 = 2.0**-24
 HALF_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -26,6 +27,7 @@ class Weight:
 
     qweight: uint8 [N, ceil(K / 2)], low nibble = even k (bits = 4), or [N, K] (bits = 8).
     scales, offsets: float16 or float32 [N, groups]; offsets is None for a symmetric weight.
+    int8: stored as int8 multiples of one float16 for RUN_K columns, which the float32 ones are.
     """
 
     qweight: np.ndarray
@@ -34,6 +36,7 @@ class Weight:
     in_features: int
     group_size: int
     bits: int
+    int8: bool = False
 
     @property
     def out_features(self) -> int:
@@ -45,7 +48,7 @@ class Weight:
 
     @property
     def scale_dtype(self) -> str:
-        return self.scales.dtype.name
+        return "int8" if self.int8 else self.scales.dtype.name
 
     @property
     def zero(self) -> int:
@@ -120,16 +123,39 @@ def random_weight(
     affine: bool = False,
     scale_dtype: str = "float32",
 ) -> Weight:
-    """Uniform codes, scales within a factor of three, offsets that centre the codes."""
+    """Uniform codes, scales within a factor of three, offsets that centre the codes; of int8
+    scales the largest of a run is 63 times its unit, as in K-quants.
+    """
     top = 15 if bits == 4 else 255
     codes = rng.integers(0, top + 1, (out_features, in_features), dtype=np.int64)
     groups = groups_of(in_features, group_size)
-    scales = (rng.uniform(0.5, 1.5, (out_features, groups)) / top).astype(scale_dtype)
+    int8 = scale_dtype == "int8"
+    scales = (rng.uniform(0.5, 1.5, (out_features, groups)) / top).astype(
+        "float32" if int8 else scale_dtype
+    )
     offsets = None
     if affine:
         centre = -scales.astype(np.float64) * top / 2
-        offsets = (centre + rng.normal(0, 0.1, centre.shape)).astype(scale_dtype)
-    return Weight(canonical(codes, bits), scales, offsets, in_features, group_size, bits)
+        offsets = (centre + rng.normal(0, 0.1, centre.shape)).astype(scales.dtype)
+    if int8:
+        scales = _multiples(scales, group_size)
+        offsets = None if offsets is None else _multiples(offsets, group_size)
+    return Weight(canonical(codes, bits), scales, offsets, in_features, group_size, bits, int8)
+
+
+def _multiples(values: np.ndarray, group_size: int) -> np.ndarray:
+    """values as 63rds, in float16, of the largest of each run."""
+    unit, multiples = _factors(values, group_size)
+    return (unit * multiples).reshape(values.shape)
+
+
+def _factors(values: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 units [N, runs, 1], which float16 holds, and whole multiples [N, runs, each]."""
+    each = RUN_K // group_size
+    runs = values.reshape(len(values), values.shape[1] // each, each)
+    top = np.take_along_axis(runs, np.abs(runs).argmax(-1)[..., None], -1)
+    unit = (top / np.float32(63)).astype(np.float16).astype(np.float32)
+    return unit, np.rint(np.divide(runs, unit, out=np.zeros_like(runs), where=unit != 0))
 
 
 def canonical(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -152,7 +178,9 @@ def geometry(
     groups = groups_of(in_features, group_size)
     panels = -(-out_features // PANEL_ROWS)
     codes = k_pad * PANEL_ROWS * bits // 8
-    section = -(-groups * PANEL_ROWS * np.dtype(scale_dtype).itemsize // 64) * 64
+    values = groups * PANEL_ROWS * np.dtype(scale_dtype).itemsize
+    units = in_features // RUN_K * PANEL_ROWS * 2 if scale_dtype == "int8" else 0
+    section = -(-(values + units) // 64) * 64
     lines = (codes + section * (2 if affine else 1)) // 64
     stride = (lines + (1 - lines % 2)) * 64
     return {
@@ -179,13 +207,23 @@ def _padded_codes(weight: Weight, geo: dict[str, int]) -> np.ndarray:
     return full.reshape(geo["panels"], PANEL_ROWS, geo["k_pad"] // 8, 8).transpose(0, 2, 1, 3)
 
 
-def _section(per_group: np.ndarray, geo: dict[str, int]) -> np.ndarray:
-    """uint8 [panels, section]."""
-    groups = geo["groups"]
+def _by_panel(per_group: np.ndarray, geo: dict[str, int]) -> np.ndarray:
+    """uint8 [panels, bytes]: the values of 16 rows beside each other, group by group."""
+    groups = per_group.shape[1]
     full = np.zeros((geo["panels"] * PANEL_ROWS, groups), per_group.dtype)
     full[: per_group.shape[0]] = per_group
     by_panel = full.reshape(geo["panels"], PANEL_ROWS, groups).transpose(0, 2, 1)
-    raw = np.ascontiguousarray(by_panel).reshape(geo["panels"], -1).view(np.uint8)
+    return np.ascontiguousarray(by_panel).reshape(geo["panels"], -1).view(np.uint8)
+
+
+def _section(per_group: np.ndarray, geo: dict[str, int], weight: Weight) -> np.ndarray:
+    """uint8 [panels, section]."""
+    if weight.int8:
+        unit, multiples = _factors(per_group, weight.group_size)
+        small = _by_panel(multiples.reshape(per_group.shape).astype(np.int8), geo)
+        raw = np.concatenate([small, _by_panel(unit[..., 0].astype(np.float16), geo)], axis=1)
+    else:
+        raw = _by_panel(per_group, geo)
     return np.pad(raw, ((0, 0), (0, geo["section"] - raw.shape[1])))
 
 
@@ -203,9 +241,9 @@ def pack(weight: Weight) -> np.ndarray:
     else:
         lines = np.stack([codes[..., list(order)] for order in _BYTE_ORDER], axis=2)
         body = np.ascontiguousarray(lines).reshape(geo["panels"], -1)
-    parts = [body, _section(weight.scales, geo)]
+    parts = [body, _section(weight.scales, geo, weight)]
     if weight.offsets is not None:
-        parts.append(_section(weight.offsets, geo))
+        parts.append(_section(weight.offsets, geo, weight))
     panel = np.concatenate(parts, axis=1)
     return np.pad(panel, ((0, 0), (0, geo["stride"] - panel.shape[1]))).reshape(-1)
 
@@ -234,15 +272,24 @@ def unpack(
     padded = geo["panels"] * PANEL_ROWS
     rows = codes.transpose(0, 2, 1, 3).reshape(padded, geo["k_pad"])[:out_features, :in_features]
 
-    def section(at: int) -> np.ndarray:
-        count = geo["groups"] * PANEL_ROWS * np.dtype(scale_dtype).itemsize
-        values = np.ascontiguousarray(panel[:, at : at + count]).view(scale_dtype)
-        by_row = values.reshape(geo["panels"], geo["groups"], PANEL_ROWS).transpose(0, 2, 1)
-        return np.ascontiguousarray(by_row.reshape(padded, geo["groups"])[:out_features])
+    def by_row(at: int, groups: int, dtype: str) -> np.ndarray:
+        count = groups * PANEL_ROWS * np.dtype(dtype).itemsize
+        values = np.ascontiguousarray(panel[:, at : at + count]).view(dtype)
+        rows_last = values.reshape(geo["panels"], groups, PANEL_ROWS).transpose(0, 2, 1)
+        return np.ascontiguousarray(rows_last.reshape(padded, groups)[:out_features])
 
+    def section(at: int) -> np.ndarray:
+        values = by_row(at, geo["groups"], scale_dtype)
+        if not int8:
+            return values
+        units = by_row(at + geo["groups"] * PANEL_ROWS, in_features // RUN_K, "float16")
+        each = RUN_K // group_size
+        return values.astype(np.float32) * units.astype(np.float32).repeat(each, axis=1)
+
+    int8 = scale_dtype == "int8"
     scales = section(geo["codes"])
     offsets = section(geo["codes"] + geo["section"]) if affine else None
-    return Weight(canonical(rows, bits), scales, offsets, in_features, group_size, bits)
+    return Weight(canonical(rows, bits), scales, offsets, in_features, group_size, bits, int8)
 
 
 # --- products -----------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ CASES = [
             op,
             {"scale_dtype": torch.bfloat16},
             TypeError,
-            "scale_dtype must be float16 or float32, got bfloat16",
+            "scale_dtype must be float16, float32 or int8, got bfloat16",
         )
         for op in GOOD
     ],

@@ -24,7 +24,7 @@ transformers = pytest.importorskip(
 
 LOSSLESS = sorted(EXACT_TYPES)
 DENSE = ["F32", "F16", "BF16"]
-NIBBLES = ["Q4_0", "Q4_1", "Q4_K", "Q1_0", "TQ1_0", "TQ2_0"]
+NIBBLES = ["Q4_0", "Q4_1", "Q4_K", "Q3_K", "Q2_K", "Q1_0", "TQ1_0", "TQ2_0"]
 
 
 def smollm2() -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_samples import HALVES, Model, blocks, ggml_values, gguf, type_id
+from nibblock import _native as native
 from nibblock.formats._ggml_types import EXACT_TYPES, decode, dequantize, form
 from nibblock.formats._gguf_file import GGML_TYPES, GGUFFile
 from nibblock.formats._gguf_metadata import llama3_scaling
@@ -57,8 +58,13 @@ def test_codes_are_exact(kind):
     assert codes.scales.shape == (5, 768 // codes.group)
     narrow = kind in ("Q1_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "NVFP4")
     assert codes.scales.dtype == (np.float16 if narrow else np.float32)
-    found = (codes.bits, codes.group, codes.offsets is not None, codes.scales.dtype.name)
-    assert form(kind) == found
+    assert form(kind) == codes.form
+    assert codes.form[:3] == (codes.bits, codes.group, codes.offsets is not None)
+    # A d for 256 values and a small factor for 16 or 32 of them: what int8 scales are.
+    runs = kind.endswith("_K") or kind == "IQ4_XS"
+    assert codes.form[3] == ("int8" if runs else codes.scales.dtype.name)
+    parts = [codes.scales] if codes.offsets is None else [codes.scales, codes.offsets]
+    assert not runs or all(native.int8_scales_fit(p, 768, codes.group) for p in parts)
 
 
 @pytest.mark.parametrize("kind", sorted(EXACT_TYPES))

@@ -78,9 +78,10 @@ def _rounded_once(codes):
     [
         ({"": "Q4_K", "ffn_down_exps": "Q4_0"}, (4, 32), 4),
         ({"": "Q4_0", "ffn_up_exps": "Q4_1", "ffn_down_exps": "Q8_0"}, (4, 32), 8),
-        ({"": "Q4_0", "ffn_up_exps": "Q5_0", "ffn_down_exps": "Q3_K"}, (8, 32), 8),
-        ({"": "Q3_K", "ffn_up_exps": "IQ4_XS", "ffn_down_exps": "Q4_K"}, (8, 32), 4),
-        ({"": "Q3_K", "ffn_down_exps": "IQ4_NL"}, (8, 256), 8),
+        ({"": "Q4_0", "ffn_up_exps": "Q5_0", "ffn_down_exps": "Q3_K"}, (8, 32), 4),
+        ({"": "Q3_K", "ffn_up_exps": "IQ4_XS", "ffn_down_exps": "Q4_K"}, (8, 16), 4),
+        ({"": "Q3_K", "ffn_down_exps": "IQ4_NL"}, (4, 16), 8),
+        ({"": "Q3_K", "ffn_up_exps": "Q2_K", "ffn_down_exps": "Q2_K"}, (8, 16), 4),
     ],
 )
 def test_experts_of_mixed_types_are_exact(tmp_path, types, form, bits):

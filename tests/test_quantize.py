@@ -273,7 +273,7 @@ PACKED = np.zeros(_native.packed_bytes(4, 64, 32, 4, True, "float32"), np.uint8)
      lambda: _native.pack(Q, np.zeros((4, 3), np.float32), None, 64, 32, 4)),
     (TypeError, "pack: offsets must be float16, got float32",
      lambda: _native.pack(Q, F16, F32, 64, 32, 4)),
-    (TypeError, "unpack: scale_dtype must be float32 or float16, got bfloat16",
+    (TypeError, "unpack: scale_dtype must be float16, float32 or int8, got bfloat16",
      lambda: _native.unpack(PACKED, 4, 64, 32, 4, True, "bfloat16")),
     (ValueError, "dequantize: rows must be 0 to out_features - 1 = 3, got 4 at index 1",
      lambda: _native.dequantize(PACKED, 4, 64, 32, 4, True, "float32", np.array([0, 4]))),

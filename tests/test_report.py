@@ -246,7 +246,7 @@ def test_gguf(tmp_path, capsys):
     facts = describe(path)
     assert facts.architecture == "llama"
     # 2 layers of 7 linears, an embedding, a head; 5 norms
-    assert facts.layers == {"int4": 9, "int8": 5, "dense": 2, "vectors": 5}
+    assert facts.layers == {"int4": 11, "int8": 3, "dense": 2, "vectors": 5}
     assert facts.types["Q6_K"] == {"tensors": 2, "weights": 2 * 256 * 512, "bytes": 2 * 256 * 420}
     assert facts.types["Q4_1"]["tensors"] == 9
     assert sum(t["tensors"] for t in facts.types.values()) == 21
@@ -254,7 +254,7 @@ def test_gguf(tmp_path, capsys):
     assert facts.bytes_here == report.model_bytes_after
     assert facts.layers["dense"] == len(report.kept)
     assert cli.main([str(path)]) == 0
-    assert "9 tensors exactly in 4 bits, 5 exactly in 8, 2 dense" in capsys.readouterr().out
+    assert "11 tensors exactly in 4 bits, 3 exactly in 8, 2 dense" in capsys.readouterr().out
     other = Model("mamba").write(tmp_path / "g.gguf")
     facts = describe(other)
     assert (facts.architecture, facts.layers, facts.bytes_here) == ("mamba", None, None)

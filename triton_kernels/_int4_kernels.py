@@ -73,16 +73,31 @@ def load_codes(
 
 
 @triton.jit
+def load_section(scales, n, g, here, stride, section, groups, GROUP: tl.constexpr):
+    """What stands in the panels' section `section`, scales or offsets, for rows n and groups g of
+    `groups`, broadcast against each other: float32; zero where `here` says that there are none."""
+    panel = n // 16
+    if scales.dtype.element_ty == tl.int8:  # a stride of bytes: more than 31 bits hold
+        panel = panel.to(tl.int64)
+    first = scales + section + panel * stride
+    value = tl.load(first + (n % 16) + g * 16, mask=here, other=0).to(tl.float32)
+    if scales.dtype.element_ty == tl.int8:  # times the float16 of its 256 columns
+        run = g // (256 // GROUP)
+        unit = first + groups * 16 + run * 32 + (n % 16) * 2
+        unit = unit.to(tl.pointer_type(tl.float16))
+        value = value * tl.load(unit, mask=here, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
 def load_scales(
-    scales, n, g, here, stride, scales_at, offsets_at, AFFINE: tl.constexpr, BITS: tl.constexpr,
-    CENTRED: tl.constexpr,
+    scales, n, g, here, stride, scales_at, offsets_at, groups, GROUP: tl.constexpr,
+    AFFINE: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Scales and offsets (CENTRED: of centred codes) of rows n and groups g, broadcast against each
-    other: float32; zero where `here` says that there are none."""
-    at = (n // 16) * stride + (n % 16) + g * 16
-    scale = tl.load(scales + scales_at + at, mask=here, other=0.0).to(tl.float32)
+    """Scales and offsets (CENTRED: of centred codes), as `load_section`."""
+    scale = load_section(scales, n, g, here, stride, scales_at, groups, GROUP)
     if AFFINE:
-        offset = tl.load(scales + offsets_at + at, mask=here, other=0.0).to(tl.float32)
+        offset = load_section(scales, n, g, here, stride, offsets_at, groups, GROUP)
         if CENTRED:
             offset = offset + scale * (8 if BITS == 4 else 128)
     else:
@@ -110,7 +125,7 @@ def load_weights(
     groups = (K + GROUP - 1) // GROUP
     scale, offset = load_scales(
         scales, n[:, None], g[None, :], (n < n_pad)[:, None] & (g < groups)[None, :], sstride,
-        scales_at, offsets_at, AFFINE, BITS, False,
+        scales_at, offsets_at, groups, GROUP, AFFINE, BITS, False,
     )  # fmt: skip
     if PARTS == 1:
         w = code * scale
@@ -153,8 +168,8 @@ def int4_tile(
             line = k0 // 8 + tl.arange(0, BK // 8)
             code = load_codes(words, n, line, lines, n_pad, stride, DOT, BITS, True, EVEN)
             scale, offset = load_scales(
-                scales, n, k0 // GROUP, n < n_pad, sstride, scales_at, offsets_at, AFFINE, BITS,
-                True,
+                scales, n, k0 // GROUP, n < n_pad, sstride, scales_at, offsets_at,
+                (K + GROUP - 1) // GROUP, GROUP, AFFINE, BITS, True,
             )  # fmt: skip
             part = product(code, xt.to(DOT), tl.zeros_like(acc), PRECISION)
             acc += scale[:, None] * part
@@ -427,15 +442,15 @@ def dequantize_kernel(
     code = load_codes(words, n, line, lines, n_pad, stride, tl.float32, BITS, not AFFINE, EVEN)
     PARTS: tl.constexpr = BK // GROUP if BK > GROUP else 1
     g = k0 // GROUP + tl.arange(0, PARTS)
-    at = ((n // 16) * sstride + n % 16)[:, None] + g[None, :] * 16
-    here = (n < n_pad)[:, None] & (g < (K + GROUP - 1) // GROUP)[None, :]
-    scale = tl.load(scales + scales_at + at, mask=here, other=0.0).to(tl.float32)
+    groups = (K + GROUP - 1) // GROUP
+    scale, offset = load_scales(
+        scales, n[:, None], g[None, :], (n < n_pad)[:, None] & (g < groups)[None, :], sstride,
+        scales_at, offsets_at, groups, GROUP, AFFINE, BITS, False,
+    )  # fmt: skip
     code = tl.reshape(code, (BN, PARTS, BK // PARTS))
+    w = code * scale[:, :, None]
     if AFFINE:
-        offset = tl.load(scales + offsets_at + at, mask=here, other=0.0).to(tl.float32)
-        w = code * scale[:, :, None] + offset[:, :, None]
-    else:
-        w = code * scale[:, :, None]
+        w = w + offset[:, :, None]
     w = tl.reshape(w, (BN, BK))
     if GATHER:
         w = tl.where(known[:, None], w, float("nan"))

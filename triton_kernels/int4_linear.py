@@ -46,7 +46,8 @@ class Format:
         size = self.scale_dtype.itemsize
         groups = cdiv(self.k, self.group_size) if self.group_size > 0 else min(self.k, 1)
         codes = cdiv(self.k, 64) * 64 * 16 * self.bits // 8
-        section = cdiv(groups * 16 * size, 64) * 64
+        units = self.k // 256 * 32 if self.scale_dtype == torch.int8 else 0
+        section = cdiv(groups * 16 * size + units, 64) * 64
         lines = (codes + section * (2 if self.affine else 1)) // 64
         stride = (lines | 1) * 64
         return stride // 4, stride // size, codes // size, (codes + section) // size

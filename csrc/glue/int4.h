@@ -15,14 +15,17 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
                                void (*device)(const char*, const char*,
                                               const Tensor&) = check_cpu) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
-  STD_TORCH_CHECK(int4_has_group(group, bits), op, ": group_size must be ", int4_groups_text(bits),
-                  ", got ", group);
   STD_TORCH_CHECK(scale_dtype == ScalarType::Half || scale_dtype == ScalarType::Float ||
                       scale_dtype == ScalarType::Char,
                   op, ": scale_dtype must be float16, float32 or int8, got ",
                   dtype_name(scale_dtype));
   STD_TORCH_CHECK(n >= 0, op, ": out_features must be at least 0, got ", n);
   STD_TORCH_CHECK(k >= 0, op, ": in_features must be at least 0, got ", k);
+  const Dtype scale_type = scale_dtype == ScalarType::Half    ? Dtype::kF16
+                           : scale_dtype == ScalarType::Float ? Dtype::kF32
+                                                              : Dtype::kI8;
+  STD_TORCH_CHECK(int4_has_group(group, bits, scale_type), op, ": group_size must be ",
+                  int4_groups_text(bits), ", got ", group);
   STD_TORCH_CHECK(scale_dtype != ScalarType::Char || int4_has_int8_scales(group, k), op,
                   ": the weight must have ", int4_int8_scales_text(), ", got group_size=", group,
                   ", in_features=", k);
@@ -32,9 +35,7 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
   f.group = group;
   f.bits = static_cast<int32_t>(bits);
   f.affine = affine;
-  f.scale_type = scale_dtype == ScalarType::Half    ? Dtype::kF16
-                 : scale_dtype == ScalarType::Float ? Dtype::kF32
-                                                    : Dtype::kI8;
+  f.scale_type = scale_type;
   device(op, "packed", packed);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte, op, ": packed must be uint8, got ",
                   dtype_name(packed.scalar_type()));

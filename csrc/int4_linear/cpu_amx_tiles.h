@@ -52,7 +52,7 @@ NB_AMX_INLINE __m512 load_scales(const Int4Format& f, const Int4Geometry& g, con
 // Scale and centred offset of one panel's rows for the 32 k of a step, and for 4 bits the tables
 // made of them.
 struct PanelScales {
-  alignas(64) uint16_t table[16 * 16];
+  alignas(64) uint16_t table[2 * 16 * 16];
   alignas(64) float scale[2 * 16];
   alignas(64) float offset[2 * 16];
   int second;  // where those of the second 16 k start: 16 if these are a group of their own, else 0
@@ -83,7 +83,7 @@ NB_AMX_INLINE void load_panel_scales(const Int4Format& f, const Int4Geometry& g,
   if (f.bits == 8) return;
   compiler_barrier();
   const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  for (int r = 0; r < 16; r += 2) {
+  for (int r = 0; r < 16 + out->second; r += 2) {
     const __m512 even =
         _mm512_fmadd_ps(codes, _mm512_set1_ps(out->scale[r]), _mm512_set1_ps(out->offset[r]));
     const __m512 odd = _mm512_fmadd_ps(codes, _mm512_set1_ps(out->scale[r + 1]),
@@ -125,11 +125,21 @@ struct RowReader<4> {
     compiler_barrier();
   }
   NB_AMX_MEMBER __m512i row(const PanelScales& s, int r) const {
-    const __m512i words =
-        _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + row_at(r))));
-    const __m512i table = _mm512_broadcast_i64x4(
-        _mm256_load_si256(reinterpret_cast<const __m256i*>(s.table + 16 * r)));
-    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts), table);
+    auto table_of = [&](int i) {
+      return _mm256_load_si256(reinterpret_cast<const __m256i*>(s.table + 16 * i));
+    };
+    const __m512i words = _mm512_srlv_epi16(
+        _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + row_at(r)))),
+        shifts);
+    if (s.second) {
+      // Groups of 16: the second table stands behind the first, and bit 4 of the index chooses. k of
+      // 16 and more are words 4..7 of each lane.
+      const __m512i second = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0, 0, 0, 16, 16, 16, 16));
+      const __m512i index = _mm512_ternarylogic_epi64(words, _mm512_set1_epi16(15), second, 0xea);
+      return _mm512_permutexvar_epi16(
+          index, _mm512_inserti64x4(_mm512_castsi256_si512(table_of(r)), table_of(r + 16), 1));
+    }
+    return _mm512_permutexvar_epi16(words, _mm512_broadcast_i64x4(table_of(r)));
   }
 };
 

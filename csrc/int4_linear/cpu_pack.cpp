@@ -19,7 +19,7 @@ bool factor_run(const float* values, int64_t count, int8_t* multiples, uint16_t*
     if ((values[i] < 0 ? -values[i] : values[i]) > (top < 0 ? -top : top)) top = values[i];
   }
   *unit = 0;
-  memset(multiples, 0, static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) multiples[i] = 0;
   if (top == 0.0f) return true;
   // 63 first: the largest of ggml's 6 bits is nearly always that. -128 is the one without a twin.
   for (int step = 0; step <= 128; ++step) {

@@ -63,17 +63,17 @@ enum class Compute : int32_t {
 struct Int4Format {
   int64_t n;         // out_features
   int64_t k;         // in_features
-  int64_t group;     // 16 (8 bits only), 32, 64, 128, 256, or -1 for the whole row
+  int64_t group;     // 16 (8 bits or int8 scales), 32, 64, 128, 256, or -1 for the whole row
   int32_t bits;      // 4 or 8
   int32_t affine;    // 1: offsets are stored
   Dtype scale_type;  // kF16, kF32 or kI8, of scales and offsets
 };
 
-// Groups of 16 have 8-bit codes: GGUF's Q6_K and Q2_K and NVFP4 need them, and their scales alone
+// Groups of 16 have 8-bit codes (GGUF's Q6_K, NVFP4) or int8 scales (Q2_K, Q3_K): other scales alone
 // would take half of what 4-bit codes are meant to save.
-static inline bool int4_has_group(int64_t group, int64_t bits) {
+static inline bool int4_has_group(int64_t group, int64_t bits, Dtype scale_type) {
   return group == 32 || group == 64 || group == 128 || group == 256 || group == -1 ||
-         (group == 16 && bits == 8);
+         (group == 16 && (bits == 8 || scale_type == Dtype::kI8));
 }
 // What an error says the group has to be.
 static inline const char* int4_groups_text(int64_t bits) {

@@ -122,7 +122,7 @@ int want_threads(const std::string& op, int64_t threads) {
 Dtype want_scale_dtype(const std::string& op, const std::string& name) {
   if (name == "int8") return Dtype::kI8;
   if (name != "float32" && name != "float16") {
-    fail_type(op, "scale_dtype must be float32, float16 or int8, got " + name);
+    fail_type(op, "scale_dtype must be float16, float32 or int8, got " + name);
   }
   return float_dtype(name);
 }
@@ -143,7 +143,7 @@ Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_f
     fail_value(op, "in_features must be 0 to 2^31 - 1, got " + std::to_string(in_features));
   }
   if (bits != 4 && bits != 8) fail_value(op, "bits must be 4 or 8, got " + std::to_string(bits));
-  if (!int4_has_group(group_size, bits)) {
+  if (!int4_has_group(group_size, bits, scale_type)) {
     fail_value(op, std::string("group_size must be ") + int4_groups_text(bits) + ", got " +
                        std::to_string(group_size));
   }

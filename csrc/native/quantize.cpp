@@ -84,7 +84,8 @@ py::tuple quantize(const py::object& weight, int64_t group_size, int64_t bits, b
     fail_type(op, "progress must be None or a callable(done, total), got " + type_text(progress));
   }
   const Int4Format f =
-      want_format(op, w.shape(0), w.shape(1), group_size, bits, !symmetric, Dtype::kF32);
+      want_format(op, w.shape(0), w.shape(1), group_size, bits, !symmetric,
+                  int4_has_int8_scales(group_size, w.shape(1)) ? Dtype::kI8 : Dtype::kF32);
   const Int4Geometry g = int4_geometry(f);
   const Parallel parallel = std_threads(want_threads(op, threads));
   w = contiguous(w);

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nibblock.nn import Int4Experts, _expert_form
-from nibblock.ops import _checks
+from nibblock.ops import _checks, _scales
 
 KIND = "experts"
 
@@ -58,6 +58,9 @@ def build(
                 bits={leaf: record["bits"] for leaf, record in records.items()},
                 compute=records["down_proj"]["compute"],
                 column_order=orders,
+                scale_dtype={
+                    leaf: getattr(torch, record["scale_dtype"]) for leaf, record in records.items()
+                },
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"load: {name}: {error}") from error
@@ -99,9 +102,10 @@ def _parts(path: Path, key: str, record: dict, tensors: dict[str, torch.Tensor])
     parts = []
     for part in ("qweight", "scales", "offsets")[: 3 if record["affine"] else 2]:
         parts.append(_need(path, f"{key}.{part}", tensors))
-    if _checks.dtype_name(parts[1].dtype) != record["scale_dtype"]:
+    held = _scales.canonical_dtype(getattr(torch, record["scale_dtype"]))
+    if parts[1].dtype != held:
         raise ValueError(
-            f"load: {key}.scales must be {record['scale_dtype']}, got "
+            f"load: {key}.scales must be {_checks.dtype_name(held)}, got "
             f"{_checks.dtype_name(parts[1].dtype)}"
         )
     return (*parts, None)[:3]

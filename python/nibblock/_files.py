@@ -29,7 +29,7 @@ from nibblock.nn import (
 )
 from nibblock.nn._conv1d import is_conv1d, linear_shape
 from nibblock.nn._expert_weight import ExpertWeight
-from nibblock.ops import _checks
+from nibblock.ops import _checks, _scales
 
 # 2: some layer's columns are in an order of their own, which readers of version 1 would not see.
 _VERSIONS = (1, 2)
@@ -352,9 +352,10 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
             if key not in tensors:
                 raise ValueError(f"load: {path.name} must hold {key}, got a file without it")
             parts.append(tensors[key])
-        if parts[1].dtype != scale_dtype:
+        held = _scales.canonical_dtype(scale_dtype)
+        if parts[1].dtype != held:
             raise ValueError(
-                f"load: {name}.scales must be {record['scale_dtype']}, got "
+                f"load: {name}.scales must be {_checks.dtype_name(held)}, got "
                 f"{_checks.dtype_name(parts[1].dtype)}"
             )
     parts += [None] * (3 - len(parts)) if source is None else []
@@ -373,7 +374,7 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
                 return Int4Linear.from_packed(
                     source.packed, bias, out_features=record["rows"], **form, **tied
                 )
-            return Int4Linear.from_codes(*parts, bias, **form)
+            return Int4Linear.from_codes(*parts, bias, scale_dtype=scale_dtype, **form)
         dtype = old._dtype if isinstance(old, Int4Embedding) else old.weight.dtype
         form.update(embedding_dim=record["columns"], padding_idx=record["padding_idx"], dtype=dtype)
         form["multiplier"] = record.get("multiplier")
@@ -381,7 +382,7 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
             return Int4Embedding.from_packed(
                 source.packed, num_embeddings=record["rows"], **form, **tied
             )
-        return Int4Embedding.from_codes(*parts, **form)
+        return Int4Embedding.from_codes(*parts, scale_dtype=scale_dtype, **form)
     except (TypeError, ValueError) as error:
         raise ValueError(f"load: {name}: {error}") from error
 

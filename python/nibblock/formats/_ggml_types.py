@@ -16,20 +16,20 @@
 | Q6_K            | 8    | 16    | float32 | (d * sc) * (q - 32)  as code q + 96        |
 | MXFP4           | 8    | 32    | float32 | formats/_e2m1.py                           |
 | NVFP4           | 8    | 16    | float16 | the same elements, scales of 8 bits (E4M3) |
-| Q3_K            | 8    | 256   | float32 | d * (sc * q)         as code sc * q + 127  |
-| Q2_K            | 8    | 16    | float32 | (d * sc) * q - dmin * mn                   |
+| Q3_K            | 4    | 16    | float32 | (d * sc) * (q - 4)   as code q + 4         |
+| Q2_K            | 4    | 16    | float32 | (d * sc) * q - dmin * mn                   |
 | IQ1, IQ2, IQ3   | 8    | 16/32 | float32 | _ggml_grids.py                             |
 | TQ1_0, TQ2_0    | 4    | 256   | float32 | the same                                   |
 
-The products d * sc have at most 19 significant bits, so they are exact in float32. In Q3_K the
-six-bit scale times the three-bit code lies in -124..128 and is itself a code of 8 bits.
+The products d * sc have at most 19 significant bits, so they are exact in float32, and a packed
+weight holds them as d and an int8 (`nibblock.ops.int4_pack`).
 
 Source: the block layouts of ggml (ggml-common.h); the arithmetic is tested against gguf's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +43,8 @@ class Codes:
 
     qweight: [N, K/2] uint8, low nibble = even k (bits 4), or [N, K] uint8 (bits 8).
     scales: [N, K/group] float16 or float32. offsets: the same, or None for a symmetric weight.
+    runs: whether both are known to be int8 multiples of one float16 each for 256 columns. (Of the
+        types in _ggml_grids.py they are odd eighths of one, which may be too small for a float16.)
     """
 
     qweight: np.ndarray
@@ -50,6 +52,12 @@ class Codes:
     offsets: np.ndarray | None
     bits: int
     group: int
+    runs: bool = False
+
+    @property
+    def form(self) -> Form:
+        dtype = "int8" if self.runs else self.scales.dtype.name
+        return self.bits, self.group, self.offsets is not None, dtype
 
     @property
     def columns(self) -> int:
@@ -58,7 +66,9 @@ class Codes:
     def rows(self, index: np.ndarray) -> Codes:
         """The same weight with its rows taken in another order."""
         offsets = None if self.offsets is None else self.offsets[index]
-        return Codes(self.qweight[index], self.scales[index], offsets, self.bits, self.group)
+        return replace(
+            self, qweight=self.qweight[index], scales=self.scales[index], offsets=offsets
+        )
 
     def widened(self, bits: int, group: int, affine: bool, dtype: str) -> Codes:
         """The same values in a form that holds this one: more bits, smaller groups that divide
@@ -68,6 +78,7 @@ class Codes:
         exponent. (But scale * code may then have more than 24 bits: `dequantize` of Q6_K or IQ
         codes with offsets can differ in the last bit.)
         """
+        runs, dtype = dtype == "int8", "float32" if dtype == "int8" else dtype
         code, scales, offsets = self.qweight, self.scales.astype(dtype), self.offsets
         if offsets is not None:
             offsets = offsets.astype(dtype)
@@ -82,7 +93,7 @@ class Codes:
             times = self.group // group
             scales = scales.repeat(times, axis=1)
             offsets = None if offsets is None else offsets.repeat(times, axis=1)
-        return Codes(code, scales, offsets, bits, group)
+        return Codes(code, scales, offsets, bits, group, runs)
 
     def dequantize(self) -> np.ndarray:
         """[N, K] float32: scale * code + offset, each operation rounded to float32."""
@@ -100,22 +111,25 @@ class Codes:
         return value.reshape(rows, -1)
 
 
-Form = tuple[int, int, bool, str]  # bits, group, whether it has offsets, dtype of the scales
+# Bits, group, whether it has offsets, and how scales are stored: as float32, float16 or int8.
+Form = tuple[int, int, bool, str]
 
 
 def common_form(forms: list[Form]) -> Form:
     """The smallest form that holds weights in each of these without rounding."""
     bits, groups, affine, dtypes = zip(*forms)
     # (128 times a float16 may be none: where an offset is made, it is a float32.)
-    wide = "float32" in dtypes or len(set(affine)) > 1
-    return max(bits), min(groups), any(affine), "float32" if wide else "float16"
+    one = len(set(affine)) == len(set(dtypes)) == 1
+    dtype = dtypes[0] if one else "float32"
+    # Of 4-bit codes only int8 scales have groups of 16.
+    most = max(bits) if min(groups) > 16 or dtype == "int8" else 8
+    return most, min(groups), any(affine), dtype
 
 
 def alike(parts: list[Codes]) -> list[Codes]:
     """Weights of one width in one form; values stay."""
-    forms = [(p.bits, p.group, p.offsets is not None, p.scales.dtype.name) for p in parts]
-    shared = common_form(forms)
-    return [p if f == shared else p.widened(*shared) for p, f in zip(parts, forms)]
+    shared = common_form([p.form for p in parts])
+    return [p if p.form == shared else p.widened(*shared) for p in parts]
 
 
 def _halves(raw: np.ndarray) -> np.ndarray:
@@ -195,13 +209,12 @@ def _q3_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     high = (b[..., 0:32][..., None, :] >> run) & 1
     pair = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     low = (b[..., 32:96].reshape(*lead, 2, 1, 32) >> pair) & 3
-    q = low.reshape(*lead, 8, 32).astype(np.int16) - 4 * (1 - high.astype(np.int16))
+    code = low.reshape(*lead, 8, 32) + 4 + 4 * high  # 8 stands for 0
     scale = _nibbles(b[..., 96:104])
     top = (b[..., 104:108][..., None, :] >> pair) & 3
-    scale = (scale | (top.reshape(*lead, 16) << 4)).astype(np.int16) - 32
-    code = q.reshape(*lead, 16, 16) * scale[..., None] + 127
+    scale = (scale | (top.reshape(*lead, 16) << 4)).astype(np.float32) - 32
     d = _halves(b[..., 108:110]).astype(np.float32)
-    return code.astype(np.uint8), d, d * np.float32(-127)
+    return code.reshape(*lead, 256), d * scale, None
 
 
 def _q6_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -223,6 +236,7 @@ def _q2_k(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     d = _halves(b[..., 80:82]).astype(np.float32)
     dmin = _halves(b[..., 82:84]).astype(np.float32)
     scale, minimum = b[..., :16] & 15, b[..., :16] >> 4
+    code = code.reshape(*lead, 256)
     return code, d * scale.astype(np.float32), -(dmin * minimum.astype(np.float32))
 
 
@@ -275,8 +289,8 @@ _DECODERS = {
     "IQ4_NL": (_iq4_nl, 32, 18, 8, 32),
     "IQ4_XS": (_iq4_xs, 256, 136, 8, 32),
     "Q6_K": (_q6_k, 256, 210, 8, 16),
-    "Q3_K": (_q3_k, 256, 110, 8, 256),
-    "Q2_K": (_q2_k, 256, 84, 8, 16),
+    "Q3_K": (_q3_k, 256, 110, 4, 16),
+    "Q2_K": (_q2_k, 256, 84, 4, 16),
     "MXFP4": (_mxfp4, 32, 17, 8, 32),
     "NVFP4": (_nvfp4, 64, 36, 8, 16),
 }
@@ -299,8 +313,9 @@ def decode(kind: str, raw: np.ndarray) -> Codes:
         if kind in GRIDS:
             code, scales = grid_codes(kind, raw, _gguf_values)
             bits, group = GRIDS[kind][2:]
-            return Codes(_pack_nibbles(code) if bits == 4 else code, scales, None, bits, group)
-        decoder, _, block_bytes, bits, group = _DECODERS[kind]
+            code = _pack_nibbles(code) if bits == 4 else code
+            return Codes(code, scales, None, bits, group)
+        decoder, block, block_bytes, bits, group = _DECODERS[kind]
         rows = raw.shape[0]
         code, scales, offsets = decoder(raw.reshape(rows, raw.shape[1] // block_bytes, block_bytes))
     code = code.reshape(rows, -1)
@@ -310,6 +325,7 @@ def decode(kind: str, raw: np.ndarray) -> Codes:
         offsets=None if offsets is None else np.ascontiguousarray(offsets.reshape(rows, -1)),
         bits=bits,
         group=group,
+        runs=block == 256,
     )
 
 
@@ -349,9 +365,8 @@ def _gguf_values(kind: str, raw: np.ndarray) -> np.ndarray:
 
 
 def form(kind: str) -> Form:
-    """(bits, group, whether it has offsets, dtype of the scales) of a name in EXACT_TYPES."""
+    """The form of a name in EXACT_TYPES."""
     if kind in GRIDS:
         return *GRIDS[kind][2:], False, "float32"
     # Of a block of zeros, so that the decoders stay the only place that knows.
-    codes = decode(kind, np.zeros((1, _DECODERS[kind][2]), np.uint8))
-    return codes.bits, codes.group, codes.offsets is not None, codes.scales.dtype.name
+    return decode(kind, np.zeros((1, _DECODERS[kind][2]), np.uint8)).form

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,7 +107,7 @@ def _stack(
         raise reader.file.fail(
             f"hold scales that float32 can multiply in tensor {parts[0][0]}", "more"
         )
-    return Codes(join("qweight"), join("scales"), offsets, first.bits, first.group)
+    return replace(first, qweight=join("qweight"), scales=join("scales"), offsets=offsets)
 
 
 def _by_expert(codes: Codes, count: int) -> tuple:

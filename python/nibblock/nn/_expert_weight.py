@@ -161,8 +161,10 @@ class ExpertWeight(OrderedColumns, nn.Module):
             scale_dtype=self.scale_dtype,
         )
 
-    def _pack(self, qweight, scales, offsets) -> torch.Tensor:
-        return pack_experts(qweight, scales, offsets, self._columns, self.group_size, self.bits)
+    def _pack(self, qweight, scales, offsets, scale_dtype) -> torch.Tensor:
+        return pack_experts(
+            qweight, scales, offsets, self._columns, self.group_size, self.bits, scale_dtype
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -198,6 +200,7 @@ def pack_experts(
     columns: int,
     group_size: int,
     bits: int,
+    scale_dtype: torch.dtype,
 ) -> torch.Tensor:
     """[E, bytes]: `nibblock.ops.int4_pack` of each expert's parts."""
     out = None
@@ -209,6 +212,7 @@ def pack_experts(
             in_features=columns,
             group_size=group_size,
             bits=bits,
+            scale_dtype=scale_dtype,
         )
         if out is None:
             out = packed.new_empty((len(qweight), len(packed)))

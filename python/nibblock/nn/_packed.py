@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from nibblock import ops as _ops
-from nibblock.ops import _checks
+from nibblock.ops import _checks, _scales
+from nibblock.ops._scales import fits_int8 as _fits
 
 # __init__ of nn.Linear and nn.Embedding would allocate the dense weight; these classes never call
 # it.
@@ -50,6 +51,7 @@ class PackedWeight:
     ) -> None:
         op = type(self).__name__
         _checks.check_format(op, group_size, bits, scale_dtype)
+        _checks.check_int8_scales(op, scale_dtype, group_size, columns)
         self._rows, self._columns = rows, columns
         self.group_size, self.bits = group_size, bits
         self.affine, self._scale_dtype = affine, scale_dtype
@@ -78,7 +80,7 @@ class PackedWeight:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """float32 or float16: how `packed` holds scales and offsets; follows what is loaded."""
+        """float32, float16 or int8: how `packed` holds scales; follows what is loaded."""
         self._follow_packed()
         return self._scale_dtype
 
@@ -115,7 +117,8 @@ class PackedWeight:
         packed = self._parameters.get("packed")
         if packed is None or packed.numel() == self._packed_bytes(self._scale_dtype):
             return False
-        for dtype in _checks.SCALE_DTYPES:
+        int8 = _checks.has_int8_scales(self.group_size, self._columns)
+        for dtype in _checks.SCALE_DTYPES[: 3 if int8 else 2]:
             if packed.numel() == self._packed_bytes(dtype):
                 self._scale_dtype = dtype
                 self._format_changed()
@@ -189,12 +192,13 @@ class PackedWeight:
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         codes = -(-self._columns // 2) if self.bits == 4 else self._columns
         groups = _checks.groups_of(self._columns, self.group_size)
+        dtype = _scales.canonical_dtype(scale_dtype)
         shapes = {
             "qweight": ((self._rows, codes), torch.uint8),
-            "scales": ((self._rows, groups), scale_dtype),
+            "scales": ((self._rows, groups), dtype),
         }
         if self.affine:
-            shapes["offsets"] = ((self._rows, groups), scale_dtype)
+            shapes["offsets"] = ((self._rows, groups), dtype)
         return shapes
 
     # --- state dict ------------------------------------------------------------------------------
@@ -271,15 +275,20 @@ class PackedWeight:
     def _dtype_to_load(self, given: dict[str, torch.Tensor]) -> torch.dtype:
         """The file's dtype of scales, so that a state dict round trip changes nothing.
 
-        Fused siblings share one format: they keep theirs where that changes no value.
+        Fused siblings share one format: they keep theirs where that changes no value, and so does
+        whoever stores scales as int8, which a file holds as float32.
         """
         parts = [v for name, v in given.items() if name != "qweight"]
         dtype = parts[0].dtype
-        if dtype not in _checks.SCALE_DTYPES or any(v.dtype != dtype for v in parts):
-            return self.scale_dtype
-        if getattr(self, "_fused", None) is not None:
-            if all(_exact(v, self.scale_dtype) for v in parts):
-                return self.scale_dtype
+        mine = self.scale_dtype
+        if dtype not in (torch.float32, torch.float16) or any(v.dtype != dtype for v in parts):
+            return mine
+        if mine == torch.int8:
+            wide = (v.float() for v in parts)
+            fit = all(v.is_meta or _fits(v, self._columns, self.group_size) for v in wide)
+            return mine if fit else dtype
+        if getattr(self, "_fused", None) is not None and all(_exact(v, mine) for v in parts):
+            return mine
         return dtype
 
     def _make_room(self, scale_dtype: torch.dtype) -> None:
@@ -319,7 +328,7 @@ class PackedWeight:
             shape = self._packed_shape(self.scale_dtype)
             return torch.empty(shape, dtype=torch.uint8, device="meta")
         try:
-            return self._pack(*self._quantize(dense))
+            return self._pack(*self._quantize(dense), self.scale_dtype)
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}weight: {error}")
             return None
@@ -348,7 +357,7 @@ class PackedWeight:
             shape = self._packed_shape(scale_dtype)
             return torch.empty(shape, dtype=torch.uint8, device="meta")
         try:
-            return self._pack(given["qweight"], given["scales"], given.get("offsets"))
+            return self._pack(given["qweight"], given["scales"], given.get("offsets"), scale_dtype)
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}qweight: {error}")
             return None
@@ -364,7 +373,11 @@ class PackedWeight:
         )
 
     def _pack(
-        self, qweight: torch.Tensor, scales: torch.Tensor, offsets: Optional[torch.Tensor]
+        self,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: Optional[torch.Tensor],
+        scale_dtype: torch.dtype,
     ) -> torch.Tensor:
         """What `packed` holds for canonical parts."""
         return _ops.int4_pack(
@@ -374,6 +387,7 @@ class PackedWeight:
             in_features=self._columns,
             group_size=self.group_size,
             bits=self.bits,
+            scale_dtype=scale_dtype,
         )
 
     @staticmethod
@@ -406,13 +420,25 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.is_meta or torch.equal(a, b)
 
 
-def packed_from_codes(op, qweight, scales, offsets, columns, group_size, bits):
-    """The packed tensor of canonical parts, for `from_codes`; meta parts give a meta tensor."""
+def packed_from_codes(op, qweight, scales, offsets, columns, group_size, bits, scale_dtype):
+    """(packed tensor of canonical parts, its scale_dtype), for `from_codes`.
+
+    scale_dtype: None for `_scales.exact_dtype`. Meta parts give a meta tensor.
+    """
+    if scale_dtype is None:
+        scale_dtype = _scales.exact_dtype(scales, offsets, columns, group_size)
     if qweight.is_meta:
         size = _checks.packed_bytes(
-            qweight.shape[0], columns, group_size, bits, offsets is not None, scales.dtype
+            qweight.shape[0], columns, group_size, bits, offsets is not None, scale_dtype
         )
-        return torch.empty(size, dtype=torch.uint8, device="meta")
-    return _ops.int4_pack(
-        qweight, scales, offsets, in_features=columns, group_size=group_size, bits=bits
+        return torch.empty(size, dtype=torch.uint8, device="meta"), scale_dtype
+    packed = _ops.int4_pack(
+        qweight,
+        scales,
+        offsets,
+        in_features=columns,
+        group_size=group_size,
+        bits=bits,
+        scale_dtype=scale_dtype,
     )
+    return packed, scale_dtype

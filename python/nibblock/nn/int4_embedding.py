@@ -26,7 +26,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         group_size: 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
         symmetric: True stores scales only, False scales and offsets.
         bits: 8 or 4.
-        scale_dtype: float32 | float16 of scales and offsets.
+        scale_dtype: float32 | float16 | int8 of scales and offsets; the last as in
+            `nibblock.ops.int4_pack`.
         dtype: float32 | bfloat16 | float16 of the output; follows `.to(dtype)`, `.half()` and so
             on.
         device: where the table lives; "meta" allocates nothing.
@@ -157,6 +158,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             bits=bits,
             padding_idx=embedding.padding_idx,
             dtype=weight.dtype,
+            scale_dtype=scale_dtype,
         )
         return out.train(embedding.training)
 
@@ -173,21 +175,24 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         padding_idx: Optional[int] = None,
         dtype: torch.dtype = torch.float32,
         multiplier: Optional[float] = None,
+        scale_dtype: Optional[torch.dtype] = None,
     ) -> Int4Embedding:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
         Args:
-            qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them; the dtype of scales is
-                kept.
+            qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them.
             embedding_dim, group_size, bits, padding_idx, dtype: as in the constructor.
             multiplier: of the output; see the class.
+            scale_dtype: how scales and offsets are stored; None: in their own dtype, or as int8
+                where that changes nothing.
         Returns:
             A new module on the device of qweight.
         Raises:
             TypeError, ValueError: as `nibblock.ops.int4_pack`.
         """
-        packed = packed_from_codes(
-            "Int4Embedding.from_codes", qweight, scales, offsets, embedding_dim, group_size, bits
+        op = "Int4Embedding.from_codes"
+        packed, scale_dtype = packed_from_codes(
+            op, qweight, scales, offsets, embedding_dim, group_size, bits, scale_dtype
         )
         return cls.from_packed(
             packed,
@@ -196,7 +201,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             group_size=group_size,
             bits=bits,
             affine=offsets is not None,
-            scale_dtype=scales.dtype,
+            scale_dtype=scale_dtype,
             padding_idx=padding_idx,
             dtype=dtype,
             multiplier=multiplier,

@@ -12,7 +12,7 @@ from nibblock.nn import _expert_form
 from nibblock.nn._column_order import take_columns
 from nibblock.nn._expert_form import ExpertForm
 from nibblock.nn._expert_weight import ExpertWeight, Parts, pack_experts, quantize_experts
-from nibblock.ops import _checks
+from nibblock.ops import _checks, _scales
 
 _linear = torch.ops.nibblock.int4_linear.default
 _forward = torch.ops.nibblock._int4_linear_forward.default
@@ -36,7 +36,8 @@ class Int4Experts(nn.Module):
         symmetric: True stores scales only, False scales and offsets.
         bits: 4 or 8.
         compute: "bf16", or "int8" to quantise activations on the fly; may be changed at any time.
-        scale_dtype: float32 | float16 of scales and offsets.
+        scale_dtype: float32 | float16 | int8 of scales and offsets; the last as in
+            `nibblock.ops.int4_pack`.
 
     The constructor makes weights of zeros on the device of the original ones; `from_experts` and
     `load_state_dict` fill them. Each projection (`gate_up_proj` or `up_proj`, and `down_proj`) is a
@@ -132,7 +133,7 @@ class Int4Experts(nn.Module):
             experts: as in the constructor; its weights float32 | bfloat16 | float16, finite.
             group_size, symmetric, bits, compute: as in the constructor.
             method: "rtn" or "mse", see `nibblock.ops.int4_quantize`.
-            scale_dtype: float16 | float32 of scales and offsets; None takes float16 for a
+            scale_dtype: float16 | float32 | int8 of scales and offsets; None takes float16 for a
                 projection where `Int4Linear.from_linear` would for every expert, else float32.
         Returns:
             A new module on the device of the weights, in the original's training mode.
@@ -143,7 +144,7 @@ class Int4Experts(nn.Module):
         op = "Int4Experts.from_experts"
         form = _form_of(op, experts, meta=False)
         _checks.check_format(op, group_size, bits, scale_dtype or torch.float32, compute)
-        codes = {}
+        codes, dtypes = {}, {}
         for name, weight in _expert_form.weights(experts):
             try:
                 qweight, scales, offsets = quantize_experts(
@@ -152,13 +153,19 @@ class Int4Experts(nn.Module):
                     bits=bits,
                     symmetric=symmetric,
                     method=method,
+                    scale_dtype=scale_dtype or torch.float32,
                 )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            dtype = scale_dtype or _checks.compact_scale_dtype(scales, offsets)
-            offsets = None if offsets is None else offsets.to(dtype)
-            codes[name] = (qweight, scales.to(dtype), offsets)
-        return cls.from_codes(experts, codes, group_size=group_size, bits=bits, compute=compute)
+            if scale_dtype is None:
+                dtype = _checks.compact_scale_dtype(scales, offsets)
+                scales = scales.to(dtype)
+                offsets = None if offsets is None else offsets.to(dtype)
+            codes[name] = (qweight, scales, offsets)
+            dtypes[name] = scale_dtype or scales.dtype
+        return cls.from_codes(
+            experts, codes, group_size=group_size, bits=bits, compute=compute, scale_dtype=dtypes
+        )
 
     @classmethod
     def from_codes(
@@ -170,6 +177,7 @@ class Int4Experts(nn.Module):
         bits: int | dict[str, int] = 4,
         compute: str = "bf16",
         column_order: Optional[dict[str, torch.Tensor]] = None,
+        scale_dtype: Optional[dict[str, torch.dtype]] = None,
     ) -> Int4Experts:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
@@ -181,6 +189,8 @@ class Int4Experts(nn.Module):
             compute: as in the constructor.
             column_order: for projections whose columns have one, [E, K] int64 | int32: a row is
                 what `Int4Linear.from_codes` takes.
+            scale_dtype: for each projection how scales and offsets are stored; None: in their own
+                dtype, or as int8 where that changes nothing.
         Returns:
             A new module on the device of the codes.
         Raises:
@@ -189,10 +199,14 @@ class Int4Experts(nn.Module):
         """
         op = "Int4Experts.from_codes"
         form = _form_of(op, experts)
-        for key, given in (("group_size", group_size), ("bits", bits)):
+        for key, given, what in (
+            ("group_size", group_size, "a number"),
+            ("bits", bits, "a number"),
+            ("scale_dtype", scale_dtype, "None"),
+        ):
             if isinstance(given, dict) and given.keys() != form.sizes.keys():
                 raise ValueError(
-                    f"{op}: {key} must be a number, or one for {' and '.join(form.sizes)}, got "
+                    f"{op}: {key} must be {what}, or one for {' and '.join(form.sizes)}, got "
                     f"{', '.join(map(str, given)) or 'none'}"
                 )
         layouts, packed = {}, {}
@@ -209,9 +223,12 @@ class Int4Experts(nn.Module):
                     )
             group = group_size[name] if isinstance(group_size, dict) else group_size
             width = bits[name] if isinstance(bits, dict) else bits
-            packed[name] = pack_experts(qweight, scales, offsets, columns, group, width)
-            affine = offsets is not None
-            layouts[name] = _layout(group, width, affine, scales.dtype, compute)
+            if scale_dtype is None:
+                dtype = _scales.exact_dtype(scales, offsets, columns, group)
+            else:
+                dtype = scale_dtype[name]
+            packed[name] = pack_experts(qweight, scales, offsets, columns, group, width, dtype)
+            layouts[name] = _layout(group, width, offsets is not None, dtype, compute)
         out = cls.__new__(cls)
         out._build(experts, form, layouts, packed, column_order or {})
         return out

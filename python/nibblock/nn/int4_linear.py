@@ -29,7 +29,8 @@ class Int4Linear(OrderedColumns, nn.Linear):
         symmetric: True stores scales only, False scales and offsets.
         bits: 4 or 8.
         compute: "bf16", or "int8" to quantise activations on the fly; may be changed at any time.
-        scale_dtype: float32 | float16 of scales and offsets.
+        scale_dtype: float32 | float16 | int8 of scales and offsets; the last as in
+            `nibblock.ops.int4_pack`.
         device: where the weight lives; "meta" allocates nothing.
 
     The constructor makes a weight of zeros; `from_linear`, `from_codes`, `from_packed` and
@@ -123,9 +124,10 @@ class Int4Linear(OrderedColumns, nn.Linear):
             group_size, symmetric, bits, compute: as in the constructor.
             method: "rtn" or "mse", see `nibblock.ops.int4_quantize`.
             importance: [K] float32 weights of the columns' errors for method="mse"; or None.
-            scale_dtype: float16 | float32 of scales and offsets; None takes float16 where all
-                scales are normal numbers in it (or zero) and no offset moves by more than an eighth
-                of a code step, else float32.
+            scale_dtype: float16 | float32 | int8 of scales and offsets, as in
+                `nibblock.ops.int4_quantize`; None takes float16 where all scales are normal numbers
+                in it (or zero) and no offset moves by more than an eighth of a code step, else
+                float32.
         Returns:
             A new module on the linear's device, in its training mode.
         Raises:
@@ -147,11 +149,12 @@ class Int4Linear(OrderedColumns, nn.Linear):
             symmetric=symmetric,
             method=method,
             importance=importance,
+            scale_dtype=scale_dtype or torch.float32,
         )
         if scale_dtype is None:
             scale_dtype = _checks.compact_scale_dtype(scales, offsets)
-        scales = scales.to(scale_dtype)
-        offsets = None if offsets is None else offsets.to(scale_dtype)
+            scales = scales.to(scale_dtype)
+            offsets = None if offsets is None else offsets.to(scale_dtype)
         out = cls.from_codes(
             qweight,
             scales,
@@ -161,6 +164,7 @@ class Int4Linear(OrderedColumns, nn.Linear):
             group_size=group_size,
             bits=bits,
             compute=compute,
+            scale_dtype=scale_dtype,
         )
         out._dtype, out._transposed = weight.dtype, transposed
         return out.train(linear.training)
@@ -178,24 +182,27 @@ class Int4Linear(OrderedColumns, nn.Linear):
         bits: int = 4,
         compute: str = "bf16",
         column_order: Optional[torch.Tensor] = None,
+        scale_dtype: Optional[torch.dtype] = None,
     ) -> Int4Linear:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
         Args:
-            qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them; the dtype of scales is
-                kept.
+            qweight, scales, offsets: as `nibblock.ops.int4_pack` takes them.
             bias: [N] float32 | bfloat16 | float16 or None; a Parameter is taken over as it is.
             in_features: K.
             group_size, bits, compute: as in the constructor.
             column_order: [K] int64 | int32, each of 0 to K - 1 once: the weight's column of each
                 column of the codes (and of its group); copied. None: they are in order.
+            scale_dtype: how scales and offsets are stored; None: in their own dtype, or as int8
+                where that changes nothing.
         Returns:
             A new module on the device of qweight.
         Raises:
             TypeError, ValueError: as `nibblock.ops.int4_pack`, and for a column_order that is none.
         """
-        packed = packed_from_codes(
-            "Int4Linear.from_codes", qweight, scales, offsets, in_features, group_size, bits
+        op = "Int4Linear.from_codes"
+        packed, scale_dtype = packed_from_codes(
+            op, qweight, scales, offsets, in_features, group_size, bits, scale_dtype
         )
         return cls.from_packed(
             packed,
@@ -205,7 +212,7 @@ class Int4Linear(OrderedColumns, nn.Linear):
             group_size=group_size,
             bits=bits,
             affine=offsets is not None,
-            scale_dtype=scales.dtype,
+            scale_dtype=scale_dtype,
             compute=compute,
             column_order=column_order,
         )

@@ -14,10 +14,11 @@ import torch
 
 GROUP_SIZES = {4: (32, 64, 128, 256, -1), 8: (16, 32, 64, 128, 256, -1)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SCALE_DTYPES = (torch.float32, torch.float16)
+SCALE_DTYPES = (torch.float32, torch.float16, torch.int8)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 PANEL_ROWS = 16
+RUN_K = 256  # columns that share the unit of int8 scales
 _GRANULE_K = 64
 
 
@@ -55,7 +56,8 @@ def packed_bytes(
     k_pad = (in_features + _GRANULE_K - 1) // _GRANULE_K * _GRANULE_K
     groups = groups_of(in_features, group_size)
     codes = k_pad * PANEL_ROWS * bits // 8
-    section = (groups * PANEL_ROWS * scale_dtype.itemsize + 63) // 64 * 64
+    units = in_features // RUN_K * PANEL_ROWS * 2 if scale_dtype == torch.int8 else 0
+    section = (groups * PANEL_ROWS * scale_dtype.itemsize + units + 63) // 64 * 64
     lines = (codes + section * (2 if affine else 1)) // 64
     stride = (lines + 1 - lines % 2) * 64
     return (out_features + PANEL_ROWS - 1) // PANEL_ROWS * stride
@@ -93,18 +95,35 @@ def check_format(
     check_int(op, "group_size", group_size)
     torch._check_value(bits in (4, 8), lambda: f"{op}: bits must be 4 or 8, got {bits}")
     torch._check_value(
-        group_size in GROUP_SIZES[bits],
+        group_size in GROUP_SIZES[bits] or (group_size == 16 and scale_dtype == torch.int8),
         lambda: f"{op}: group_size must be {groups_text(bits)}, got {group_size}",
     )
     torch._check_type(
         scale_dtype in SCALE_DTYPES,
-        lambda: f"{op}: scale_dtype must be float16 or float32, got {dtype_name(scale_dtype)}",
+        lambda: (
+            f"{op}: scale_dtype must be float16, float32 or int8, got {dtype_name(scale_dtype)}"
+        ),
     )
     torch._check_value(
         compute in ("bf16", "int8"),
         lambda: (
             f'{op}: compute must be "bf16" or "int8", got '
             + (f'"{compute}"' if isinstance(compute, str) else repr(compute))
+        ),
+    )
+
+
+def has_int8_scales(group_size: int, in_features: int) -> bool:
+    """Whether scales of this format may be int8 multiples of a float16 for 256 columns."""
+    return group_size in (16, 32) and in_features % RUN_K == 0
+
+
+def check_int8_scales(op: str, scale_dtype: torch.dtype, group_size: int, in_features: int) -> None:
+    torch._check_value(
+        scale_dtype != torch.int8 or has_int8_scales(group_size, in_features),
+        lambda: (
+            f"{op}: the weight must have group_size 16 or 32 and in_features a multiple of {RUN_K} "
+            f"for int8 scales, got group_size={group_size}, in_features={in_features}"
         ),
     )
 
@@ -158,6 +177,7 @@ def check_packed(
         packed.dtype == torch.uint8,
         lambda: f"{op}: packed must be uint8, got {dtype_name(packed.dtype)}",
     )
+    check_int8_scales(op, scale_dtype, group_size, in_features)
     need = packed_bytes(out_features, in_features, group_size, bits, affine, scale_dtype)
     torch._check_value(
         packed.dim() == 1 and packed.shape[0] == need,
@@ -197,18 +217,19 @@ def format_code(
 ) -> int:
     """The `format` of `_int4_linear_forward`: the last six arguments of `int4_linear` in one int.
 
-    bit 0: 8 bits; 1: affine; 2: float32 scales; 3: int8 compute; 4 to 6: group; 8 and up:
-    out_features.
+    bit 0: 8 bits; 1: affine; 2: float32 scales; 3: int8 compute; 4 to 6: group; 7: int8 scales; 8
+    and up: out_features.
     """
     check_format("int4_linear", group_size, bits, scale_dtype, compute)
-    flags = (bits == 8) + 2 * affine + 4 * (scale_dtype == torch.float32) + 8 * (compute == "int8")
+    flags = (bits == 8) + 2 * affine + 8 * (compute == "int8")
+    flags += 4 * (scale_dtype == torch.float32) + 128 * (scale_dtype == torch.int8)
     return (out_features << 8) + (_GROUP_CODES[group_size] << 4) + flags
 
 
 def decode_format(code: int) -> tuple[int, int, int, bool, torch.dtype, str]:
     """The inverse of `format_code`."""
     group_size = {v: k for k, v in _GROUP_CODES.items()}[(code >> 4) & 7]
-    scale_dtype = torch.float32 if code & 4 else torch.float16
+    scale_dtype = torch.int8 if code & 128 else torch.float32 if code & 4 else torch.float16
     compute = "int8" if code & 8 else "bf16"
     return code >> 8, group_size, 8 if code & 1 else 4, bool(code & 2), scale_dtype, compute
 

@@ -22,9 +22,10 @@ from nibblock.ops._checks import packed_bytes
 _library.load()
 
 from nibblock import _native  # noqa: E402  (its shared library lies beside the one just loaded)
-from nibblock.ops import (  # noqa: E402  (they register fakes and gradients)
+from nibblock.ops import (  # noqa: E402  (the first two register fakes and gradients)
     _decoder_register,  # noqa: F401
     _int4_register,  # noqa: F401
+    _scales,
 )
 
 __all__ = [
@@ -71,7 +72,8 @@ def int4_linear(
         group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
         bits: 4 or 8.
         affine: whether packed holds offsets.
-        scale_dtype: float32 | float16, of the scales and offsets inside packed.
+        scale_dtype: float32 | float16 | int8, of the scales and offsets inside packed; see
+            `int4_pack`.
         compute: "bf16" (activations keep at least bfloat16's precision, codes are exact) or "int8"
             (activations quantised to int8 per row and block of min(G, 128)).
     Returns:
@@ -285,23 +287,28 @@ def int4_pack(
     in_features: int,
     group_size: int,
     bits: int = 4,
+    scale_dtype: Optional[torch.dtype] = None,
 ) -> torch.Tensor:
     """Canonical codes, scales and offsets to the one packed layout all kernels read.
 
     Args:
         qweight: [N, ceil(K / 2)] uint8 for bits = 4, two codes a byte, low nibble = even k; [N, K]
             uint8 for bits = 8. Unit: code 0..15 or 0..255.
-        scales: [N, ceil(K / G)] float32 | float16. Unit: weight per code step. Its dtype is kept:
-            it is the `scale_dtype` of every later call.
+        scales: [N, ceil(K / G)] float32 | float16. Unit: weight per code step.
         offsets: [N, ceil(K / G)], dtype of scales, the weight of code 0; None for a symmetric
             weight.
         in_features: K.
         group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
         bits: 4 or 8.
+        scale_dtype: how scales and offsets are stored, the `scale_dtype` of every later call: their
+            own dtype (None), or int8: float32 ones that are int8 multiples of one float16 in every
+            256 columns, as in GGUF's K-quants, with group_size 16 or 32 and K a multiple of 256. A
+            group then takes 8 bits and a half or one, in place of 32.
     Returns:
         [packed_bytes(N, K, ...)] uint8, device of qweight.
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes that do not fit each other.
+        TypeError: a dtype that is not listed. ValueError: shapes that do not fit each other, or
+        scales that int8 does not hold.
     Gradients: none. Determinism: bitwise. Numerics: nothing is rounded; `int4_unpack` gives it
         back.
     Source: layout in csrc/int4_linear/int4_linear.h.
@@ -310,9 +317,12 @@ def int4_pack(
     _checks.check_tensor(op, "qweight", qweight)
     _checks.check_tensor(op, "scales", scales)
     _checks.check_int(op, "in_features", in_features)
-    _checks.check_format(op, group_size, bits, scales.dtype)
+    stored = scales.dtype if scale_dtype is None else scale_dtype
+    held = _scales.canonical_dtype(stored)
+    _checks.check_format(op, group_size, bits, held if scale_dtype is None else stored)
+    _checks.check_int8_scales(op, stored, group_size, in_features)
     q = _as_numpy(op, "qweight", qweight, (torch.uint8,), 2)
-    s = _as_numpy(op, "scales", scales, _checks.SCALE_DTYPES, 2)
+    s = _as_numpy(op, "scales", scales, (held,), 2)
     o = None if offsets is None else _as_numpy(op, "offsets", offsets, (scales.dtype,), 2)
     rows = q.shape[0]
     groups = _checks.groups_of(in_features, group_size)
@@ -327,7 +337,19 @@ def int4_pack(
                 f"{op}: {name} must be {list(shape)} for in_features {in_features}, group_size "
                 f"{group_size}, bits {bits}, got {list(array.shape)}"
             )
-    packed = _native.pack(q, s, o, in_features, group_size, bits, threads=torch.get_num_threads())
+    try:
+        packed = _native.pack(
+            q,
+            s,
+            o,
+            in_features,
+            group_size,
+            bits,
+            scale_dtype=_checks.dtype_name(stored),
+            threads=torch.get_num_threads(),
+        )
+    except ValueError as error:  # scales that int8 does not hold: the same sentence, this op's name
+        raise ValueError(f"int4_{error}") from None
     return torch.from_numpy(packed).to(qweight.device)
 
 
@@ -420,7 +442,8 @@ def int4_quantize(
         method: "rtn" or "mse".
         importance: [K] float32, not negative, for example mean squares of the layer's input; or
             None.
-        scale_dtype: float32 | float16 the scales and offsets are rounded to.
+        scale_dtype: float32 | float16 the scales and offsets are rounded to; or int8: to what
+            `int4_pack` stores as that, with the codes nearest to the weight for these.
         progress: called as progress(rows done, rows), from this thread; or None.
     Returns:
         (qweight, scales, offsets) as `int4_pack` takes them, device of weight.
@@ -436,6 +459,7 @@ def int4_quantize(
     _checks.check_float(op, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be 2-D, got {list(weight.shape)}")
+    _checks.check_int8_scales(op, scale_dtype, group_size, weight.shape[1])
     if method not in ("rtn", "mse"):
         raise ValueError(f'{op}: method must be "rtn" or "mse", got {method!r}')
     _checks.check_data(op, "weight", weight)
@@ -462,8 +486,15 @@ def int4_quantize(
             raise type(error)(f"int4_{error}") from None
         raise
     _check_range(op, s, o, bits)
-    scales = torch.from_numpy(s).to(scale_dtype)
-    offsets = None if o is None else torch.from_numpy(o).to(scale_dtype)
+    codes, scales = torch.from_numpy(q), torch.from_numpy(s)
+    offsets = None if o is None else torch.from_numpy(o)
+    if scale_dtype == torch.int8:
+        scales = _scales.round_to_int8(scales, group_size)
+        offsets = None if offsets is None else _scales.round_to_int8(offsets, group_size)
+        codes = _scales.nearest_codes(torch.from_numpy(w), scales, offsets, group_size, bits)
+    else:
+        scales = scales.to(scale_dtype)
+        offsets = None if offsets is None else offsets.to(scale_dtype)
     for name, tensor in (("scales", scales), ("offsets", offsets)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(
@@ -472,7 +503,7 @@ def int4_quantize(
             )
     device = weight.device
     return (
-        torch.from_numpy(q).to(device),
+        codes.to(device),
         scales.to(device),
         None if offsets is None else offsets.to(device),
     )
