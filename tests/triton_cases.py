@@ -48,7 +48,7 @@ class Layer:
         self.weight = ref.random_weight(rng, n, k, group, bits, affine, scale_dtype)
         self.packed = torch.from_numpy(ref.pack(self.weight)).to(device)
         self.n, self.k = n, k
-        self.form = (group, bits, affine, DTYPES[scale_dtype])
+        self.form = (group, bits, affine, getattr(torch, scale_dtype))
 
 
 def bodies():
@@ -80,6 +80,12 @@ INT4 = [
     (67, 34, 70, 16, 8, True, "float16", "float16"),
     (66, 18, 40, 16, 8, False, "float32", "bfloat16"),
     (5, 17, 70, 16, 8, False, "float32", "float32"),
+    (3, 20, 256, 32, 4, True, "int8", "bfloat16"),
+    (70, 33, 512, 32, 4, True, "int8", "float16"),
+    (2, 18, 1024, 16, 4, False, "int8", "float32"),
+    (67, 17, 256, 16, 4, True, "int8", "bfloat16"),
+    (66, 34, 512, 16, 8, True, "int8", "float16"),
+    (1, 40, 2048, 16, 8, False, "int8", "bfloat16"),  # split along k
 ]
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 CAPABILITIES = (80, 90)
 N = K = 1024  # divisible by all tiles, as the layers of real models are
 
@@ -43,12 +43,15 @@ def _int4_calls():
     for m in (1, 128):  # the other formats, in the dtype that most use
         for group, bits, affine, scale in (
             (32, 4, True, F32), (64, 4, False, F16), (-1, 4, True, F32), (32, 8, False, F16),
-            (16, 8, False, F32), (16, 8, True, F32),
+            (16, 8, False, F32), (16, 8, True, F32), (32, 4, True, I8), (16, 4, True, I8),
+            (16, 8, False, I8),
         ):  # fmt: skip
             for dx in (False, True):
                 call = int4_call(m, BF16, dx, group, bits, affine, scale, bias=False)
-                core = not dx and (bits == 8 or group == 32)
-                yield core, f"int4 {m} group={group} bits={bits} affine={affine} dx={dx}", call
+                core = not dx and (bits == 8 or group <= 32) and (scale != I8 or m == 1)
+                what = " int8 scales" if scale == I8 else ""
+                form = f"group={group} bits={bits} affine={affine}{what}"
+                yield core, f"int4 {m} {form} dx={dx}", call
     f, packed = weight(128, 4, True, F16)
     for dtype in (BF16, F16, F32):
         call = partial(int4.dequantize, packed, f, dtype)
