@@ -29,7 +29,7 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
   STD_TORCH_CHECK(scale_dtype != ScalarType::Char || int4_has_int8_scales(group, k), op,
                   ": the weight must have ", int4_int8_scales_text(), ", got group_size=", group,
                   ", in_features=", k);
-  Int4Format f;
+  Int4Format f = {};
   f.n = n;
   f.k = k;
   f.group = group;
@@ -39,6 +39,7 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
   device(op, "packed", packed);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte, op, ": packed must be uint8, got ",
                   dtype_name(packed.scalar_type()));
+  int4_take_palette(&f, packed.numel());
   const int64_t bytes = int4_geometry(f).bytes;
   STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == bytes, op,
                   ": packed must be a contiguous [", bytes, "] for out_features=", n,

@@ -114,9 +114,7 @@ void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
       const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + k);
       if (v != kInf && v != -kInf) continue;  // every finite term is lost beside an infinity
       const float s = int4_scale(p.w, g, panel + g.scales_at, k / g.group, r);
-      const CodePlace at = code_place(p.w.bits, k, static_cast<int>(r));
-      const float code =
-          static_cast<float>((panel[at.byte] >> at.shift) & (p.w.bits == 8 ? 255 : 15));
+      const float code = static_cast<float>(int4_code(p.w, g, panel, k, r));
       const float w = p.w.affine
                           ? s * code + int4_scale(p.w, g, panel + g.offsets_at, k / g.group, r)
                           : s * (code - zero);

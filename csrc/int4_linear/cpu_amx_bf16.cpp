@@ -429,11 +429,11 @@ static Status run_all(const Int4LinearParams& p) {
 }  // namespace
 
 Status int4_linear_amx_bf16(const Int4LinearParams& p) {
-  return p.w.bits == 8 ? run_all<false, 8>(p) : run_all<false, 4>(p);
+  return int4_stored_bits(p.w) == 8 ? run_all<false, 8>(p) : run_all<false, 4>(p);
 }
 
 Status int4_linear_dx_amx_bf16(const Int4LinearParams& p) {
-  return p.w.bits == 8 ? run_all<true, 8>(p) : run_all<true, 4>(p);
+  return int4_stored_bits(p.w) == 8 ? run_all<true, 8>(p) : run_all<true, 4>(p);
 }
 
 }  // namespace nibblock

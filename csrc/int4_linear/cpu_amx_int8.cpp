@@ -62,7 +62,7 @@ struct Problem {
 // 512 k (or what is left) of one panel as signed bytes in tile order: 16 rows of 64 bytes for each
 // 64 k.
 static void unpack_panel(const Problem& q, int64_t panel, int64_t k0, int64_t k1, uint8_t* out) {
-  const bool eight = q.p->w.bits == 8;
+  const bool eight = int4_stored_bits(q.p->w) == 8;
   const uint8_t* in = q.p->packed + panel * q.g.panel_stride + k0 * (eight ? 16 : 8);
   if (eight) {
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -71,13 +71,20 @@ static void unpack_panel(const Problem& q, int64_t panel, int64_t k0, int64_t k1
     }
     return;
   }
-  const __m512i mask = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(8);
+  // The code of each place, less zero; without a palette a place is a code.
+  const __m128i values =
+      q.p->w.palette
+          ? _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(
+                              q.p->packed + panel * q.g.panel_stride + q.g.palette_at)),
+                          _mm_set1_epi8(static_cast<char>(0x80)))
+          : _mm_setr_epi8(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i mask = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(values);
   for (int64_t i = 0; i < (k1 - k0) / 8; ++i) {
     const __m512i line = _mm512_loadu_si512(in + 64 * i);
     const __m512i low = _mm512_and_si512(line, mask);
     const __m512i high = _mm512_and_si512(_mm512_srli_epi16(line, 4), mask);
-    _mm512_store_si512(out + 128 * i, _mm512_sub_epi8(low, zero));
-    _mm512_store_si512(out + 128 * i + 64, _mm512_sub_epi8(high, zero));
+    _mm512_store_si512(out + 128 * i, _mm512_shuffle_epi8(table, low));
+    _mm512_store_si512(out + 128 * i + 64, _mm512_shuffle_epi8(table, high));
   }
 }
 

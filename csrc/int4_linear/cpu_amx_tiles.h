@@ -80,9 +80,14 @@ NB_AMX_INLINE void load_panel_scales(const Int4Format& f, const Int4Geometry& g,
   // (Behind the last group there are only codes of padding, which meet zeros of x.)
   out->second = g.group == kStepK / 2 && group + 1 < g.groups ? 16 : 0;
   if (out->second) load_group_scales(f, g, panel, group + 1, out->scale + 16, out->offset + 16);
-  if (f.bits == 8) return;
+  if (int4_stored_bits(f) == 8) return;
   compiler_barrier();
-  const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  if (f.palette) {
+    const __m128i values =
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + g.palette_at));
+    codes = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(values)), _mm512_set1_ps(128));
+  }
   for (int r = 0; r < 16 + out->second; r += 2) {
     const __m512 even =
         _mm512_fmadd_ps(codes, _mm512_set1_ps(out->scale[r]), _mm512_set1_ps(out->offset[r]));

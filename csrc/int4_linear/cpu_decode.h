@@ -21,11 +21,11 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
   using F = typename O::F;
   constexpr int kPerPanel = 16 / O::kLanes;
   constexpr int kSteps = ACT == 16 ? 4 : 2;
-  constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
+  constexpr int64_t kLineBytes = line_bytes(BITS);
   // Enough independent sums to cover the latency of the dot product (5 cycles, two a cycle).
   // Stepwise it ends in an addition, one cycle.
   constexpr int kSets = O::kStepwise || R * C >= 8 ? 1 : R * C >= 4 || kSteps == 2 ? 2 : 4;
-  const uint8_t *codes[C], *scales[C], *offsets[C];
+  const uint8_t *codes[C], *scales[C], *offsets[C], *palettes[C];
   int64_t lanes[C];
   NB_UNROLL
   for (int c = 0; c < C; ++c) {
@@ -34,6 +34,7 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
     codes[c] = panel + lane * 4;
     scales[c] = panel + g.scales_at;
     offsets[c] = panel + g.offsets_at;
+    palettes[c] = panel + g.palette_at;
     lanes[c] = lane;
   }
   RunningScales<O, C> scale, offset;
@@ -74,18 +75,20 @@ static void decode(const Int4LinearParams& p, const Int4Geometry& g, const Quant
     if (p.w.affine) offset.enter(p.w, g, offsets, lanes, group);
     const uint8_t* x = a.q + b * a.block_stride;
     for (int64_t j = at; j < at + (k1 - k0) / 8 * kLineBytes; j += kLineBytes) {
-      I w[C][kSteps];
+      I w[C][kSteps], found[C][2];
       NB_UNROLL
       for (int c = 0; c < C; ++c) {
         O::prefetch(codes[c] + j + ahead);
         if (BITS == 8) O::prefetch(codes[c] + j + ahead + 64);
-        if (!O::kStepwise) unpack8<O, BITS, ACT>(codes[c] + j, w[c]);
+        if (!O::kStepwise) unpack8<O, BITS, ACT>(codes[c] + j, w[c], palettes[c]);
+        if (O::kStepwise && BITS == kPalette) look_up<O>(codes[c] + j, palettes[c], found[c]);
       }
       NB_UNROLL
       for (int s = 0; s < kSteps; ++s) {
         NB_UNROLL
         for (int c = 0; c < C && O::kStepwise; ++c) {
-          w[c][s] = unpack_step<O, BITS, ACT>(codes[c] + j, s);
+          w[c][s] = BITS == kPalette ? operand_of<O, 8, ACT>(found[c][s % 2], s)
+                                     : unpack_step<O, BITS, ACT>(codes[c] + j, s);
         }
         NB_UNROLL
         for (int r = 0; r < R; ++r) {

@@ -30,7 +30,7 @@ static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, i
   using I = typename O::I;
   using F = typename O::F;
   constexpr int kPerPanel = 16 / O::kLanes;
-  const F zero = O::set1f(BITS == 8 ? -128.0f : -8.0f);
+  const F zero = O::set1f(BITS == 4 ? -8.0f : -128.0f);
   const I mask = O::set1(BITS == 8 ? 255 : 15);
   for (int64_t v = n0 / O::kLanes; v < (n0 + depth) / O::kLanes; ++v, out += O::kLanes * width) {
     if (v >= g.panels * kPerPanel) {
@@ -50,7 +50,7 @@ static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, i
         const F offset =
             p.w.affine ? group_scales<O>(p.w, g, panel + g.offsets_at, lane, group) : zero;
         I c[8];
-        if (BITS == 4) {
+        if (BITS != 8) {
           const I codes = O::load(panel + k8 / 8 * 64 + half * O::kBytes);
           c[0] = O::and_(codes, mask);
           c[2] = O::and_(O::template shr32<4>(codes), mask);
@@ -60,6 +60,11 @@ static void dequantize_block(const Int4LinearParams& p, const Int4Geometry& g, i
           c[3] = O::and_(O::template shr32<20>(codes), mask);
           c[5] = O::and_(O::template shr32<24>(codes), mask);
           c[7] = O::template shr32<28>(codes);
+          if (BITS == kPalette) {
+            const I palette = O::load_table(panel + g.palette_at);
+            NB_UNROLL
+            for (int j = 0; j < 8; ++j) c[j] = O::and_(O::lookup(palette, c[j]), O::set1(255));
+          }
         } else {
           const I a = O::load(panel + k8 / 8 * 128 + half * O::kBytes);
           const I b = O::load(panel + k8 / 8 * 128 + 64 + half * O::kBytes);
@@ -209,6 +214,7 @@ static Status input_gradient(const Int4LinearParams& p) {
 
 template <class O>
 static Status input_gradient_any_bits(const Int4LinearParams& p) {
+  if (p.w.palette) return input_gradient<O, kPalette>(p);
   return p.w.bits == 4 ? input_gradient<O, 4>(p) : input_gradient<O, 8>(p);
 }
 

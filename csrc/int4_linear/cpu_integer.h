@@ -64,13 +64,27 @@ NB_INLINE typename O::I unpack_step(const uint8_t* at, int step) {
   return operand_of<O, BITS, ACT>(O::load(at + (BITS == 8 ? step % 2 * 64 : 0)), step);
 }
 
+// The two vectors that 8 bits hold for the places of a panel's palette.
+template <class O>
+NB_INLINE void look_up(const uint8_t* at, const uint8_t* palette, typename O::I* codes) {
+  const typename O::I places = O::load(at), table = O::load_table(palette);
+  codes[0] = O::lookup(table, operand_of<O, 4, 8>(places, 0));
+  codes[1] = O::lookup(table, operand_of<O, 4, 8>(places, 1));
+}
+
 // All steps, each vector loaded once.
 template <class O, int BITS, int ACT>
-NB_INLINE void unpack8(const uint8_t* at, typename O::I* w) {
-  const typename O::I first = O::load(at), second = BITS == 8 ? O::load(at + 64) : first;
+NB_INLINE void unpack8(const uint8_t* at, typename O::I* w, const uint8_t* palette) {
+  typename O::I codes[2];
+  if (BITS == kPalette) {
+    look_up<O>(at, palette, codes);
+  } else {
+    codes[0] = O::load(at);
+    codes[1] = BITS == 8 ? O::load(at + 64) : codes[0];
+  }
   NB_UNROLL
   for (int step = 0; step < (ACT == 16 ? 4 : 2); ++step) {
-    w[step] = operand_of<O, BITS, ACT>(BITS == 8 && step % 2 ? second : first, step);
+    w[step] = operand_of<O, BITS == 4 ? 4 : 8, ACT>(codes[step % 2], step);
   }
 }
 
@@ -85,6 +99,7 @@ namespace {
 // What a tile works on.
 struct TileArgs {
   const uint8_t* w[8];  // decode: codes of each vector of rows; panel: w[0] is the unpacked block
+  const uint8_t* palette[8];  // of these vectors, if there are palettes
   const uint8_t* x;     // quantised rows
   int64_t x_stride;     // bytes
   int64_t lines;        // 8 k each
@@ -183,20 +198,22 @@ static void tile(const TileArgs& a) {
       }
     }
   } else {
-    constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
+    constexpr int64_t kLineBytes = line_bytes(BITS);
     for (int64_t at = 0; at < a.lines * kLineBytes; at += kLineBytes) {
-      typename O::I wv[C][kSteps];
+      typename O::I wv[C][kSteps], found[C][2];
       NB_UNROLL
       for (int c = 0; c < C; ++c) {
         O::prefetch(a.w[c] + at + O::kPrefetch);
         if (BITS == 8) O::prefetch(a.w[c] + at + O::kPrefetch + 64);
-        if (!O::kStepwise) unpack8<O, BITS, ACT>(a.w[c] + at, wv[c]);
+        if (!O::kStepwise) unpack8<O, BITS, ACT>(a.w[c] + at, wv[c], a.palette[c]);
+        if (O::kStepwise && BITS == kPalette) look_up<O>(a.w[c] + at, a.palette[c], found[c]);
       }
       NB_UNROLL
       for (int s = 0; s < kSteps; ++s) {
         NB_UNROLL
         for (int c = 0; c < C && O::kStepwise; ++c) {
-          wv[c][s] = unpack_step<O, BITS, ACT>(a.w[c] + at, s);
+          wv[c][s] = BITS == kPalette ? operand_of<O, 8, ACT>(found[c][s % 2], s)
+                                      : unpack_step<O, BITS, ACT>(a.w[c] + at, s);
         }
         NB_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -262,7 +279,7 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
                         int64_t m0, int64_t v0, float* acc, uint8_t* panel) {
   constexpr int kPerPanel = 16 / O::kLanes;
   constexpr int kSteps = ACT == 16 ? 4 : 2;
-  constexpr int64_t kLineBytes = BITS == 4 ? 64 : 128;
+  constexpr int64_t kLineBytes = line_bytes(BITS);
   constexpr int64_t kPanels = C < kPerPanel ? 1 : C / kPerPanel;
   const bool unpacked = a.rows > O::kDirectRows;
   const int64_t tiles = unpacked ? ceil_div(a.rows, O::kRows) : 1;
@@ -288,6 +305,7 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
     codes[c] = at + (v % kPerPanel) * O::kBytes;
     scales[c] = at + g.scales_at;
     offsets[c] = at + g.offsets_at;
+    t.palette[c] = at + g.palette_at;
     lanes[c] = (v % kPerPanel) * O::kLanes;
   }
   RunningScales<O, C> running_scale, running_offset;
@@ -308,7 +326,7 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
         NB_UNROLL
         for (int c = 0; c < C; ++c) {
           typename O::I w[kSteps];
-          unpack8<O, BITS, ACT>(t.w[c] + line * kLineBytes, w);
+          unpack8<O, BITS, ACT>(t.w[c] + line * kLineBytes, w, t.palette[c]);
           NB_UNROLL
           for (int s = 0; s < kSteps; ++s) O::store(out + (s * C + c) * O::kBytes, w[s]);
         }
@@ -415,6 +433,7 @@ static Status forward(const Int4LinearParams& p) {
 
 template <class O, int ACT>
 static Status forward_any_bits(const Int4LinearParams& p) {
+  if (p.w.palette) return forward<O, kPalette, ACT>(p);
   return p.w.bits == 4 ? forward<O, 4, ACT>(p) : forward<O, 8, ACT>(p);
 }
 

@@ -78,19 +78,29 @@ void unpack_scales(const Int4Format& f, const Int4Geometry& g, const uint8_t* se
   }
 }
 
-void pack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, const uint8_t* qweight,
-                const char* scales, const char* offsets, uint8_t* out) {
+// A palette and the place of each of its codes.
+struct Palette {
+  uint8_t values[16];
+  uint8_t place[256];
+};
+
+void pack_panel(const Int4Format& f, const Int4Geometry& g, const Palette& palette, int64_t panel,
+                const uint8_t* qweight, const char* scales, const char* offsets, uint8_t* out) {
   const int64_t row_bytes = f.bits == 8 ? f.k : (f.k + 1) / 2;
   memset(out, 0, static_cast<size_t>(g.panel_stride));
-  memset(out, f.bits == 8 ? 0x80 : 0x88, static_cast<size_t>(g.scales_at));
+  const bool eight = int4_stored_bits(f) == 8;
+  const int zero = f.palette ? palette.place[128] * 0x11 : eight ? 0x80 : 0x88;
+  memset(out, zero, static_cast<size_t>(g.scales_at));
+  if (f.palette) memcpy(out + g.palette_at, palette.values, sizeof palette.values);
   for (int r = 0; r < kPanelRows; ++r) {
     const int64_t n = panel * kPanelRows + r;
     if (n >= f.n) break;
     const uint8_t* row = qweight + n * row_bytes;
     for (int64_t k = 0; k < f.k; ++k) {
-      const CodePlace at = code_place(f.bits, k, r);
-      const uint8_t code = canonical_code(row, f.bits, k);
-      if (f.bits == 8) {
+      const CodePlace at = code_place(int4_stored_bits(f), k, r);
+      uint8_t code = canonical_code(row, f.bits, k);
+      if (f.palette) code = palette.place[code];
+      if (eight) {
         out[at.byte] = code;
       } else {
         out[at.byte] =
@@ -111,12 +121,11 @@ void unpack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, con
     uint8_t* row = qweight + n * row_bytes;
     if (row_bytes) memset(row, 0, static_cast<size_t>(row_bytes));
     for (int64_t k = 0; k < f.k; ++k) {
-      const CodePlace at = code_place(f.bits, k, r);
+      const int code = int4_code(f, g, in, k, r);
       if (f.bits == 8) {
-        row[k] = in[at.byte];
+        row[k] = static_cast<uint8_t>(code);
       } else {
-        row[k >> 1] =
-            static_cast<uint8_t>(row[k >> 1] | (((in[at.byte] >> at.shift) & 15) << (4 * (k & 1))));
+        row[k >> 1] = static_cast<uint8_t>(row[k >> 1] | code << (4 * (k & 1)));
       }
     }
     unpack_scales(f, g, in + g.scales_at, n, r, scales);
@@ -129,9 +138,14 @@ void unpack_panel(const Int4Format& f, const Int4Geometry& g, int64_t panel, con
 void int4_pack(const Int4Format& f, const uint8_t* qweight, const void* scales, const void* offsets,
                uint8_t* packed, const Parallel& parallel) {
   const Int4Geometry g = int4_geometry(f);
+  Palette palette = {};
+  if (f.palette) {
+    const int count = int4_palette(qweight, f.n * f.k, palette.values);
+    for (int i = 0; i < count; ++i) palette.place[palette.values[i]] = static_cast<uint8_t>(i);
+  }
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      pack_panel(f, g, p, qweight, static_cast<const char*>(scales),
+      pack_panel(f, g, palette, p, qweight, static_cast<const char*>(scales),
                  static_cast<const char*>(offsets), packed + p * g.panel_stride);
     }
   };
@@ -148,6 +162,19 @@ void int4_unpack(const Int4Format& f, const uint8_t* packed, uint8_t* qweight, v
     }
   };
   parallel_for(parallel, g.panels, body);
+}
+
+int int4_palette(const uint8_t* codes, int64_t count, uint8_t* values) {
+  bool seen[256] = {};
+  for (int64_t i = 0; i < count; ++i) seen[codes[i]] = true;
+  int found = 0;
+  for (int code = 0; code < 256; ++code) {
+    if (!seen[code]) continue;
+    if (found == 16) return 17;
+    values[found++] = static_cast<uint8_t>(code);
+  }
+  for (int i = found; i < 16; ++i) values[i] = found ? values[found - 1] : 128;
+  return found;
 }
 
 int64_t int4_unfit_run(const float* scales, int64_t n, int64_t groups, int64_t group,
@@ -185,9 +212,7 @@ void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* 
         const float o = f.affine ? int4_scale(f, g, panel + g.offsets_at, gi, r) : 0.0f;
         const int64_t k1 = (gi + 1) * g.group < f.k ? (gi + 1) * g.group : f.k;
         for (int64_t k = gi * g.group; k < k1; ++k) {
-          const CodePlace at = code_place(f.bits, k, r);
-          const float code =
-              static_cast<float>((panel[at.byte] >> at.shift) & (f.bits == 8 ? 255 : 15));
+          const float code = static_cast<float>(int4_code(f, g, panel, k, r));
           store_f32_as(out, type, i * f.k + k, f.affine ? s * code + o : s * (code - zero));
         }
       }

@@ -96,6 +96,7 @@ bool fits_int32(int64_t v) { return v >= 0 && v < (int64_t(1) << 31) - kStageK; 
 bool serves(const Int4CudaKernel& row, const Int4CudaParams& p) {
   if (p.w.group == 16) return false;  // a stage has room for the scales of groups of 32
   if (p.w.scale_type == Dtype::kI8) return false;  // and copies them as they are multiplied
+  if (p.w.palette) return false;
   if (row.sm90a) {
     return fits_int32(p.m) && p.w.n >= 1 && p.xtype != Dtype::kF32 && fits_int32(p.w.n) &&
            fits_int32(p.w.k) && reinterpret_cast<uintptr_t>(p.packed) % 16 == 0 && !p.values &&

@@ -11,11 +11,12 @@
 // Packed layout, one for every ISA (csrc/README.md draws it). The N rows are cut into panels of 16,
 // K is padded to a multiple of 64. A panel is one run of memory:
 //
-//     codes    [k_pad / 8] lines of 64 bytes (bits = 4), [k_pad / 4] lines of 64 bytes (bits = 8)
+//     codes    [k_pad / 8] lines of 64 bytes (bits = 4, or a palette), [k_pad / 4] (bits = 8)
 //     scales   [groups][16] float16, float32 or int8, section padded to 64 bytes; behind int8, in the
 //              same section, [k / 256][16] float16 units: a scale is its int8 times the unit of its
 //              run of 256 k, which float32 holds exactly
 //     offsets  the same, only if affine
+//     palette  [64] uint8, only with a palette: 16 codes and padding
 //     padding  so that panel_stride is an odd multiple of 64 bytes: panels read side by side then
 //              never fall into the same cache set
 //
@@ -31,6 +32,10 @@
 // VPDPBUSD and rows of an AMX int8 tile.
 //
 // 8 bits: two lines for each 8 k, which hold exactly those two byte quadruples.
+//
+// 8 bits with a palette: codes of at most 16 values, in the lines of 4 bits as places in the palette
+// (ascending; places behind the last hold the last). One VPSHUFB makes byte quadruples, or the pairs
+// of 16 bits, of them, so that 4-bit floats and GGUF's IQ types take half of the memory.
 //
 // Padding rows and padding k hold the code of zero (8 or 128) and scale 0, offset 0.
 //
@@ -67,7 +72,14 @@ struct Int4Format {
   int32_t bits;      // 4 or 8
   int32_t affine;    // 1: offsets are stored
   Dtype scale_type;  // kF16, kF32 or kI8, of scales and offsets
+  int32_t palette;   // 1: bits is 8, and codes stand in 4 as places in a table
 };
+
+// The bits a code takes in the packed layout.
+static inline int int4_stored_bits(const Int4Format& f) { return f.palette ? 4 : f.bits; }
+// BITS of a kernel's body: 4, 8 or, for 8 with a palette, this.
+constexpr int kPalette = 84;
+constexpr int64_t line_bytes(int BITS) { return BITS == 8 ? 128 : 64; }  // of 8 k
 
 // Groups of 16 have 8-bit codes (GGUF's Q6_K, NVFP4) or int8 scales (Q2_K, Q3_K): other scales alone
 // would take half of what 4-bit codes are meant to save.
@@ -100,6 +112,7 @@ struct Int4Geometry {
   int64_t offsets_at;    // byte offset of the offsets; equals panel_end when there are none
   int64_t units_at;      // byte offset of the units of int8 scales (offsets) inside their section
   int run_shift;         // group >> run_shift: its run
+  int64_t palette_at;    // byte offset of the palette inside a panel
   int64_t panel_stride;  // bytes
   int64_t bytes;         // panels * panel_stride
 };
@@ -127,16 +140,33 @@ static inline Int4Geometry int4_geometry(const Int4Format& f) {
   g.panels = ceil_div(f.n, kPanelRows);
   g.group = f.group < 0 ? g.k_pad : f.group;
   g.groups = g.group > 0 ? ceil_div(f.k, g.group) : 0;
-  g.scales_at = g.k_pad * kPanelRows * f.bits / 8;
+  g.scales_at = g.k_pad * kPanelRows * int4_stored_bits(f) / 8;
   g.units_at = g.groups * kPanelRows;
   g.run_shift = g.group == 16 ? 4 : 3;
   const int64_t units = f.scale_type == Dtype::kI8 ? f.k / kRunK * kPanelRows * 2 : 0;
   const int64_t section = round_up(g.groups * kPanelRows * dtype_size(f.scale_type) + units, 64);
   g.offsets_at = g.scales_at + section;
-  int64_t lines = (g.offsets_at + (f.affine ? section : 0)) / 64;
+  g.palette_at = g.offsets_at + (f.affine ? section : 0);
+  const int64_t lines = g.palette_at / 64 + (f.palette ? 1 : 0);
   g.panel_stride = (lines | 1) * 64;
   g.bytes = g.panels * g.panel_stride;
   return g;
+}
+
+// Gives the format a palette if that is what so many packed bytes mean. With one a weight is always
+// smaller: the size of `packed` is all that a caller has to say.
+static inline void int4_take_palette(Int4Format* f, int64_t bytes) {
+  if (f->bits != 8 || int4_geometry(*f).bytes == bytes) return;
+  f->palette = 1;
+  f->palette = int4_geometry(*f).bytes == bytes;
+}
+
+// The code (k, r) of a panel.
+static inline int int4_code(const Int4Format& f, const Int4Geometry& g, const uint8_t* panel,
+                            int64_t k, int64_t r) {
+  const CodePlace at = code_place(int4_stored_bits(f), k, static_cast<int>(r));
+  const int stored = panel[at.byte] >> at.shift & (int4_stored_bits(f) == 8 ? 255 : 15);
+  return f.palette ? panel[g.palette_at + stored] : stored;
 }
 
 // The scale (or offset) of row r of a panel for a group; `section` is where the panel's start.
@@ -227,6 +257,9 @@ NB_API void int4_pack(const Int4Format& f, const uint8_t* qweight, const void* s
                       const void* offsets, uint8_t* packed, const Parallel& parallel);
 NB_API void int4_unpack(const Int4Format& f, const uint8_t* packed, uint8_t* qweight, void* scales,
                         void* offsets, const Parallel& parallel);
+
+// The values of `count` 8-bit codes, ascending; their number, or 17 when there are more than 16.
+NB_API int int4_palette(const uint8_t* codes, int64_t count, uint8_t* values);
 
 // The first run of `scales` [n, groups] float32 that is not 256 / group int8 multiples of one
 // float16, as row * runs + run; -1 when all are.

@@ -84,6 +84,11 @@ struct Avx2 {
     _mm_storeu_si128(static_cast<__m128i*>(p),
                      _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
   }
+  // 16 bytes, and what VPSHUFB finds there for the places in the bytes of v.
+  static inline I load_table(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline I lookup(I table, I v) { return _mm256_shuffle_epi8(table, v); }
   static inline F load_half(const uint8_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

@@ -249,7 +249,7 @@ py::array run_fused(const string& which, const py::object& kernel_id, const py::
   f.values = keep.values.data();
   p.xtype = want_rows(op, "x", x, dx ? out_features : in_features, &p.m, &p.x_stride, &keep.x);
   p.x = keep.x.data();
-  p.packed = want_packed(op, p.w, packed, true, &keep.packed);
+  p.packed = want_packed(op, &p.w, packed, true, &keep.packed);
   p.bias = want_bias(op, bias, out_features, &p.bias_type, &keep.bias);
   if (dx && p.bias) fail_value(op, "bias must be None for fused_dx, got an array");
   if (lora_a.is_none() != lora_c.is_none())

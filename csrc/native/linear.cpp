@@ -14,13 +14,30 @@ using std::to_string;
 
 // --- canonical <-> packed ------------------------------------------------------------------------
 
+bool want_palette(const string& op, bool palette, int64_t bits) {
+  if (palette && bits != 8) {
+    fail_value(op, "palette must be False for bits=4, got True");
+  }
+  return palette;
+}
+
+bool palette_fits(const py::object& qweight) {
+  const py::array q = contiguous(want_array("palette_fits", "qweight", qweight, {"uint8"}));
+  const auto* codes = static_cast<const uint8_t*>(q.data());
+  const int64_t count = q.size();
+  uint8_t values[16];
+  py::gil_scoped_release nogil;
+  return int4_palette(codes, count, values) <= 16;
+}
+
 int64_t packed_bytes(int64_t out_features, int64_t in_features, int64_t group_size, int64_t bits,
-                     bool affine, const string& scale_dtype) {
+                     bool affine, const string& scale_dtype, bool palette) {
   const string op = "packed_bytes";
   const Dtype scale_type = want_scale_dtype(op, scale_dtype);
-  return int4_geometry(
-             want_format(op, out_features, in_features, group_size, bits, affine, scale_type))
-      .bytes;
+  Int4Format f =
+      want_format(op, out_features, in_features, group_size, bits, affine, scale_type);
+  f.palette = want_palette(op, palette, bits);
+  return int4_geometry(f).bytes;
 }
 
 int64_t unfit_run(const void* scales, int64_t n, const Int4Geometry& g, const Parallel& parallel) {
@@ -30,7 +47,7 @@ int64_t unfit_run(const void* scales, int64_t n, const Int4Geometry& g, const Pa
 
 py::array pack(const py::object& qweight, const py::object& scales, const py::object& offsets,
                int64_t in_features, int64_t group_size, int64_t bits, const py::object& scale_dtype,
-               int64_t threads) {
+               bool palette, int64_t threads) {
   const string op = "pack";
   py::array q = want_array(op, "qweight", qweight, {"uint8"});
   py::array s = want_array(op, "scales", scales, {"float16", "float32"});
@@ -38,8 +55,9 @@ py::array pack(const py::object& qweight, const py::object& scales, const py::ob
   const bool affine = !offsets.is_none();
   const string stored =
       scale_dtype.is_none() ? dtype_name(s) : py::cast<string>(py::str(scale_dtype));
-  const Int4Format f = want_format(op, q.shape(0), in_features, group_size, bits, affine,
-                                   want_scale_dtype(op, stored));
+  Int4Format f = want_format(op, q.shape(0), in_features, group_size, bits, affine,
+                             want_scale_dtype(op, stored));
+  f.palette = want_palette(op, palette, bits);
   const string held = f.scale_type == Dtype::kI8 ? "float32" : stored;
   if (dtype_name(s) != held) {
     fail_type(op, "scales must be " + held + " for scale_dtype " + stored + ", got " +
@@ -61,6 +79,9 @@ py::array pack(const py::object& qweight, const py::object& scales, const py::ob
   auto* out = static_cast<uint8_t*>(packed.mutable_data());
   const auto* codes = static_cast<const uint8_t*>(q.data());
   const void *scale_data = s.data(), *offset_data = affine ? o.data() : nullptr;
+  if (palette && !palette_fits(q)) {
+    fail_value(op, "qweight must hold at most 16 different codes for a palette, got more");
+  }
   if (f.scale_type == Dtype::kI8) {
     for (const auto& [name, data] : {std::pair{"scales", scale_data}, {"offsets", offset_data}}) {
       const int64_t run = data ? unfit_run(data, f.n, g, parallel) : -1;
@@ -86,7 +107,7 @@ bool int8_scales_fit(const py::object& scales, int64_t in_features, int64_t grou
   if (s.ndim() != 2) fail_value(op, "scales must be [N, groups], got " + shape_text(s));
   if (!int4_has_int8_scales(group_size, in_features)) return false;
   const Int4Geometry g =
-      int4_geometry({s.shape(0), in_features, group_size, 4, false, Dtype::kI8});
+      int4_geometry({s.shape(0), in_features, group_size, 4, false, Dtype::kI8, 0});
   want_shape(op, "scales", s, {s.shape(0), g.groups});
   s = contiguous(s);
   return unfit_run(s.data(), s.shape(0), g, std_threads(want_threads(op, threads))) < 0;
@@ -96,12 +117,12 @@ py::tuple unpack(const py::object& packed, int64_t out_features, int64_t in_feat
                  int64_t group_size, int64_t bits, bool affine, const string& scale_dtype,
                  int64_t threads) {
   const string op = "unpack";
-  const Int4Format f = want_format(op, out_features, in_features, group_size, bits, affine,
-                                   want_scale_dtype(op, scale_dtype));
+  Int4Format f = want_format(op, out_features, in_features, group_size, bits, affine,
+                             want_scale_dtype(op, scale_dtype));
   const Int4Geometry g = int4_geometry(f);
   const Parallel parallel = std_threads(want_threads(op, threads));
   py::array keep;
-  const uint8_t* in = want_packed(op, f, packed, false, &keep);
+  const uint8_t* in = want_packed(op, &f, packed, false, &keep);
   py::array q(py::dtype::of<uint8_t>(), {f.n, code_row_bytes(f)});
   const py::dtype held(f.scale_type == Dtype::kI8 ? "float32" : scale_dtype);
   py::array s(held, {f.n, g.groups});
@@ -125,11 +146,11 @@ py::array dequantize(const py::object& packed, int64_t out_features, int64_t in_
                      int64_t group_size, int64_t bits, bool affine, const string& scale_dtype,
                      const py::object& rows, int64_t threads) {
   const string op = "dequantize";
-  const Int4Format f = want_format(op, out_features, in_features, group_size, bits, affine,
-                                   want_scale_dtype(op, scale_dtype));
+  Int4Format f = want_format(op, out_features, in_features, group_size, bits, affine,
+                             want_scale_dtype(op, scale_dtype));
   const Parallel parallel = std_threads(want_threads(op, threads));
   py::array keep, index;
-  const uint8_t* in = want_packed(op, f, packed, false, &keep);
+  const uint8_t* in = want_packed(op, &f, packed, false, &keep);
   const int64_t* which = nullptr;
   int64_t count = f.n;
   if (!rows.is_none()) {
@@ -274,7 +295,7 @@ py::array run(const string& which, const py::object& kernel_id, const py::object
   p.x = xs.data();
   p.x_stride = row_stride(op, "x", xs);
   py::array keep, bias_array;
-  p.packed = want_packed(op, p.w, packed, true, &keep);
+  p.packed = want_packed(op, &p.w, packed, true, &keep);
   if (!bias.is_none()) {
     if (dx) fail_value(op, "bias must be None for dx, got " + type_text(bias));
     bias_array = want_array(op, "bias", bias, {"float32", "float16", "uint16"});
@@ -315,12 +336,17 @@ py::array run(const string& which, const py::object& kernel_id, const py::object
 void bind_int4_linear(py::module_& m) {
   using py::arg;
   m.def("packed_bytes", &packed_bytes, arg("out_features"), arg("in_features"), arg("group_size"),
-        arg("bits"), arg("affine"), arg("scale_dtype"), "Bytes of a packed weight [N, K].");
+        arg("bits"), arg("affine"), arg("scale_dtype"), arg("palette") = false,
+        "Bytes of a packed weight [N, K].");
   m.def("pack", &pack, arg("qweight"), arg("scales"), arg("offsets"), arg("in_features"),
-        arg("group_size"), arg("bits"), arg("scale_dtype") = py::none(), arg("threads") = 1,
+        arg("group_size"), arg("bits"), arg("scale_dtype") = py::none(), arg("palette") = false,
+        arg("threads") = 1,
         "Canonical codes uint8 [N, ceil(K/2)] (8 bits: [N, K]), scales and offsets [N, groups] of "
         "one float type -> packed uint8, its data at a multiple of 64 bytes. scale_dtype: that "
-        "type, or \"int8\" for float32 ones that int8_scales_fit holds exact.");
+        "type, or \"int8\" for float32 ones that int8_scales_fit holds exact. palette: 8-bit codes "
+        "that palette_fits take 4 bits.");
+  m.def("palette_fits", &palette_fits, arg("qweight"),
+        "Whether uint8 codes have at most 16 different values.");
   m.def("int8_scales_fit", &int8_scales_fit, arg("scales"), arg("in_features"), arg("group_size"),
         arg("threads") = 1,
         "Whether float32 scales (or offsets) [N, groups] are int8 multiples of one float16 in every "

@@ -152,15 +152,17 @@ Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_f
                        ", got group_size=" + std::to_string(group_size) +
                        ", in_features=" + std::to_string(in_features));
   }
-  return {out_features, in_features, group_size, static_cast<int32_t>(bits), affine, scale_type};
+  return {out_features, in_features, group_size, static_cast<int32_t>(bits),
+          affine,       scale_type,  0};
 }
 
 // --- shared by the kernel runners ----------------------------------------------------------------
 
-const uint8_t* want_packed(const string& op, const Int4Format& f, const py::object& value,
+const uint8_t* want_packed(const string& op, Int4Format* f, const py::object& value,
                            bool aligned, py::array* keep) {
   py::array a = want_array(op, "packed", value, {"uint8"});
-  want_shape(op, "packed", a, {int4_geometry(f).bytes});
+  int4_take_palette(f, a.size());
+  want_shape(op, "packed", a, {int4_geometry(*f).bytes});
   *keep = aligned ? a : contiguous(a);
   if (a.ndim() == 1 && a.size() > 1 && a.strides(0) != 1 && aligned) {
     fail_value(op, "packed must be contiguous, got stride " + to_string(a.strides(0)));

@@ -57,9 +57,9 @@ Dtype want_scale_dtype(const std::string& op, const std::string& name);
 Compute want_compute(const std::string& op, const std::string& name);
 Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_features,
                        int64_t group_size, int64_t bits, bool affine, Dtype scale_type);
-// The data of a packed weight of format f; `aligned` asks for a multiple of 64 bytes instead of
-// copying.
-const uint8_t* want_packed(const std::string& op, const Int4Format& f, const py::object& value,
+// The data of a packed weight of format f, which gets a palette if the size says so; `aligned` asks
+// for a multiple of 64 bytes instead of copying.
+const uint8_t* want_packed(const std::string& op, Int4Format* f, const py::object& value,
                            bool aligned, py::array* keep);
 // The row stride of a [M, last] array in elements; its last dimension must be contiguous.
 int64_t row_stride(const std::string& op, const std::string& name, const py::array& a);
