@@ -84,13 +84,6 @@ def isa(level: str) -> Iterator[None]:
         native.set_cpu_isa(before)
 
 
-@contextmanager
-def float32_level() -> Iterator[None]:
-    """A level whose kernels keep more of a float32 x than bfloat16, which AMX multiplies in."""
-    with isa("avx512_vnni" if native.cpu_isa() == "amx" else native.cpu_isa()):
-        yield
-
-
 def own_dtype(kernel_id: str, otherwise: str = "float32") -> str:
     """A dtype of x that the row takes: bfloat16 where its tiles are, else `otherwise`."""
     tiles = ".amx." in kernel_id and not kernel_id.endswith(".int8_tile")
