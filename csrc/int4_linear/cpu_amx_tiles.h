@@ -186,8 +186,8 @@ NB_AMX_INLINE void transpose16(const void* src, int64_t stride, __m512i out[16])
   }
 }
 
-// x[at .. at + count), which are float32 or bfloat16, as 32 bfloat16: rounded to nearest even, zeros
-// behind `count`.
+// x[at .. at + count), float32 or bfloat16, as 32 bfloat16: rounded to nearest even, zeros behind
+// `count`.
 NB_AMX_INLINE __m512i load_row_bf16(const void* x, Dtype type, int64_t at, int64_t count) {
   const __mmask32 mask = count >= 32 ? 0xffffffffu : (1u << (count < 0 ? 0 : count)) - 1u;
   if (type == Dtype::kF32) {
