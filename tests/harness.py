@@ -84,11 +84,15 @@ def isa(level: str) -> Iterator[None]:
         native.set_cpu_isa(before)
 
 
-@contextmanager
-def float32_level() -> Iterator[None]:
-    """A level whose kernels keep more of a float32 x than bfloat16, which AMX multiplies in."""
-    with isa("avx512_vnni" if native.cpu_isa() == "amx" else native.cpu_isa()):
-        yield
+def own_dtype(kernel_id: str, otherwise: str = "float32") -> str:
+    """A dtype of x that the row takes: bfloat16 where its tiles are, else `otherwise`."""
+    tiles = ".amx." in kernel_id and not kernel_id.endswith(".int8_tile")
+    return "bfloat16" if tiles else otherwise
+
+
+def operand_of(x_dtype: str) -> str:
+    """What a CPU kernel may round the factors of a product to: bfloat16 x alone meets its tiles."""
+    return "bfloat16" if x_dtype == "bfloat16" else "float32"
 
 
 def store(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -162,6 +166,7 @@ def check_op(y, x, weight, bias=None, *, compute="bf16", transposed=False, what=
     """Checks y = op(x) for tensors of any number of dimensions."""
     width = x.shape[-1]
     out = weight.in_features if transposed else weight.out_features
+    x_dtype = {v: k for k, v in TORCH.items()}[x.dtype]
     assert y.dtype == x.dtype, what
     assert list(y.shape) == [*x.shape[:-1], out], what
     assert y.device == x.device
@@ -172,7 +177,8 @@ def check_op(y, x, weight, bias=None, *, compute="bf16", transposed=False, what=
         as_numpy(x).reshape(-1, width),
         weight,
         None if bias is None else as_numpy(bias),
-        dtype={v: k for k, v in TORCH.items()}[x.dtype],
+        dtype=x_dtype,
+        operand=operand_of(x_dtype),
         compute=compute,
         transposed=transposed,
         what=what,

@@ -378,6 +378,7 @@ def check_linear(
     bias: np.ndarray | None = None,
     *,
     dtype: str = "float32",
+    operand: str = "bfloat16",
     compute: str = "bf16",
     transposed: bool = False,
     what: str = "",
@@ -390,8 +391,9 @@ def check_linear(
     same dequantised weight, plus what float32 sums cost. compute="int8" may in addition lose what
     rounding its activations to int8 loses. What float32 cannot hold on the way may be infinite.
 
-    y, x are float arrays [M, *] (already float32 or wider); dtype names the dtype of the op's x.
-    transposed=True checks dx = dy w instead (bias is None).
+    y, x are float arrays [M, *] (already float32 or wider); dtype names the dtype of the op's x,
+    operand the type that kernels may round the factors of a product to ("float32": x may still
+    become int16 block by block). transposed=True checks dx = dy w instead (bias is None).
     """
     y, x = np.asarray(y, np.float64), np.asarray(x, np.float64)
     w = weight.dense().T if transposed else weight.dense()
@@ -409,7 +411,8 @@ def check_linear(
     if bias is not None:
         total = total + np.abs(np.asarray(bias, np.float64))
     # bfloat16 operands: half an ulp each; int16 activations: half a step of the block's largest.
-    bound = (2 * HALF_ULP["bfloat16"] + (terms + 8) * EPS32) * total + 2.0**-16 * block_total
+    step = (terms + 8) * EPS32 + (0 if operand == "float32" else 2 * HALF_ULP[operand])
+    bound = step * total + 2.0**-16 * block_total
     if compute == "int8" and not transposed:
         bound = bound + _block_max(x, group) @ size.T / 253
     # Tile units take subnormal operands and results for zero.

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import reference as ref
-from harness import X_DTYPES, aligned, load, native, row_param, store
+from harness import X_DTYPES, aligned, isa, load, native, own_dtype, row_param, store
 from reference_blocks import Blocks, check_product, layout, random_blocks
 from test_guard_pages import Guarded, guarded_rows, walk_in_child
 
@@ -45,14 +45,9 @@ def serves(which, kernel_id, m, x_dtype, compute="bf16"):
     return all(limits[need] for need in row["serves"].split(", "))
 
 
-def own_dtype(kernel_id, otherwise="float32"):
-    """Of x: tiles take bfloat16 alone."""
-    return "bfloat16" if ".amx." in kernel_id else otherwise
-
-
 def operand(kernel_id):
     """What a kernel may round the factors of its products to."""
-    return "bfloat16" if ".amx." in kernel_id else "float32"
+    return own_dtype(kernel_id)
 
 
 def case(rng, i, n, k, block, kernel_id):
@@ -160,6 +155,12 @@ def test_weight_grad(which, kernel_id):
         )  # fmt: skip
 
 
+def base_level(kernel_id):
+    """The level whose int4 kernels a fused row runs on: AVX-512's take the CPU's best."""
+    level = kernel_id.split(".")[2]
+    return isa(level if level in ("scalar", "avx2") else native.cpu_isa())
+
+
 def fused_arguments(rng, n, k, block, i, rank, kernel_id):
     weight = ref.random_weight(rng, n, k, **FORMAT)
     blocks, x_dtype, v_dtype = case(rng, i, n, k, block, kernel_id)
@@ -171,7 +172,11 @@ def fused_arguments(rng, n, k, block, i, rank, kernel_id):
 @pytest.mark.parametrize("which, kernel_id", params("fused", "fused_dx"))
 @pytest.mark.parametrize("compute", ["bf16", "int8"])
 def test_fused_is_base_plus_adapter(which, kernel_id, compute):
-    """Against the int4 kernel's own result: the adapter's share is what is tested here."""
+    """Against the int4 kernel's own result: the adapter's share is what is tested here.
+
+    Where the base meets bfloat16 tiles, which give no float32 result, it is the product of the
+    weights as they stand in the tiles.
+    """
     rng = np.random.default_rng(4)
     cases = itertools.product(((17, 118), (130, 300), (257, 129)), BLOCKS, (1, 3, 4, 5, 16, 33))
     served = 0
@@ -195,19 +200,21 @@ def test_fused_is_base_plus_adapter(which, kernel_id, compute):
         adapter = plain(blocks, v_dtype).dense()
         if rank:
             adapter = adapter + c.astype(np.float64) @ a.astype(np.float64)
-        # The base in float32, by a kernel of the same level: what is left is one float32 sum.
-        level = kernel_id.split(".")[2]
-        before = native.cpu_isa()
-        native.set_cpu_isa(level if level in ("scalar", "avx2") else before)
-        base = native.int4_linear_run(
-            "dx" if dx else "forward", None, xf.astype(np.float32), packed, bias, compute=compute,
-            **weight.format,
-        )  # fmt: skip
-        native.set_cpu_isa(before)
         w = adapter.T if dx else adapter
+        # The base in float32, by a kernel of the same level: what is left is one float32 sum.
+        with base_level(kernel_id):
+            table = "dx" if dx else "forward"
+            call = dict(compute=compute, **weight.format)
+            chosen = native.int4_linear_select(table, m=m, x_dtype=x_dtype, **call)["kernel"]
+            base = native.int4_linear_run(table, None, load(x, x_dtype), packed, bias, **call)
+        extra = [base]
+        if own_dtype(chosen) == "bfloat16":
+            in_tiles = ref.round_to(weight.dense(), "bfloat16").astype(np.float64)
+            xf, w = np.hstack([xf, xf]), np.hstack([in_tiles.T if dx else in_tiles, w])
+            extra = [] if bias is None else [bias]
         what = f"{kernel_id} m={m} n={n} k={k} block={block} rank={rank} x={x_dtype} {compute}"
         check_product(
-            load(y, x_dtype), xf, w, [base], dtype=x_dtype,
+            load(y, x_dtype), xf, w, extra, dtype=x_dtype,
             operand=operand(kernel_id), factor=4 + rank, what=what,
         )  # fmt: skip
     assert served >= 30 or (".amx." in kernel_id and compute == "int8"), served
@@ -217,9 +224,6 @@ def test_fused_is_base_plus_adapter(which, kernel_id, compute):
 def test_fused_without_blocks_is_the_base(which, kernel_id):
     """No stored block, or stored zeros: the bits of the int4 linear."""
     rng = np.random.default_rng(5)
-    level = kernel_id.split(".")[2]
-    if level not in ("scalar", "avx2") and native.cpu_isa() == "amx":
-        level = "amx"
     x_dtype = own_dtype(kernel_id)
     for m, (n, k), block in itertools.product((1, 4, 9), ((64, 96), (70, 45)), (16, 64)):
         if not serves(which, kernel_id, m, x_dtype):
@@ -228,13 +232,11 @@ def test_fused_without_blocks_is_the_base(which, kernel_id):
         packed = aligned(ref.pack(weight))
         dx = which == "fused_dx"
         x = random_rows(rng, m, n if dx else k, x_dtype)
-        before = native.cpu_isa()
-        native.set_cpu_isa(level if level in ("scalar", "avx2") else before)
-        base = native.int4_linear_run(
-            "dx" if dx else "forward", None, x, packed, None, compute="bf16",
-            x_dtype="bfloat16" if x_dtype == "bfloat16" else None, **weight.format,
-        )  # fmt: skip
-        native.set_cpu_isa(before)
+        with base_level(kernel_id):
+            base = native.int4_linear_run(
+                "dx" if dx else "forward", None, x, packed, None, compute="bf16",
+                x_dtype=x_dtype, **weight.format,
+            )  # fmt: skip
         for density in (0.0, 0.5):
             blocks = random_blocks(rng, n, k, block, density)
             y = native.int4_block_sparse_run(

@@ -8,14 +8,13 @@ import pytest
 import reference_blocks as rb
 import torch
 import torch.nn.functional as F
-from harness import TORCH, X_DTYPES, as_numpy, level_params, native, random_x
+from harness import TORCH, X_DTYPES, as_numpy, level_params, native, operand_of, random_x
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 LEVEL = pytest.mark.parametrize("level", level_params())
 # out_features, in_features, block: whole blocks, ragged edges on either side, less than one block.
 SHAPES = [(64, 96, 32), (70, 100, 16), (1, 3, 32), (118, 17, 16), (130, 200, 64), (129, 257, 128)]
-OPERAND = "bfloat16"  # AMX multiplies in bfloat16
 
 
 def problem(n, k, block, density=0.4, seed=0, values=torch.float32):
@@ -31,8 +30,8 @@ def rows_of(t):
     return as_numpy(t).reshape(-1, t.shape[-1])
 
 
-def operand(level):
-    return OPERAND if level == "amx" else "float32"
+def operand(level, x_dtype):
+    return operand_of(x_dtype) if level == "amx" else "float32"
 
 
 # --- layout -------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ def test_products(level, x_dtype, values):
             assert y.dtype == x.dtype
             assert y.shape == (*lead, n)
             extra = (as_numpy(bias)[None], rows_of(y0))
-            more = {"dtype": x_dtype, "operand": operand(level), "what": what}
+            more = {"dtype": x_dtype, "operand": operand(level, x_dtype), "what": what}
             rb.check_product(rows_of(y), rows_of(x), blocks.dense(), extra, **more)
             dx = nb.ops.block_sparse_linear_dx(y0, tensor, layout, in_features=k, block=block)
             assert dx.shape == x.shape
@@ -116,7 +115,7 @@ def test_products(level, x_dtype, values):
             ds = nb.ops.block_weight_grad(y0, x, layout, block=block)
             assert ds.shape == tensor.shape
             assert ds.dtype == torch.float32
-            check_weight_grad(blocks, ds, y0, x, what, operand(level))
+            check_weight_grad(blocks, ds, y0, x, what, operand(level, x_dtype))
 
 
 def check_weight_grad(blocks, ds, g, x, what="", operand="float32", dtype="float32", factor=1.0):
@@ -133,7 +132,7 @@ def test_weight_grad_in_bfloat16():
     g, x = random_x(rng, (9, 70), "float32"), random_x(rng, (9, 100), "float32")
     ds = nb.ops.block_weight_grad(g, x, layout, block=16, dtype=torch.bfloat16)
     assert ds.dtype == torch.bfloat16
-    check_weight_grad(blocks, ds, g, x, operand=OPERAND, dtype="bfloat16")
+    check_weight_grad(blocks, ds, g, x, dtype="bfloat16")
 
 
 @LEVEL
@@ -286,10 +285,10 @@ def test_autograd_equals_the_dense_gathered_blocks(x_dtype):
     y = nb.ops.block_sparse_linear(x, values, layout, bias, y0, out_features=70, block=16)
     g = random_x(rng, (2, 6, 70), x_dtype)
     y.backward(g)
-    more = {"dtype": x_dtype, "operand": OPERAND}
+    more = {"dtype": x_dtype, "operand": operand_of(x_dtype)}
     rb.check_product(rows_of(x.grad), rows_of(g), blocks.dense().T, **more)
     assert values.grad.dtype == torch.float32
-    check_weight_grad(blocks, values.grad, g, x, operand=OPERAND)
+    check_weight_grad(blocks, values.grad, g, x, operand=operand_of(x_dtype))
     torch.testing.assert_close(bias.grad, g.float().sum((0, 1)))
     assert torch.equal(y0.grad, g)
 

@@ -11,7 +11,6 @@ import nibblock as nb
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import float32_level
 from test_accelerate import TOKENS, quiet, reasons
 from torch import nn
 
@@ -72,12 +71,11 @@ def test_gpt2_computes_what_its_dequantised_twin_computes(config):
         assert torch.allclose(layer.weight.t(), before, atol=0.02)
     if not getattr(config, "embeddings", False):
         twin = dequantised(model)
-        with float32_level():
-            assert torch.allclose(logits(model), logits(twin), atol=2e-4)
-            for cache in (True, False):
-                options = dict(max_new_tokens=6, do_sample=False, use_cache=cache)
-                tokens = model.generate(TOKENS, **options)
-                assert torch.equal(tokens, twin.generate(TOKENS, **options))
+        assert torch.allclose(logits(model), logits(twin), atol=2e-4)
+        for cache in (True, False):
+            options = dict(max_new_tokens=6, do_sample=False, use_cache=cache)
+            tokens = model.generate(TOKENS, **options)
+            assert torch.equal(tokens, twin.generate(TOKENS, **options))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -8,7 +8,6 @@ import nibblock as nb
 import pytest
 import torch
 from gguf_architectures import BLOCKS, MODEL_TYPES, Sample, configuration, expected_state
-from harness import float32_level
 from nibblock.formats.gguf import load_gguf_dense
 from test_gguf import assert_read_alike, assert_same_function, logits, tokens
 
@@ -125,7 +124,6 @@ def test_report_and_demo_count_the_same_weights(written, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@float32_level()
 def test_generation_with_and_without_cache(written, name):
     _, path = written(name)
     model = nb.load_gguf(path)

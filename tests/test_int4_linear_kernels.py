@@ -12,6 +12,8 @@ from harness import (
     FORMS,
     X_DTYPES,
     load,
+    operand_of,
+    own_dtype,
     packed_of,
     refusal,
     row_params,
@@ -21,6 +23,7 @@ from harness import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from nibblock._errors import BackendUnavailable
 
 # The kernels cut their work at 16 rows n, 64 and 128 k, and 6 or 16 rows of x.
 MS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70, 118)
@@ -52,6 +55,7 @@ def one_call(which, kernel_id, rng, m, weight, x_dtype, bias_dtype=None, compute
         weight,
         None if bias is None else load(bias, bias_dtype),
         dtype=x_dtype,
+        operand=operand_of(x_dtype),
         compute=compute,
         transposed=which == "dx",
         what=what,
@@ -71,51 +75,72 @@ def test_row_is_right_at_every_shape(which, kernel_id, x_dtype):
         for compute in ("bf16", "int8") if which == "forward" else ("bf16",):
             bias_dtype = BIASES[i % len(BIASES)]
             served += one_call(which, kernel_id, rng, m, weight, x_dtype, bias_dtype, compute)
+    if own_dtype(kernel_id, x_dtype) != x_dtype:
+        assert not served, f"{kernel_id} served {x_dtype}, which its tiles round"
+        return
     assert served >= 100, f"{kernel_id} served {served} calls: the test does not reach it"
+
+
+@pytest.mark.parametrize("x_dtype", X_DTYPES)
+@pytest.mark.parametrize("which, kernel_id", row_params())
+def test_row_refuses_what_it_would_round(which, kernel_id, x_dtype):
+    """bfloat16 tiles would cost another x its precision: forcing them on it is an error."""
+    rng = np.random.default_rng(18)
+    weight = ref.random_weight(rng, 33, 130, 32)
+    width = 130 if which == "forward" else 33
+    x = store(rng.normal(0, 1, (8, width)).astype(np.float32), x_dtype)
+    compute = "int8" if "int8" in kernel_id else "bf16"
+    call = (which, kernel_id, x, weight, packed_of(weight), None, compute, x_dtype)
+    if own_dtype(kernel_id, x_dtype) == x_dtype:
+        assert run(*call).shape == (8, 163 - width)
+        return
+    needs = "m >= 5, bfloat16 x" + (", compute bf16" if which == "forward" else "")
+    with pytest.raises(BackendUnavailable, match=f"{kernel_id} serves only: {needs}$"):
+        run(*call)
 
 
 @pytest.mark.parametrize("which, kernel_id", row_params())
 def test_row_is_right_in_every_format(which, kernel_id):
     """The full product of formats, at shapes that leave a remainder everywhere."""
     rng = np.random.default_rng(2)
-    served = 0
+    served, x_dtype = 0, own_dtype(kernel_id)
     for group, bits, affine, scale_dtype in FORMATS:
         for n, k, m in ((37, 300, 1), (50, 323, 4), (35, 289, 21)):
             weight = ref.random_weight(rng, n, k, group, bits, affine, scale_dtype)
             for compute in ("bf16", "int8") if which == "forward" else ("bf16",):
-                served += one_call(which, kernel_id, rng, m, weight, "float32", "float32", compute)
+                served += one_call(which, kernel_id, rng, m, weight, x_dtype, "float32", compute)
     assert served >= 40, f"{kernel_id} served {served} calls: the test does not reach it"
 
 
-def bounds_on_single_weights(weight, compute):
-    """How far one weight may be off when x is one-hot: bfloat16's rounding of it, never a code."""
-    return (ref.HALF_ULP["bfloat16"] + 8 * ref.EPS32) * weight.magnitude()
+def bounds_on_single_weights(weight, x_dtype):
+    """How far one weight may be off when x is one-hot: its rounding to x's dtype, never a code."""
+    in_float32 = 8 * ref.EPS32 * (weight.magnitude() + weight.parts())
+    return ref.HALF_ULP[x_dtype] * weight.magnitude() + in_float32
 
 
 @pytest.mark.parametrize("which, kernel_id", row_params())
 def test_row_reads_every_code_at_its_place(which, kernel_id):
     """One-hot rows give back single weights, so a misplaced code or scale cannot hide in a sum."""
     rng = np.random.default_rng(15)
-    served = 0
+    served, x_dtype = 0, own_dtype(kernel_id)
     for i, ((group, bits), affine) in enumerate(itertools.product(FORMS, (False, True))):
         weight = ref.random_weight(rng, 53, 161, group, bits, affine, ("float16", "float32")[i % 2])
         packed = packed_of(weight)
-        w, bound = weight.dense(), bounds_on_single_weights(weight, "bf16")
+        w, bound = weight.dense(), bounds_on_single_weights(weight, x_dtype)
         if which == "forward":
             w, bound = w.T, bound.T  # one-hot in k: row k of the result is w[:, k]
-        hot = np.eye(len(w), dtype=np.float32)
+        hot = store(np.eye(len(w)), x_dtype)
         for m, compute in itertools.product(
             (1, 2, 3, 4, 5, 6, 7, 11, 23, len(w)), ("bf16", "int8")
         ):
-            if refusal(which, kernel_id, m, weight, "float32", compute):
+            if refusal(which, kernel_id, m, weight, x_dtype, compute):
                 continue
             served += 1
-            y = np.concatenate(
-                [
-                    run(which, kernel_id, hot[at : at + m], weight, packed, None, compute)
-                    for at in range(0, len(w) - m + 1, m)
-                ]
-            )
+            parts = [
+                run(which, kernel_id, hot[at : at + m], weight, packed, None, compute, x_dtype)
+                for at in range(0, len(w) - m + 1, m)
+            ]
+            y = load(np.concatenate(parts), x_dtype)
             off = np.argwhere(~(np.abs(y - w[: len(y)]) <= bound[: len(y)]))
             assert not off.size, (
                 f"{kernel_id} m={m} {weight.format} {compute}: {len(off)} weights are off, "
@@ -128,6 +153,7 @@ def test_row_reads_every_code_at_its_place(which, kernel_id):
 def test_row_at_the_ends_of_the_codes(which, kernel_id):
     """All codes 0 or at their largest, all activations at full scale: no integer sum overflows."""
     rng = np.random.default_rng(16)
+    x_dtype = own_dtype(kernel_id)
     for (group, bits), m in itertools.product(FORMS, (1, 5, 20)):
         for fill in (0, (1 << bits) - 1):
             weight = ref.random_weight(rng, 20, 700, group, bits, group == 64)
@@ -135,14 +161,17 @@ def test_row_at_the_ends_of_the_codes(which, kernel_id):
             packed = packed_of(weight)
             width = 700 if which == "forward" else 20
             for sign in (np.ones(width), -np.ones(width), np.where(np.arange(width) % 2, 1, -1)):
-                x = np.tile(sign.astype(np.float32) * 3, (m, 1))
+                x = store(np.tile(sign.astype(np.float32) * 3, (m, 1)), x_dtype)
                 for compute in ("bf16", "int8"):
-                    if refusal(which, kernel_id, m, weight, "float32", compute):
+                    if refusal(which, kernel_id, m, weight, x_dtype, compute):
                         continue
+                    y = run(which, kernel_id, x, weight, packed, None, compute, x_dtype)
                     ref.check_linear(
-                        run(which, kernel_id, x, weight, packed, None, compute),
-                        x,
+                        load(y, x_dtype),
+                        load(x, x_dtype),
                         weight,
+                        dtype=x_dtype,
+                        operand=operand_of(x_dtype),
                         compute=compute,
                         transposed=which == "dx",
                         what=f"{kernel_id} m={m} bits={bits} group={group} fill={fill} {compute}",
@@ -153,24 +182,31 @@ def test_row_at_the_ends_of_the_codes(which, kernel_id):
 def test_row_keeps_non_finite_weights_and_biases_apart(which, kernel_id):
     """A NaN or infinite scale, offset or bias reaches its own output column and no other."""
     rng = np.random.default_rng(17)
+    x_dtype = own_dtype(kernel_id)
     for m, bits, affine in itertools.product((1, 6, 40), (4, 8), (False, True)):
         weight = ref.random_weight(rng, 36, 100, 64, bits, affine)
-        if refusal(which, kernel_id, m, weight, "float32", "bf16"):
+        if refusal(which, kernel_id, m, weight, x_dtype, "bf16"):
             continue
-        x, bias = rng.normal(0, 1, (m, 100)).astype(np.float32), np.ones(36, np.float32)
-        clean = run(which, kernel_id, x, weight, packed_of(weight), bias)
+        x = store(rng.normal(0, 1, (m, 100)).astype(np.float32), x_dtype)
+        bias = np.ones(36, np.float32)
+
+        def product(weight, bias, x=x):
+            y = run(which, kernel_id, x, weight, packed_of(weight), bias, "bf16", x_dtype)
+            return load(y, x_dtype)
+
+        clean = product(weight, bias)
         others = np.arange(36) != 19
         for value in (np.nan, np.inf):
             broken = ref.Weight(**vars(weight))
             broken.scales = weight.scales.copy()
             broken.scales[19, 1] = value
-            y = run(which, kernel_id, x, broken, packed_of(broken), bias)
+            y = product(broken, bias)
             what = f"{kernel_id} m={m} bits={bits} affine={affine} {value}"
             assert not np.isfinite(y[:, 19]).any(), f"scale: {what}"
             assert np.array_equal(y[:, others], clean[:, others]), f"scale: {what}"
             wrong = bias.copy()
             wrong[19] = value
-            y = run(which, kernel_id, x, weight, packed_of(weight), wrong)
+            y = product(weight, wrong)
             assert np.array_equal(y[:, 19], np.full(m, value, np.float32), equal_nan=True), what
             assert np.array_equal(y[:, others], clean[:, others]), f"bias: {what}"
 
@@ -250,6 +286,7 @@ def test_row_reads_and_writes_strided_rows(which, kernel_id):
             load(np.ascontiguousarray(x), x_dtype),
             weight,
             dtype=x_dtype,
+            operand=operand_of(x_dtype),
             transposed=which == "dx",
             what=what,
         )
@@ -260,17 +297,18 @@ def test_row_reads_and_writes_strided_rows(which, kernel_id):
 @pytest.mark.parametrize("which, kernel_id", row_params())
 def test_row_is_bitwise_equal_at_any_thread_count(which, kernel_id):
     rng = np.random.default_rng(5)
-    served = 0
+    served, x_dtype = 0, own_dtype(kernel_id)
     for m, n, k in ((1, 200, 600), (3, 330, 257), (40, 129, 320), (90, 70, 1100)):
         weight = ref.random_weight(rng, n, k, 64, 4, True, "float16")
         packed = packed_of(weight)
         for compute in ("bf16", "int8"):
-            if refusal(which, kernel_id, m, weight, "float32", compute):
+            if refusal(which, kernel_id, m, weight, x_dtype, compute):
                 continue
             x = rng.normal(0, 1, (m, k if which == "forward" else n)).astype(np.float32)
-            first = run(which, kernel_id, x, weight, packed, compute=compute, threads=1)
+            call = (which, kernel_id, store(x, x_dtype), weight, packed, None, compute, x_dtype)
+            first = run(*call, threads=1)
             for threads in (2, 3, 1, 5):
-                again = run(which, kernel_id, x, weight, packed, compute=compute, threads=threads)
+                again = run(*call, threads=threads)
                 assert again.tobytes() == first.tobytes(), (
                     f"{kernel_id} m={m} n={n} k={k} {compute}: {threads} threads differ from one"
                 )
@@ -329,7 +367,7 @@ def test_row_keeps_non_finite_rows_apart(which, kernel_id, compute):
             f"{kernel_id} m={m} {x_dtype} {compute}: both infinities: {got[:6]}, dense {want[:6]}"
         )
     if not served:
-        reason = refusal(which, kernel_id, 20, weight, "float32", compute)
+        reason = refusal(which, kernel_id, 20, weight, own_dtype(kernel_id), compute)
         assert reason, f"{kernel_id} serves compute {compute} but no case reached it"
 
 
@@ -367,6 +405,7 @@ def test_row_at_extreme_magnitudes(which, kernel_id, compute):
                 load(x, x_dtype),
                 weight,
                 dtype=x_dtype,
+                operand=operand_of(x_dtype),
                 compute=compute,
                 transposed=which == "dx",
                 what=f"{kernel_id} m={m} bits={bits} {x_dtype} {compute}: {name}",
@@ -384,6 +423,7 @@ def test_row_at_extreme_magnitudes(which, kernel_id, compute):
 def test_row_with_extreme_scales(which, kernel_id):
     """Weights far from one: float16's largest and subnormal scales, float32's at 1e-30 and 1e30."""
     rng = np.random.default_rng(8)
+    x_dtype = own_dtype(kernel_id)
     for m, (scale_dtype, factor), affine in itertools.product(
         (1, 9),
         (("float16", 60000), ("float16", 6e-7), ("float32", 1e30), ("float32", 1e-30)),
@@ -393,14 +433,17 @@ def test_row_with_extreme_scales(which, kernel_id):
         weight.scales = (weight.scales * (15 * factor / 1.5)).astype(scale_dtype)
         if affine:
             weight.offsets = (-weight.scales.astype(np.float32)).astype(scale_dtype)
-        if refusal(which, kernel_id, m, weight, "float32", "bf16"):
+        if refusal(which, kernel_id, m, weight, x_dtype, "bf16"):
             continue
         x = rng.normal(0, 1, (m, 130 if which == "forward" else 19)).astype(np.float32)
-        y = run(which, kernel_id, x, weight, packed_of(weight))
+        x = store(x, x_dtype)
+        y = run(which, kernel_id, x, weight, packed_of(weight), x_dtype=x_dtype)
         ref.check_linear(
-            y,
-            x,
+            load(y, x_dtype),
+            load(x, x_dtype),
             weight,
+            dtype=x_dtype,
+            operand=operand_of(x_dtype),
             transposed=which == "dx",
             what=f"{kernel_id} m={m} scales={scale_dtype} x {factor} affine={affine}",
         )
@@ -410,16 +453,20 @@ def test_row_with_extreme_scales(which, kernel_id):
 def test_row_on_zero_weights(which, kernel_id):
     """Scale zero and the code of zero: exact zeros, and an exact bias."""
     rng = np.random.default_rng(9)
+    x_dtype = own_dtype(kernel_id)
     for m, bits in itertools.product((1, 3, 12), (4, 8)):
         weight = ref.random_weight(rng, 18, 96, 32, bits)
         flat = ref.canonical(np.full((18, 96), weight.zero), bits)
         no_scale = ref.Weight(weight.qweight, np.zeros_like(weight.scales), None, 96, 32, bits)
         zero_code = ref.Weight(flat, weight.scales, None, 96, 32, bits)
         for case in (no_scale, zero_code):
-            if refusal(which, kernel_id, m, case, "float32", "bf16"):
+            if refusal(which, kernel_id, m, case, x_dtype, "bf16"):
                 continue
             x = rng.normal(0, 1e3, (m, 96 if which == "forward" else 18)).astype(np.float32)
+            x = store(x, x_dtype)
             bias = rng.normal(0, 1, 18).astype(np.float32) if which == "forward" else None
-            y = run(which, kernel_id, x, case, packed_of(case), bias)
-            want = np.zeros_like(y) if bias is None else np.tile(bias, (m, 1))
+            y = run(which, kernel_id, x, case, packed_of(case), bias, "bf16", x_dtype)
+            y = load(y, x_dtype)
+            want = np.zeros(y.shape) if bias is None else np.tile(bias, (m, 1))
+            want = ref.round_to(want, x_dtype)
             assert np.array_equal(y, want), f"{kernel_id} m={m} bits={bits}"

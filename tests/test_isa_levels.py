@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 import reference as ref
-from harness import LEVELS, level_params, native, packed_of, rows, run
+from harness import LEVELS, X_DTYPES, level_params, native, packed_of, rows, run, store
 from nibblock._errors import BackendUnavailable
+from nibblock._info import self_test
 
 
 def test_tables_are_ordered():
@@ -28,28 +29,44 @@ def test_tables_are_ordered():
             assert row["available"] or row["isa"] in row["reason"]
 
 
+@pytest.mark.parametrize("x_dtype", X_DTYPES)
 @pytest.mark.parametrize("level", level_params())
-def test_level_selects_its_own_rows(level):
-    """Lowering the level lowers the row that runs, and no row above it can be forced."""
+def test_level_selects_its_own_rows(level, x_dtype):
+    """Lowering the level lowers the row that runs, and no row above it can be forced.
+
+    AMX multiplies bfloat16 x alone: float32 and float16 x, which that would cost their precision,
+    get the rows of the level below.
+    """
     weight = ref.random_weight(np.random.default_rng(10), 33, 130, 32)
     packed = packed_of(weight)
-    x = np.ones((8, 130), np.float32)
+    x = store(np.ones((8, 130)), x_dtype)
     native.set_cpu_isa(level)
     assert native.cpu_isa() == level
-    chosen = native.int4_linear_select(
-        "forward", m=8, x_dtype="float32", compute="bf16", **weight.format
-    )
+    isa = level if level != "amx" or x_dtype == "bfloat16" else "avx512_vnni"
+    call = dict(m=8, x_dtype=x_dtype, compute="bf16", **weight.format)
+    dx = native.int4_linear_select("dx", **call)["kernel"]
+    assert dx.split(".")[2] == ("avx512" if isa == "avx512_vnni" else isa)
+    chosen = native.int4_linear_select("forward", **call)
+    assert chosen["kernel"].split(".")[2] == isa
     by_id = {row["id"]: row for row in rows("forward")}
-    assert LEVELS.index(by_id[chosen["kernel"]]["isa"]) <= LEVELS.index(level)
     refused = dict(chosen["refused"])
     for kernel_id, row in by_id.items():
         if LEVELS.index(row["isa"]) > LEVELS.index(level):
             assert row["isa"] in refused[kernel_id]
             with pytest.raises(BackendUnavailable, match=row["isa"]):
-                run("forward", kernel_id, x, weight, packed)
-    y = run("forward", None, x, weight, packed)
-    same = run("forward", chosen["kernel"], x, weight, packed)
+                run("forward", kernel_id, x, weight, packed, x_dtype=x_dtype)
+    y = run("forward", None, x, weight, packed, x_dtype=x_dtype)
+    same = run("forward", chosen["kernel"], x, weight, packed, x_dtype=x_dtype)
     assert y.tobytes() == same.tobytes()
+
+
+@pytest.mark.parametrize("level", level_params())
+def test_self_test_runs_every_row_of_the_level(level):
+    native.set_cpu_isa(level)
+    done = self_test()
+    assert [row["id"] for row in done if not row["ok"]] == []
+    served = [row["id"] for which in ("forward", "dx") for row in rows(which) if row["available"]]
+    assert sorted(row["id"] for row in done) == sorted([*served, "torch.ops.nibblock.int4_linear"])
 
 
 def test_unknown_level_and_kernel_are_refused():
@@ -72,14 +89,15 @@ import reference as ref
 w = ref.random_weight(np.random.default_rng(1), 50, 200, 32, 4, True)
 x = np.random.default_rng(2).normal(0, 1, (9, 200)).astype(np.float32)
 y = nb.ops.int4_linear(torch.from_numpy(x), torch.from_numpy(ref.pack(w)), **op_arguments(w))
-ref.check_linear(y.numpy(), x, w, what=native.cpu_isa())
+ref.check_linear(y.numpy(), x, w, operand="float32", what=native.cpu_isa())
 row = native.int4_linear_select("forward", m=9, x_dtype="float32", compute="bf16", **w.format)
 print(json.dumps([native.cpu_isa(), row["kernel"], y.numpy().tobytes().hex()]))
 """
 
 
 def child(level):
-    env = {**os.environ, "NIBBLOCK_ISA": level, "PYTHONPATH": os.path.dirname(__file__)}
+    path = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "NIBBLOCK_ISA": level, "PYTHONPATH": os.pathsep.join(path)}
     return subprocess.run(
         [sys.executable, "-c", CHILD], env=env, capture_output=True, text=True, timeout=120
     )

@@ -67,12 +67,16 @@ def test_the_yardstick_is_sharp():
     x = rng.normal(0, 1, (8, 300)).astype(np.float32)
     y = ref.int4_linear(x, w)
     ref.check_linear(y, x, w)
-    ref.check_linear(ref.dense_bf16(x, w.dense(), None, "float32"), x, w)
+    ref.check_linear(y, x, w, operand="float32")
+    in_bf16 = ref.dense_bf16(x, w.dense(), None, "float32")
+    ref.check_linear(in_bf16, x, w)
 
     def caught(y, **more):
         with pytest.raises(AssertionError):
             ref.check_linear(y, x, w, **more)
 
+    caught(in_bf16, operand="float32")
+    caught(ref.int4_linear(ref.round_to(x, "bfloat16"), w), operand="float32")
     caught(y[:, ::-1])
     caught(ref.int4_linear(np.where(np.arange(300) == 299, 0, x), w))  # the last k forgotten
     caught(y * (1 + 2.0**-6))

@@ -9,7 +9,6 @@ import nibblock as nb
 import numpy as np
 import pytest
 import torch
-from harness import float32_level
 from nibblock.formats.quantized import is_quantized, load_quantized_dense
 from peak_memory import peak_of_loading
 from quantized_samples import DTYPES, Sample, configuration, transformers
@@ -27,8 +26,7 @@ def logits(model, ids, dtype=torch.float32):
 
 def assert_same_function(model, dense, tolerance=2e-2):
     ids = tokens(dense)
-    with float32_level():
-        expected, got = logits(dense, ids), logits(model, ids)
+    expected, got = logits(dense, ids), logits(model, ids)
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 

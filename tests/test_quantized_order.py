@@ -12,7 +12,6 @@ import nibblock as nb
 import numpy as np
 import pytest
 import torch
-from harness import float32_level
 from nibblock.formats.quantized import load_quantized_dense
 from quantized_samples import Sample, configuration, transformers
 from test_quantized_checkpoints import assert_same_function, edit, logits, tokens, unpacked
@@ -335,7 +334,6 @@ def of_expert(name):
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("method,bits", [("gptq", 4), ("gptq_v2", 8), ("compressed", 4)])
-@float32_level()
 def test_experts(tmp_path, method, bits, arch):
     sample = Sample(method, bits, arch=arch, g_idx=shuffle(by=of_expert))
     folder = sample.write(tmp_path / "m")

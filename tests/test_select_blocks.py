@@ -6,7 +6,6 @@ import nibblock as nb
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import float32_level
 from nibblock.sparse import select_blocks
 from nibblock.sparse._spread import Spread
 from torch import nn
@@ -285,7 +284,6 @@ def test_tied_shared_and_unused_layers(frozen):
     assert named.skipped["back"] == "not selected by where"
 
 
-@float32_level()
 def test_frozen_int4_models_are_scored():
     torch.manual_seed(0)
     model, batches = mlp(), data()

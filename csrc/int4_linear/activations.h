@@ -3,9 +3,9 @@
 // A row of x is cut into the blocks between two flushes, min(group, 128) long. Each block gets one
 // scale, max|x| / 32767 (or / 127), and its elements become int16 (int8) by rounding to nearest.
 // With int16 the rounding error is at most 2^-16 of the block's largest element, far below what
-// rounding a weight to bfloat16 costs, so this is the arithmetic behind compute="bf16" wherever
-// VPDPWSSD or VPMADDWD is faster than bfloat16 (on every x86 CPU without AMX: VDPBF16PS runs at a
-// quarter of VPDPWSSD's rate here).
+// rounding a weight to bfloat16 costs, so this is the arithmetic behind compute="bf16" for float32
+// and float16 x, and for bfloat16 x wherever VPDPWSSD or VPMADDWD is faster than bfloat16 (on every
+// x86 CPU without AMX: VDPBF16PS runs at a quarter of VPDPWSSD's rate here).
 //
 // Included by files compiled for one ISA each, hence static and in an anonymous namespace.
 #pragma once

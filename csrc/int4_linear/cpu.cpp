@@ -137,8 +137,10 @@ namespace {
 bool any(const Int4LinearParams&) { return true; }
 bool is_int8(const Int4LinearParams& p) { return p.compute == Compute::kInt8; }
 // An AMX tile multiplies 16 rows in the time of one: below 5 rows the vector kernels, which run at
-// the speed of memory, are as fast and need no tile set-up.
-bool amx_bf16(const Int4LinearParams& p) { return p.m >= 5 && p.compute == Compute::kBF16; }
+// the speed of memory, are as fast and need no tile set-up. float32 and float16 x keep their
+// precision, which bfloat16 tiles do not have. (For dx, x is dy.)
+bool amx_dx(const Int4LinearParams& p) { return p.m >= 5 && p.xtype == Dtype::kBF16; }
+bool amx_bf16(const Int4LinearParams& p) { return amx_dx(p) && p.compute == Compute::kBF16; }
 // (A block of 16 fills a quarter of a tile row: VNNI is as fast.)
 bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p) && p.w.group != 16; }
 // Fewer rows are bound by memory, and int16 keeps more of x; 8-bit codes would saturate, and a block
@@ -146,10 +148,9 @@ bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p) && p.w.
 bool avx2_int8(const Int4LinearParams& p) {
   return p.m >= 3 && is_int8(p) && p.w.bits == 4 && p.w.group != 16;
 }
-bool amx_dx(const Int4LinearParams& p) { return p.m >= 5; }
 
 const Int4LinearKernel kForward[] = {
-    {"int4_linear.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5, compute bf16", amx_bf16,
+    {"int4_linear.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5, bfloat16 x, compute bf16", amx_bf16,
      int4_linear_amx_bf16},
     {"int4_linear.cpu.amx.int8_tile", Isa::kAmx, "m >= 5, compute int8, groups of 32 and more",
      amx_int8, int4_linear_amx_int8},
@@ -165,7 +166,8 @@ const Int4LinearKernel kForward[] = {
 };
 
 const Int4LinearKernel kDx[] = {
-    {"int4_linear_dx.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5", amx_dx, int4_linear_dx_amx_bf16},
+    {"int4_linear_dx.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5, bfloat16 x", amx_dx,
+     int4_linear_dx_amx_bf16},
     {"int4_linear_dx.cpu.avx512.panel", Isa::kAvx512, "any call", any, int4_linear_dx_avx512},
     {"int4_linear_dx.cpu.avx2.panel", Isa::kAvx2, "any call", any, int4_linear_dx_avx2},
     {"int4_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_dx_scalar},

@@ -1,4 +1,4 @@
-// int4_linear and its input gradient on AMX bfloat16 tiles, from 5 rows up.
+// int4_linear and its input gradient on AMX bfloat16 tiles: bfloat16 x (or dy), from 5 rows up.
 //
 // Both directions are one loop. An output unit is 32 columns wide (32 n forward, 32 k for dx), a
 // step sums over 32 (k forward, n for dx), and a step of a unit needs two weight tiles, made from
@@ -37,6 +37,9 @@
 
 namespace nibblock {
 namespace {
+
+// The table gives these kernels no other p.xtype.
+constexpr Dtype kXType = Dtype::kBF16;
 
 template <bool Dx>
 static inline const uint8_t* codes_at(const Problem& q, int64_t unit, int64_t step, int half) {
@@ -191,7 +194,7 @@ static void write_forward_added(const Problem& q, int64_t unit, int64_t block,
       const __mmask16 mask = mask_below(n + 16 * i, p.w.n);
       const __m512 bias = load_bias(p.bias, p.bias_type, n + 16 * i, mask);
       for (int64_t r = 0; r < rows; ++r) {
-        store_outputs(p.y, p.xtype, (m + r) * p.y_stride + n + 16 * i,
+        store_outputs(p.y, kXType, (m + r) * p.y_stride + n + 16 * i,
                       _mm512_add_ps(_mm512_load_ps(tile + r * kUnit + 16 * i), bias), mask);
       }
     }
@@ -213,7 +216,7 @@ static void write_forward(const Problem& q, int64_t unit, int64_t block, const u
       __m512i v[16];
       transpose16(sums + (2 * i + j) * amx::kTileBytes, 64, v);
       for (int r = 0; r < rows; ++r) {
-        store_outputs(p.y, p.xtype, (m + r) * p.y_stride + n,
+        store_outputs(p.y, kXType, (m + r) * p.y_stride + n,
                       _mm512_add_ps(_mm512_castsi512_ps(v[r]), bias), mask);
       }
     }
@@ -248,15 +251,15 @@ static void write_dx(const Problem& q, int64_t unit, int64_t block, const uint8_
         _mm512_store_ps(tile + r * kUnit, left), _mm512_store_ps(tile + r * kUnit + 16, right);
         continue;
       }
-      store_outputs(p.y, p.xtype, at, left, mask_below(k, p.w.k));
-      store_outputs(p.y, p.xtype, at + 16, right, mask_below(k + 16, p.w.k));
+      store_outputs(p.y, kXType, at, left, mask_below(k, p.w.k));
+      store_outputs(p.y, kXType, at + 16, right, mask_below(k + 16, p.w.k));
     }
     if (!p.add) continue;
     p.add->add(p.add, m, rows, k, min64(kUnit, p.w.k - k), tile, kUnit);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (m + r) * p.y_stride + k;
-      store_outputs(p.y, p.xtype, at, _mm512_load_ps(tile + r * kUnit), mask_below(k, p.w.k));
-      store_outputs(p.y, p.xtype, at + 16, _mm512_load_ps(tile + r * kUnit + 16),
+      store_outputs(p.y, kXType, at, _mm512_load_ps(tile + r * kUnit), mask_below(k, p.w.k));
+      store_outputs(p.y, kXType, at + 16, _mm512_load_ps(tile + r * kUnit + 16),
                     mask_below(k + 16, p.w.k));
     }
   }
@@ -344,7 +347,7 @@ static void pack_x(const Problem& q, const Plan& plan, int64_t block, int64_t pa
         for (int64_t i = 0; i < steps; ++i) {
           const int64_t at = (s0 + i) * kStepK;
           const __m512i v =
-              m + r < p.m ? load_row_bf16(p.x, p.xtype, (m + r) * p.x_stride + at, q.summed - at)
+              m + r < p.m ? load_row_bf16(p.x, kXType, (m + r) * p.x_stride + at, q.summed - at)
                           : _mm512_setzero_si512();
           _mm512_store_si512(to + i * to_step + 64 * r, v);
         }

@@ -208,7 +208,8 @@ NB_AMX_INLINE void transpose16(const void* src, int64_t stride, __m512i out[16])
   }
 }
 
-// x[at .. at + count) as 32 bfloat16, rounded to nearest even, zeros behind `count`.
+// x[at .. at + count), float32 or bfloat16, as 32 bfloat16: rounded to nearest even, zeros behind
+// `count`.
 NB_AMX_INLINE __m512i load_row_bf16(const void* x, Dtype type, int64_t at, int64_t count) {
   const __mmask32 mask = count >= 32 ? 0xffffffffu : (1u << (count < 0 ? 0 : count)) - 1u;
   if (type == Dtype::kF32) {
@@ -217,11 +218,7 @@ NB_AMX_INLINE __m512i load_row_bf16(const void* x, Dtype type, int64_t at, int64
     const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), p + 16);
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
   }
-  const __m512i raw = _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + at);
-  if (type == Dtype::kBF16) return raw;
-  return reinterpret_cast<__m512i>(
-      _mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1)),
-                          _mm512_cvtph_ps(_mm512_castsi512_si256(raw))));
+  return _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + at);
 }
 
 // y[at + i] = v[i] in type, where mask has bit i.

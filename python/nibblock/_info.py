@@ -142,25 +142,35 @@ def _problem() -> dict[str, Any]:
         "scale_dtype": "float32",
     }  # fmt: skip
     packed = _native.pack(codes, scales, offsets, k, 64, 4)
+
+    def rows_of(width: int) -> np.ndarray:
+        """float32 rows that bfloat16 holds too."""
+        bits = rng.standard_normal((m, width), dtype=np.float32).view(np.uint32)
+        return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+
     return {
         "layer": layer,
         "packed": packed,
         "dense": _native.dequantize(packed, **layer).astype(np.float64),
-        "forward": rng.standard_normal((m, k), dtype=np.float32),
-        "dx": rng.standard_normal((m, n), dtype=np.float32),
+        "forward": rows_of(k),
+        "dx": rows_of(n),
     }
 
 
 def _run(problem: dict[str, Any], which: str, kernel: str) -> tuple[str, np.ndarray]:
-    """The row's result on the problem, in the first arithmetic that it serves."""
-    for compute in ("bf16", "int8"):
+    """The row's float32 result on the problem, in the first arithmetic and dtype that it serves."""
+    x = problem[which]
+    in_bf16 = (x.view(np.uint32) >> 16).astype(np.uint16)
+    for compute, x_dtype in (("bf16", "float32"), ("bf16", "bfloat16"), ("int8", "float32")):
         try:
-            return compute, _native.int4_linear_run(
-                which, kernel, problem[which], problem["packed"], None, **problem["layer"],
-                compute=compute,
+            y = _native.int4_linear_run(
+                which, kernel, x if x_dtype == "float32" else in_bf16, problem["packed"], None,
+                **problem["layer"], compute=compute, x_dtype=x_dtype,
             )  # fmt: skip
         except BackendUnavailable as error:
             refusal = error
+            continue
+        return compute, y if x_dtype == "float32" else (y.astype(np.uint32) << 16).view(np.float32)
     raise refusal
 
 

@@ -30,7 +30,8 @@ void run_threads(const Parallel* self, int64_t tasks, void (*body)(void*, int64_
 
 }  // namespace
 
-// which: 0 forward bf16, 1 forward int8, 2 dx bf16. types: 0 float32, 1 bfloat16, 2 float16.
+// which: 0 forward bf16, 1 forward int8, 2 dx bf16. types: 0 float32, 1 bfloat16, 2 float16; x is
+// bfloat16 unless which is 1.
 extern "C" NB_API int amx_run(int which, int64_t n, int64_t k, int64_t group, int bits, int affine,
                               int scale_type, const uint8_t* packed, int64_t m, const void* x,
                               int64_t x_stride, void* y, int64_t y_stride, int xtype,

@@ -112,8 +112,8 @@ def block_sparse_linear(
         not fit.
     Gradients: x, values (stored blocks only), bias and y0, of any order.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
-    Numerics: sums in float32 (on AMX units: products of bfloat16). Where the product is zero, y is
-        y0 bit for bit. NaN and Inf spread as in a dense product over the stored blocks.
+    Numerics: sums in float32 (bfloat16 x on AMX units: products of bfloat16). Where the product is
+        zero, y is y0 bit for bit. NaN and Inf spread as in a dense product over the stored blocks.
     Autocast: x, bias and y0 are cast as `torch.nn.functional.linear` casts its arguments; values
         are used as they are.
     Source: kernels in csrc/block_sparse_linear/.

@@ -45,7 +45,7 @@ def block_weight_grad(
     Gradients: grad and x, of any order.
     Determinism: bitwise repeatable at one ISA level, at any number of threads: the split over
         tokens depends on shapes alone.
-    Numerics: sums in float32 (on AMX units: products of bfloat16).
+    Numerics: sums in float32 (bfloat16 grad and x on AMX units: products of bfloat16).
     Source: kernels in csrc/block_sparse_linear/.
     Example:
         >>> layout = nibblock.ops.block_layout(torch.tensor([[1, 0]]), 64, 64, 32)

@@ -84,7 +84,9 @@ def int4_linear(
     Gradients: x and bias, of any order. packed is frozen.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
     Numerics: sums in float32; with compute="bf16" the error against float64 is at most 1.1 times
-        that of a dense bfloat16 linear on the same dequantised weight.
+        that of a dense bfloat16 linear on the same dequantised weight. On a CPU, x keeps at
+        least 16 bits per row and block of min(G, 128) and the weight is exact; but bfloat16 x on
+        AMX units (5 rows and more) meets the weight rounded to bfloat16.
     Autocast: x and bias are cast as `torch.nn.functional.linear` casts its arguments.
     Source: kernels in csrc/int4_linear/; the layout is drawn in csrc/int4_linear/int4_linear.h.
     Example:
@@ -141,7 +143,8 @@ def int4_linear_dx(
             fit.
     Gradients: grad (it is `int4_linear` without a bias). packed is frozen.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
-    Numerics: sums in float32.
+    Numerics: sums in float32. On a CPU, the weight is dequantised to float32; where bfloat16 grad
+        meets AMX units (5 rows and more), to bfloat16.
     Source: kernels in csrc/int4_linear/.
     """
     try:
