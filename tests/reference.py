@@ -28,6 +28,7 @@ class Weight:
     qweight: uint8 [N, ceil(K / 2)], low nibble = even k (bits = 4), or [N, K] (bits = 8).
     scales, offsets: float16 or float32 [N, groups]; offsets is None for a symmetric weight.
     int8: stored as int8 multiples of one float16 for RUN_K columns, which the float32 ones are.
+    palette: 8-bit codes of at most 16 values, stored as places in a table of them.
     """
 
     qweight: np.ndarray
@@ -37,6 +38,7 @@ class Weight:
     group_size: int
     bits: int
     int8: bool = False
+    palette: bool = False
 
     @property
     def out_features(self) -> int:
@@ -172,17 +174,23 @@ def canonical(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def geometry(
-    out_features: int, in_features: int, group_size: int, bits: int, affine: bool, scale_dtype: str
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    bits: int,
+    affine: bool,
+    scale_dtype: str,
+    palette: bool = False,
 ) -> dict[str, int]:
     k_pad = -(-in_features // GRANULE_K) * GRANULE_K
     groups = groups_of(in_features, group_size)
     panels = -(-out_features // PANEL_ROWS)
-    codes = k_pad * PANEL_ROWS * bits // 8
+    codes = k_pad * PANEL_ROWS * (4 if palette else bits) // 8
     values = groups * PANEL_ROWS * np.dtype(scale_dtype).itemsize
     units = in_features // RUN_K * PANEL_ROWS * 2 if scale_dtype == "int8" else 0
     section = -(-(values + units) // 64) * 64
     lines = (codes + section * (2 if affine else 1)) // 64
-    stride = (lines + (1 - lines % 2)) * 64
+    stride = (lines + (1 - lines % 2) + 2 * palette) * 64
     return {
         "k_pad": k_pad,
         "groups": groups,
@@ -201,9 +209,14 @@ _BYTE_ORDER = ((0, 4, 1, 5), (2, 6, 3, 7))
 
 
 def _padded_codes(weight: Weight, geo: dict[str, int]) -> np.ndarray:
-    """uint8 [panels, k_pad / 8, 16 rows, 8 k]; padding holds the code of zero."""
-    full = np.full((geo["panels"] * PANEL_ROWS, geo["k_pad"]), weight.zero, np.uint8)
-    full[: weight.out_features, : weight.in_features] = weight.codes()
+    """uint8 [panels, k_pad / 8, 16 rows, 8 k]; padding holds the code of zero, or the first."""
+    codes, zero = weight.codes(), weight.zero
+    if weight.palette:
+        values = np.unique(codes)
+        zero = int(np.searchsorted(values, 128)) if 128 in values else 0
+        codes = np.searchsorted(values, codes)
+    full = np.full((geo["panels"] * PANEL_ROWS, geo["k_pad"]), zero, np.uint8)
+    full[: weight.out_features, : weight.in_features] = codes
     return full.reshape(geo["panels"], PANEL_ROWS, geo["k_pad"] // 8, 8).transpose(0, 2, 1, 3)
 
 
@@ -229,11 +242,11 @@ def _section(per_group: np.ndarray, geo: dict[str, int], weight: Weight) -> np.n
 
 def pack(weight: Weight) -> np.ndarray:
     """The packed blob, uint8 [bytes]."""
-    geo = geometry(**weight.format)
+    geo = geometry(**weight.format, palette=weight.palette)
     if geo["panels"] == 0:
         return np.zeros(0, np.uint8)
     codes = _padded_codes(weight, geo)
-    if weight.bits == 4:
+    if weight.bits == 4 or weight.palette:
         lanes = np.zeros(codes.shape[:3], np.uint32)
         for place, k in enumerate(_NIBBLE_ORDER):
             lanes |= codes[..., k].astype(np.uint32) << np.uint32(4 * place)
@@ -245,7 +258,12 @@ def pack(weight: Weight) -> np.ndarray:
     if weight.offsets is not None:
         parts.append(_section(weight.offsets, geo, weight))
     panel = np.concatenate(parts, axis=1)
-    return np.pad(panel, ((0, 0), (0, geo["stride"] - panel.shape[1]))).reshape(-1)
+    panel = np.pad(panel, ((0, 0), (0, geo["stride"] - panel.shape[1])))
+    if weight.palette:  # the last line; a table that is not full ends in its last value
+        values = np.unique(weight.codes())
+        table = np.pad(values.astype(np.uint8), (0, 16 - len(values)), mode="edge")
+        panel[:, -64:-48] = table
+    return panel.reshape(-1)
 
 
 def unpack(

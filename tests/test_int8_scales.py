@@ -438,10 +438,11 @@ def test_experts():
     assert canonical["scales"].dtype == torch.float32
 
 
-# Codes, an int8 for each group and a float16 for 256 columns, once or (with offsets) twice.
+# Bits of a code here and in memory, group, and bits of scales and offsets for each weight: an int8
+# for each group and a float16 for 256 columns, once or (with offsets) twice.
 GGUF = {
-    "Q2_K": (4, 16, 2), "Q3_K": (4, 16, 1), "Q4_K": (4, 32, 2), "Q5_K": (8, 32, 2),
-    "Q6_K": (8, 16, 1), "IQ4_XS": (8, 32, 1),
+    "Q2_K": (4, 4, 16, 1.125), "Q3_K": (4, 4, 16, 0.5625), "Q4_K": (4, 4, 32, 0.625),
+    "Q5_K": (8, 8, 32, 0.625), "Q6_K": (8, 8, 16, 0.5625), "IQ4_XS": (8, 4, 32, 0.3125),
 }  # fmt: skip
 
 
@@ -450,13 +451,13 @@ def test_gguf_takes_the_bits_of_a_weight(tmp_path, kind):
     pytest.importorskip("transformers")
     from gguf_samples import Model
 
-    bits, group, sections = GGUF[kind]
+    bits, stored, group, rest = GGUF[kind]
     model = nb.load_gguf(Model(types=kind).write(tmp_path / "m.gguf"))
     layers = [m for m in model.modules() if isinstance(m, nb.Int4Linear)]
     assert len(layers) == 15
     for layer in layers:
         assert (layer.bits, layer.group_size, layer.scale_dtype) == (bits, group, torch.int8)
+        assert layer.palette == (stored < bits)
         panels = -(-layer.out_features // 16)
-        weights = panels * 16 * layer.in_features
-        exact = weights * (bits + sections * (8 / group + 16 / 256)) / 8
-        assert exact <= layer.packed.numel() <= exact + panels * 3 * 64
+        exact = panels * 16 * layer.in_features * (stored + rest) / 8
+        assert exact <= layer.packed.numel() <= exact + panels * 4 * 64

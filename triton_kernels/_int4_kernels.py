@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from nibblock.triton_kernels._common import EMULATE, jit, product, rounded
 
+PALETTE = tl.constexpr(84)  # BITS of 8-bit codes in 4, places in the palette of their panel
+
 
 @triton.jit
 def _pair(bits, DOT: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.constexpr):
@@ -42,6 +44,23 @@ def _pair(bits, DOT: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.constexpr):
 
 
 @triton.jit
+def _one_of_palette(place, t0, t1, t2, t3):
+    """Bytes of a table of 16 that stand in four words; place 0..15."""
+    high = place >= 8
+    even, odd = tl.where(high, t2, t0), tl.where(high, t3, t1)
+    word = tl.where((place & 4) != 0, odd, even)
+    return ((word >> ((place & 3) * 8)) & 0xFF).to(tl.float32)
+
+
+@triton.jit
+def _pair_of_palette(bits, t0, t1, t2, t3, DOT: tl.constexpr, CENTRED: tl.constexpr):
+    """As `_pair`, of places in a palette."""
+    low = _one_of_palette(bits & 15, t0, t1, t2, t3)
+    high = _one_of_palette((bits >> 16) & 15, t0, t1, t2, t3)
+    return (tl.join(low, high) - (128 if CENTRED else 0)).to(DOT)
+
+
+@triton.jit
 def load_codes(
     words, n, line, lines, n_pad, stride, DOT: tl.constexpr, BITS: tl.constexpr,
     CENTRED: tl.constexpr, EVEN: tl.constexpr,
@@ -60,6 +79,18 @@ def load_codes(
         p1 = _pair((w >> 4) & 0x000F000F, DOT, BITS, CENTRED)
         p2 = _pair((w >> 8) & 0x000F000F, DOT, BITS, CENTRED)
         p3 = _pair((w >> 12) & 0x000F000F, DOT, BITS, CENTRED)
+    elif BITS == PALETTE:
+        w = tl.load(words + at + line[None, :] * 16, mask=here, other=0)
+        table = words + (n // 16)[:, None] * stride + stride - 16  # the panel's last line
+        some = (n < n_pad)[:, None]
+        t0 = tl.load(table, mask=some, other=0)
+        t1 = tl.load(table + 1, mask=some, other=0)
+        t2 = tl.load(table + 2, mask=some, other=0)
+        t3 = tl.load(table + 3, mask=some, other=0)
+        p0 = _pair_of_palette(w, t0, t1, t2, t3, DOT, CENTRED)
+        p1 = _pair_of_palette(w >> 4, t0, t1, t2, t3, DOT, CENTRED)
+        p2 = _pair_of_palette(w >> 8, t0, t1, t2, t3, DOT, CENTRED)
+        p3 = _pair_of_palette(w >> 12, t0, t1, t2, t3, DOT, CENTRED)
     else:
         a = tl.load(words + at + line[None, :] * 32, mask=here, other=0)
         b = tl.load(words + at + line[None, :] * 32 + 16, mask=here, other=0)

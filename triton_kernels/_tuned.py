@@ -111,7 +111,7 @@ def _shape(entry: dict[str, Any]) -> Optional[ShapeClass]:
         return None
     if shape.op.startswith("block_") and not shape.block:
         return None
-    groups = (32, 64, 128, 256, -1) if shape.bits == 4 else (16, 32, 64, 128, 256, -1)
+    groups = (16, 32, 64, 128, 256, -1)
     if int4 and (shape.bits not in (4, 8) or shape.group not in groups):
         return None
     return shape

@@ -10,7 +10,7 @@ tuned in a user's first step. Formulas, shapes and errors: python/nibblock/ops/i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
@@ -32,6 +32,15 @@ class Format:
     bits: int
     affine: bool
     scale_dtype: torch.dtype
+    palette: bool = False  # 8-bit codes stand in 4 as places in a table
+
+    @classmethod
+    def of(cls, packed: torch.Tensor, *form: Any) -> Format:
+        """Of a packed weight, whose size says whether it has a palette."""
+        plain = cls(*form)
+        if plain.bits == 4 or packed.numel() == plain.n_pad // 16 * plain.places()[0] * 4:
+            return plain
+        return replace(plain, palette=True)
 
     @property
     def group(self) -> int:
@@ -45,15 +54,16 @@ class Format:
         """(panel stride in words, stride, scales, offsets in elements of scale_dtype)."""
         size = self.scale_dtype.itemsize
         groups = cdiv(self.k, self.group_size) if self.group_size > 0 else min(self.k, 1)
-        codes = cdiv(self.k, 64) * 64 * 16 * self.bits // 8
+        codes = cdiv(self.k, 64) * 64 * 16 * (4 if self.palette else self.bits) // 8
         units = self.k // 256 * 32 if self.scale_dtype == torch.int8 else 0
         section = cdiv(groups * 16 * size + units, 64) * 64
         lines = (codes + section * (2 if self.affine else 1)) // 64
-        stride = (lines | 1) * 64
+        stride = ((lines | 1) + 2 * self.palette) * 64
         return stride // 4, stride // size, codes // size, (codes + section) // size
 
     def constants(self) -> dict[str, Any]:
-        return {"GROUP": self.group, "BITS": self.bits, "AFFINE": self.affine}
+        bits = _int4_kernels.PALETTE.value if self.palette else self.bits
+        return {"GROUP": self.group, "BITS": bits, "AFFINE": self.affine}
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@
 //              same section, [k / 256][16] float16 units: a scale is its int8 times the unit of its
 //              run of 256 k, which float32 holds exactly
 //     offsets  the same, only if affine
-//     palette  [64] uint8, only with a palette: 16 codes and padding
 //     padding  so that panel_stride is an odd multiple of 64 bytes: panels read side by side then
 //              never fall into the same cache set
+//     palette  only with a palette: a line of padding and, the last of a panel, one of 16 codes
+//              (two lines, so that the size goes on telling how scales are stored)
 //
 // 4 bits: line j holds k = 8j .. 8j+7 of all 16 rows. Its 32-bit lane r belongs to row r. The
 // lane's low 16-bit word holds the even k in its four nibbles, the high word the odd k, lowest
@@ -146,9 +147,9 @@ static inline Int4Geometry int4_geometry(const Int4Format& f) {
   const int64_t units = f.scale_type == Dtype::kI8 ? f.k / kRunK * kPanelRows * 2 : 0;
   const int64_t section = round_up(g.groups * kPanelRows * dtype_size(f.scale_type) + units, 64);
   g.offsets_at = g.scales_at + section;
-  g.palette_at = g.offsets_at + (f.affine ? section : 0);
-  const int64_t lines = g.palette_at / 64 + (f.palette ? 1 : 0);
-  g.panel_stride = (lines | 1) * 64;
+  const int64_t lines = (g.offsets_at + (f.affine ? section : 0)) / 64;
+  g.panel_stride = ((lines | 1) + (f.palette ? 2 : 0)) * 64;
+  g.palette_at = g.panel_stride - 64;
   g.bytes = g.panels * g.panel_stride;
   return g;
 }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nibblock.nn import Int4Experts, _expert_form
-from nibblock.ops import _checks, _scales
+from nibblock.ops import _checks, _storage
 
 KIND = "experts"
 
@@ -61,6 +61,7 @@ def build(
                 scale_dtype={
                     leaf: getattr(torch, record["scale_dtype"]) for leaf, record in records.items()
                 },
+                palette={leaf: record.get("palette", False) for leaf, record in records.items()},
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"load: {name}: {error}") from error
@@ -102,7 +103,7 @@ def _parts(path: Path, key: str, record: dict, tensors: dict[str, torch.Tensor])
     parts = []
     for part in ("qweight", "scales", "offsets")[: 3 if record["affine"] else 2]:
         parts.append(_need(path, f"{key}.{part}", tensors))
-    held = _scales.canonical_dtype(getattr(torch, record["scale_dtype"]))
+    held = _storage.canonical_dtype(getattr(torch, record["scale_dtype"]))
     if parts[1].dtype != held:
         raise ValueError(
             f"load: {key}.scales must be {_checks.dtype_name(held)}, got "

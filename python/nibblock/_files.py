@@ -29,7 +29,7 @@ from nibblock.nn import (
 )
 from nibblock.nn._conv1d import is_conv1d, linear_shape
 from nibblock.nn._expert_weight import ExpertWeight
-from nibblock.ops import _checks, _scales
+from nibblock.ops import _checks, _storage
 
 # 2: some layer's columns are in an order of their own, which readers of version 1 would not see.
 _VERSIONS = (1, 2)
@@ -132,6 +132,8 @@ def _describe(module: nn.Module) -> dict[str, Any]:
         record.update(kind="embedding", padding_idx=module.padding_idx)
         if module.multiplier is not None:
             record["multiplier"] = module.multiplier
+    if module.palette:
+        record["palette"] = True
     if getattr(module, "_order", None) is not None:
         record["column_order"] = True
     return record
@@ -352,7 +354,7 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
             if key not in tensors:
                 raise ValueError(f"load: {path.name} must hold {key}, got a file without it")
             parts.append(tensors[key])
-        held = _scales.canonical_dtype(scale_dtype)
+        held = _storage.canonical_dtype(scale_dtype)
         if parts[1].dtype != held:
             raise ValueError(
                 f"load: {name}.scales must be {_checks.dtype_name(held)}, got "
@@ -360,6 +362,7 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
             )
     parts += [None] * (3 - len(parts)) if source is None else []
     tied = {"affine": record["affine"], "scale_dtype": scale_dtype}
+    stored = {"scale_dtype": scale_dtype, "palette": record.get("palette", False)}
     try:
         if record["kind"] == "linear":
             bias = tensors.get(f"{name}.bias") if record["bias"] else None
@@ -374,7 +377,7 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
                 return Int4Linear.from_packed(
                     source.packed, bias, out_features=record["rows"], **form, **tied
                 )
-            return Int4Linear.from_codes(*parts, bias, scale_dtype=scale_dtype, **form)
+            return Int4Linear.from_codes(*parts, bias, **stored, **form)
         dtype = old._dtype if isinstance(old, Int4Embedding) else old.weight.dtype
         form.update(embedding_dim=record["columns"], padding_idx=record["padding_idx"], dtype=dtype)
         form["multiplier"] = record.get("multiplier")
@@ -382,7 +385,7 @@ def _build_layer(path, header, name, record, old, new, tensors) -> nn.Module:
             return Int4Embedding.from_packed(
                 source.packed, num_embeddings=record["rows"], **form, **tied
             )
-        return Int4Embedding.from_codes(*parts, scale_dtype=scale_dtype, **form)
+        return Int4Embedding.from_codes(*parts, **stored, **form)
     except (TypeError, ValueError) as error:
         raise ValueError(f"load: {name}: {error}") from error
 

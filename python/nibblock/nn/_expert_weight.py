@@ -61,11 +61,11 @@ class ExpertWeight(OrderedColumns, nn.Module):
 
     # --- sizes -----------------------------------------------------------------------------------
 
-    def _packed_bytes(self, scale_dtype: torch.dtype) -> int:
-        return self.experts * super()._packed_bytes(scale_dtype)
+    def _packed_bytes(self, scale_dtype: torch.dtype, palette: bool = False) -> int:
+        return self.experts * super()._packed_bytes(scale_dtype, palette)
 
-    def _packed_shape(self, scale_dtype: torch.dtype) -> tuple[int, ...]:
-        return self.experts, super()._packed_bytes(scale_dtype)
+    def _packed_shape(self, scale_dtype: torch.dtype, palette: bool = False) -> tuple[int, ...]:
+        return self.experts, super()._packed_bytes(scale_dtype, palette)
 
     @property
     def _dense_shape(self) -> tuple[int, ...]:
@@ -161,10 +161,9 @@ class ExpertWeight(OrderedColumns, nn.Module):
             scale_dtype=self.scale_dtype,
         )
 
-    def _pack(self, qweight, scales, offsets, scale_dtype) -> torch.Tensor:
-        return pack_experts(
-            qweight, scales, offsets, self._columns, self.group_size, self.bits, scale_dtype
-        )
+    def _pack(self, qweight, scales, offsets, scale_dtype, palette) -> torch.Tensor:
+        form = (self._columns, self.group_size, self.bits, scale_dtype, palette)
+        return pack_experts(qweight, scales, offsets, *form)
 
     def extra_repr(self) -> str:
         return (
@@ -201,6 +200,7 @@ def pack_experts(
     group_size: int,
     bits: int,
     scale_dtype: torch.dtype,
+    palette: bool = False,
 ) -> torch.Tensor:
     """[E, bytes]: `nibblock.ops.int4_pack` of each expert's parts."""
     out = None
@@ -213,6 +213,7 @@ def pack_experts(
             group_size=group_size,
             bits=bits,
             scale_dtype=scale_dtype,
+            palette=palette,
         )
         if out is None:
             out = packed.new_empty((len(qweight), len(packed)))

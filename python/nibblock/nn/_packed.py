@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from nibblock import ops as _ops
-from nibblock.ops import _checks, _scales
-from nibblock.ops._scales import fits_int8 as _fits
+from nibblock.ops import _checks, _storage
+from nibblock.ops._storage import fits_int8 as _fits
 
 # __init__ of nn.Linear and nn.Embedding would allocate the dense weight; these classes never call
 # it.
@@ -95,14 +95,18 @@ class PackedWeight:
             "scale_dtype": self.scale_dtype,
         }
 
-    def _packed_bytes(self, scale_dtype: torch.dtype) -> int:
-        return _checks.packed_bytes(
-            self._rows, self._columns, self.group_size, self.bits, self.affine, scale_dtype
-        )
+    def _packed_bytes(self, scale_dtype: torch.dtype, palette: bool = False) -> int:
+        form = (self.group_size, self.bits, self.affine, scale_dtype)
+        return _checks.packed_bytes(self._rows, self._columns, *form, palette)
 
-    def _packed_shape(self, scale_dtype: torch.dtype) -> tuple[int, ...]:
+    def _packed_shape(self, scale_dtype: torch.dtype, palette: bool = False) -> tuple[int, ...]:
         """Of `packed`."""
-        return (self._packed_bytes(scale_dtype),)
+        return (self._packed_bytes(scale_dtype, palette),)
+
+    @property
+    def palette(self) -> bool:
+        """Whether `packed` holds 8-bit codes in 4, as places in a table (`int4_pack`)."""
+        return self.bits == 8 and self.packed.numel() == self._packed_bytes(self.scale_dtype, True)
 
     @property
     def _dense_shape(self) -> tuple[int, ...]:
@@ -115,11 +119,16 @@ class PackedWeight:
         Another module that shares `packed` may have loaded a file. The size says which dtype it is.
         """
         packed = self._parameters.get("packed")
-        if packed is None or packed.numel() == self._packed_bytes(self._scale_dtype):
+        palettes = (False, True) if self.bits == 8 else (False,)
+
+        def held(dtype: torch.dtype) -> bool:
+            return any(packed.numel() == self._packed_bytes(dtype, p) for p in palettes)
+
+        if packed is None or held(self._scale_dtype):
             return False
         int8 = _checks.has_int8_scales(self.group_size, self._columns)
         for dtype in _checks.SCALE_DTYPES[: 3 if int8 else 2]:
-            if packed.numel() == self._packed_bytes(dtype):
+            if held(dtype):
                 self._scale_dtype = dtype
                 self._format_changed()
                 return True
@@ -192,7 +201,7 @@ class PackedWeight:
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         codes = -(-self._columns // 2) if self.bits == 4 else self._columns
         groups = _checks.groups_of(self._columns, self.group_size)
-        dtype = _scales.canonical_dtype(scale_dtype)
+        dtype = _storage.canonical_dtype(scale_dtype)
         shapes = {
             "qweight": ((self._rows, codes), torch.uint8),
             "scales": ((self._rows, groups), dtype),
@@ -239,10 +248,13 @@ class PackedWeight:
         order = self._order_to_load(prefix, local, dense is None and not absent, errors)
         if dense is not None or not absent:
             dtype = self.scale_dtype if absent else self._dtype_to_load(given)
+            codes = None if absent else given["qweight"]
+            palette = codes is not None and self.palette
+            palette = palette and (codes.is_meta or _storage.fits_palette(codes, self.bits))
             packed = (
                 self._pack_dense(prefix, dense, errors)
                 if absent
-                else self._pack_canonical(prefix, given, dtype, errors)
+                else self._pack_canonical(prefix, given, dtype, palette, errors)
             )
             absent = []
             if not errors:
@@ -250,7 +262,7 @@ class PackedWeight:
                 if assign:
                     self._assign_packed(packed, dtype)
                 else:
-                    self._make_room(dtype)
+                    self._make_room(dtype, palette)
                     local[key] = packed
         error_msgs.extend(errors)
         missing: list[str] = []
@@ -291,11 +303,10 @@ class PackedWeight:
             return mine
         return dtype
 
-    def _make_room(self, scale_dtype: torch.dtype) -> None:
-        """Gives `packed` the size that this dtype of scales needs, in all modules that share it."""
-        if scale_dtype != self._scale_dtype:
-            packed = self._parameters["packed"]
-            shape = self._packed_shape(scale_dtype)
+    def _make_room(self, scale_dtype: torch.dtype, palette: bool) -> None:
+        """Gives `packed` the size that this form needs, in all modules that share it."""
+        packed, shape = self._parameters["packed"], self._packed_shape(scale_dtype, palette)
+        if scale_dtype != self._scale_dtype or tuple(packed.shape) != shape:
             packed.data = torch.empty(shape, dtype=torch.uint8, device=packed.device)
             self._scale_dtype = scale_dtype
             self._format_changed()
@@ -328,12 +339,12 @@ class PackedWeight:
             shape = self._packed_shape(self.scale_dtype)
             return torch.empty(shape, dtype=torch.uint8, device="meta")
         try:
-            return self._pack(*self._quantize(dense), self.scale_dtype)
+            return self._pack(*self._quantize(dense), self.scale_dtype, False)
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}weight: {error}")
             return None
 
-    def _pack_canonical(self, prefix, given, scale_dtype, errors):
+    def _pack_canonical(self, prefix, given, scale_dtype, palette, errors):
         for name, (shape, dtype) in self._canonical_shapes(scale_dtype).items():
             value = given[name]
             if tuple(value.shape) != shape:
@@ -354,10 +365,11 @@ class PackedWeight:
         if errors:
             return None
         if any(value.is_meta for value in given.values()):
-            shape = self._packed_shape(scale_dtype)
+            shape = self._packed_shape(scale_dtype, palette)
             return torch.empty(shape, dtype=torch.uint8, device="meta")
         try:
-            return self._pack(given["qweight"], given["scales"], given.get("offsets"), scale_dtype)
+            parts = (given["qweight"], given["scales"], given.get("offsets"))
+            return self._pack(*parts, scale_dtype, palette)
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}qweight: {error}")
             return None
@@ -378,6 +390,7 @@ class PackedWeight:
         scales: torch.Tensor,
         offsets: Optional[torch.Tensor],
         scale_dtype: torch.dtype,
+        palette: bool,
     ) -> torch.Tensor:
         """What `packed` holds for canonical parts."""
         return _ops.int4_pack(
@@ -388,6 +401,7 @@ class PackedWeight:
             group_size=self.group_size,
             bits=self.bits,
             scale_dtype=scale_dtype,
+            palette=palette,
         )
 
     @staticmethod
@@ -405,6 +419,8 @@ class PackedWeight:
         ]
         if self.scale_dtype != torch.float32:
             parts.append(f"scale_dtype={_checks.dtype_name(self.scale_dtype)}")
+        if self.palette:
+            parts.append("palette=True")
         return ", ".join(parts)
 
 
@@ -420,17 +436,21 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.is_meta or torch.equal(a, b)
 
 
-def packed_from_codes(op, qweight, scales, offsets, columns, group_size, bits, scale_dtype):
+def packed_from_codes(
+    op, qweight, scales, offsets, columns, group_size, bits, scale_dtype, palette
+):
     """(packed tensor of canonical parts, its scale_dtype), for `from_codes`.
 
-    scale_dtype: None for `_scales.exact_dtype`. Meta parts give a meta tensor.
+    scale_dtype, palette: None for what is smaller and changes nothing. Meta parts give a meta
+    tensor.
     """
     if scale_dtype is None:
-        scale_dtype = _scales.exact_dtype(scales, offsets, columns, group_size)
+        scale_dtype = _storage.exact_dtype(scales, offsets, columns, group_size)
+    if palette is None:
+        palette = _storage.fits_palette(qweight, bits)
     if qweight.is_meta:
-        size = _checks.packed_bytes(
-            qweight.shape[0], columns, group_size, bits, offsets is not None, scale_dtype
-        )
+        form = (group_size, bits, offsets is not None, scale_dtype)
+        size = _checks.packed_bytes(qweight.shape[0], columns, *form, palette)
         return torch.empty(size, dtype=torch.uint8, device="meta"), scale_dtype
     packed = _ops.int4_pack(
         qweight,
@@ -440,5 +460,6 @@ def packed_from_codes(op, qweight, scales, offsets, columns, group_size, bits, s
         group_size=group_size,
         bits=bits,
         scale_dtype=scale_dtype,
+        palette=palette,
     )
     return packed, scale_dtype

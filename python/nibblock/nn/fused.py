@@ -56,6 +56,7 @@ def _format(layer: Int4Linear) -> tuple:
         layer.bits,
         layer.affine,
         layer.scale_dtype,
+        layer.palette,
         layer.compute,
         layer.packed.device,
     )

@@ -159,6 +159,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             padding_idx=embedding.padding_idx,
             dtype=weight.dtype,
             scale_dtype=scale_dtype,
+            palette=False,
         )
         return out.train(embedding.training)
 
@@ -176,6 +177,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         dtype: torch.dtype = torch.float32,
         multiplier: Optional[float] = None,
         scale_dtype: Optional[torch.dtype] = None,
+        palette: Optional[bool] = None,
     ) -> Int4Embedding:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
@@ -185,6 +187,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
             multiplier: of the output; see the class.
             scale_dtype: how scales and offsets are stored; None: in their own dtype, or as int8
                 where that changes nothing.
+            palette: whether 8-bit codes take 4 bits (`nibblock.ops.int4_pack`); None: where they
+                can.
         Returns:
             A new module on the device of qweight.
         Raises:
@@ -192,7 +196,7 @@ class Int4Embedding(PackedWeight, nn.Embedding):
         """
         op = "Int4Embedding.from_codes"
         packed, scale_dtype = packed_from_codes(
-            op, qweight, scales, offsets, embedding_dim, group_size, bits, scale_dtype
+            op, qweight, scales, offsets, embedding_dim, group_size, bits, scale_dtype, palette
         )
         return cls.from_packed(
             packed,

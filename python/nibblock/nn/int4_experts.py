@@ -12,7 +12,7 @@ from nibblock.nn import _expert_form
 from nibblock.nn._column_order import take_columns
 from nibblock.nn._expert_form import ExpertForm
 from nibblock.nn._expert_weight import ExpertWeight, Parts, pack_experts, quantize_experts
-from nibblock.ops import _checks, _scales
+from nibblock.ops import _checks, _storage
 
 _linear = torch.ops.nibblock.int4_linear.default
 _forward = torch.ops.nibblock._int4_linear_forward.default
@@ -164,7 +164,13 @@ class Int4Experts(nn.Module):
             codes[name] = (qweight, scales, offsets)
             dtypes[name] = scale_dtype or scales.dtype
         return cls.from_codes(
-            experts, codes, group_size=group_size, bits=bits, compute=compute, scale_dtype=dtypes
+            experts,
+            codes,
+            group_size=group_size,
+            bits=bits,
+            compute=compute,
+            scale_dtype=dtypes,
+            palette=dict.fromkeys(codes, False),
         )
 
     @classmethod
@@ -178,6 +184,7 @@ class Int4Experts(nn.Module):
         compute: str = "bf16",
         column_order: Optional[dict[str, torch.Tensor]] = None,
         scale_dtype: Optional[dict[str, torch.dtype]] = None,
+        palette: Optional[dict[str, bool]] = None,
     ) -> Int4Experts:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
@@ -191,6 +198,8 @@ class Int4Experts(nn.Module):
                 what `Int4Linear.from_codes` takes.
             scale_dtype: for each projection how scales and offsets are stored; None: in their own
                 dtype, or as int8 where that changes nothing.
+            palette: for each projection whether 8-bit codes take 4 bits
+                (`nibblock.ops.int4_pack`); None: where those of all experts can.
         Returns:
             A new module on the device of the codes.
         Raises:
@@ -203,6 +212,7 @@ class Int4Experts(nn.Module):
             ("group_size", group_size, "a number"),
             ("bits", bits, "a number"),
             ("scale_dtype", scale_dtype, "None"),
+            ("palette", palette, "None"),
         ):
             if isinstance(given, dict) and given.keys() != form.sizes.keys():
                 raise ValueError(
@@ -224,10 +234,15 @@ class Int4Experts(nn.Module):
             group = group_size[name] if isinstance(group_size, dict) else group_size
             width = bits[name] if isinstance(bits, dict) else bits
             if scale_dtype is None:
-                dtype = _scales.exact_dtype(scales, offsets, columns, group)
+                dtype = _storage.exact_dtype(scales, offsets, columns, group)
             else:
                 dtype = scale_dtype[name]
-            packed[name] = pack_experts(qweight, scales, offsets, columns, group, width, dtype)
+            if palette is None:
+                few = _storage.fits_palette(qweight, width)
+            else:
+                few = palette[name]
+            form = (columns, group, width, dtype, few)
+            packed[name] = pack_experts(qweight, scales, offsets, *form)
             layouts[name] = _layout(group, width, offsets is not None, dtype, compute)
         out = cls.__new__(cls)
         out._build(experts, form, layouts, packed, column_order or {})

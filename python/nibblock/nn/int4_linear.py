@@ -165,6 +165,7 @@ class Int4Linear(OrderedColumns, nn.Linear):
             bits=bits,
             compute=compute,
             scale_dtype=scale_dtype,
+            palette=False,
         )
         out._dtype, out._transposed = weight.dtype, transposed
         return out.train(linear.training)
@@ -183,6 +184,7 @@ class Int4Linear(OrderedColumns, nn.Linear):
         compute: str = "bf16",
         column_order: Optional[torch.Tensor] = None,
         scale_dtype: Optional[torch.dtype] = None,
+        palette: Optional[bool] = None,
     ) -> Int4Linear:
         """Takes over canonical codes, scales and offsets; nothing is rounded.
 
@@ -195,6 +197,8 @@ class Int4Linear(OrderedColumns, nn.Linear):
                 column of the codes (and of its group); copied. None: they are in order.
             scale_dtype: how scales and offsets are stored; None: in their own dtype, or as int8
                 where that changes nothing.
+            palette: whether 8-bit codes take 4 bits (`nibblock.ops.int4_pack`); None: where they
+                can.
         Returns:
             A new module on the device of qweight.
         Raises:
@@ -202,7 +206,7 @@ class Int4Linear(OrderedColumns, nn.Linear):
         """
         op = "Int4Linear.from_codes"
         packed, scale_dtype = packed_from_codes(
-            op, qweight, scales, offsets, in_features, group_size, bits, scale_dtype
+            op, qweight, scales, offsets, in_features, group_size, bits, scale_dtype, palette
         )
         return cls.from_packed(
             packed,

@@ -47,6 +47,7 @@ def packed_bytes(
     bits: int,
     affine: bool,
     scale_dtype: torch.dtype,
+    palette: bool = False,
 ) -> int:
     """Bytes of a packed weight: the twin of `int4_geometry` in csrc/int4_linear/int4_linear.h.
 
@@ -55,11 +56,11 @@ def packed_bytes(
     """
     k_pad = (in_features + _GRANULE_K - 1) // _GRANULE_K * _GRANULE_K
     groups = groups_of(in_features, group_size)
-    codes = k_pad * PANEL_ROWS * bits // 8
+    codes = k_pad * PANEL_ROWS * (4 if palette else bits) // 8
     units = in_features // RUN_K * PANEL_ROWS * 2 if scale_dtype == torch.int8 else 0
     section = (groups * PANEL_ROWS * scale_dtype.itemsize + units + 63) // 64 * 64
     lines = (codes + section * (2 if affine else 1)) // 64
-    stride = (lines + 1 - lines % 2) * 64
+    stride = (lines + 1 - lines % 2 + 2 * palette) * 64
     return (out_features + PANEL_ROWS - 1) // PANEL_ROWS * stride
 
 
@@ -178,9 +179,13 @@ def check_packed(
         lambda: f"{op}: packed must be uint8, got {dtype_name(packed.dtype)}",
     )
     check_int8_scales(op, scale_dtype, group_size, in_features)
-    need = packed_bytes(out_features, in_features, group_size, bits, affine, scale_dtype)
+    form = (out_features, in_features, group_size, bits, affine, scale_dtype)
+    need = packed_bytes(*form)
     torch._check_value(
-        packed.dim() == 1 and packed.shape[0] == need,
+        packed.dim() == 1
+        and (
+            packed.shape[0] == need or (bits == 8 and packed.shape[0] == packed_bytes(*form, True))
+        ),
         lambda: (
             f"{op}: packed must be a contiguous [{need}] for out_features={out_features}, "
             f"in_features={in_features}, group_size={group_size}, bits={bits}, affine={affine}, "

@@ -107,7 +107,9 @@ def int4_linear(x, packed, bias, out_features, group_size, bits, affine, scale_d
     )
     _check_compute(op, compute)
     module = kernels(op, "int4_linear", x)
-    form = module.Format(out_features, x.shape[-1], group_size, bits, affine, scale_dtype)
+    form = module.Format.of(
+        packed, out_features, x.shape[-1], group_size, bits, affine, scale_dtype
+    )
     return module.linear(x, packed, _contiguous(bias), form)
 
 
@@ -121,7 +123,9 @@ def int4_linear_dx(grad, packed, in_features, group_size, bits, affine, scale_dt
         op, grad, packed, in_features, group_size, bits, affine, scale_dtype, compute
     )
     module = kernels(op, "int4_linear", grad)
-    form = module.Format(grad.shape[-1], in_features, group_size, bits, affine, scale_dtype)
+    form = module.Format.of(
+        packed, grad.shape[-1], in_features, group_size, bits, affine, scale_dtype
+    )
     return module.linear(grad, packed, None, form, dx=True)
 
 
@@ -133,7 +137,9 @@ def int4_dequantize(
         op, packed, out_features, in_features, group_size, bits, affine, scale_dtype, dtype
     )
     module = kernels(op, "int4_linear", packed)
-    form = module.Format(out_features, in_features, group_size, bits, affine, scale_dtype)
+    form = module.Format.of(
+        packed, out_features, in_features, group_size, bits, affine, scale_dtype
+    )
     return module.dequantize(packed, form, dtype)
 
 
@@ -146,7 +152,9 @@ def int4_embedding(
         dtype,
     )  # fmt: skip
     module = kernels(op, "int4_linear", packed)
-    form = module.Format(num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype)
+    form = module.Format.of(
+        packed, num_embeddings, embedding_dim, group_size, bits, affine, scale_dtype
+    )
     out = module.dequantize(packed, form, dtype, indices.reshape(-1).contiguous())
     return out.view(*indices.shape, embedding_dim)
 
@@ -184,7 +192,9 @@ def int4_block_sparse_linear(
     _block_register.check_fused(op, x, packed, bias, *own, compute, *rest)
     _check_compute(op, compute)
     module = kernels(op, "int4_linear", x)
-    form = module.Format(out_features, x.shape[-1], group_size, bits, affine, scale_dtype)
+    form = module.Format.of(
+        packed, out_features, x.shape[-1], group_size, bits, affine, scale_dtype
+    )
     adapter = module.Adapter(values, layout.contiguous(), block, lora_a, lora_c)
     return module.linear(x, packed, _contiguous(bias), form, adapter)
 
@@ -198,7 +208,9 @@ def int4_block_sparse_linear_dx(
     rest = (values, layout, block, lora_a, lora_c)
     _block_register.check_fused_dx(op, grad, packed, *own, *rest)
     module = kernels(op, "int4_linear", grad)
-    form = module.Format(grad.shape[-1], in_features, group_size, bits, affine, scale_dtype)
+    form = module.Format.of(
+        packed, grad.shape[-1], in_features, group_size, bits, affine, scale_dtype
+    )
     adapter = module.Adapter(values, layout.contiguous(), block, lora_a, lora_c)
     return module.linear(grad, packed, None, form, adapter, dx=True)
 

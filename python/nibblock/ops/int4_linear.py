@@ -25,7 +25,7 @@ from nibblock import _native  # noqa: E402  (its shared library lies beside the 
 from nibblock.ops import (  # noqa: E402  (the first two register fakes and gradients)
     _decoder_register,  # noqa: F401
     _int4_register,  # noqa: F401
-    _scales,
+    _storage,
 )
 
 __all__ = [
@@ -291,6 +291,7 @@ def int4_pack(
     group_size: int,
     bits: int = 4,
     scale_dtype: Optional[torch.dtype] = None,
+    palette: bool = False,
 ) -> torch.Tensor:
     """Canonical codes, scales and offsets to the one packed layout all kernels read.
 
@@ -307,11 +308,14 @@ def int4_pack(
             own dtype (None), or int8: float32 ones that are int8 multiples of one float16 in every
             256 columns, as in GGUF's K-quants, with group_size 16 or 32 and K a multiple of 256. A
             group then takes 8 bits and a half or one, in place of 32.
+        palette: with bits = 8 and at most 16 different codes, as those of 4-bit floats and GGUF's
+            IQ types: each takes 4 bits, its place in a table. Every op does what it does with the
+            8-bit codes, bit for bit; the size of `packed` tells it.
     Returns:
-        [packed_bytes(N, K, ...)] uint8, device of qweight.
+        [packed_bytes(N, K, ..., palette=palette)] uint8, device of qweight.
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes that do not fit each other, or
-        scales that int8 does not hold.
+        TypeError: a dtype that is not listed. ValueError: shapes that do not fit each other, scales
+        that int8 does not hold, or codes that a palette does not.
     Gradients: none. Determinism: bitwise. Numerics: nothing is rounded; `int4_unpack` gives it
         back.
     Source: layout in csrc/int4_linear/int4_linear.h.
@@ -321,7 +325,7 @@ def int4_pack(
     _checks.check_tensor(op, "scales", scales)
     _checks.check_int(op, "in_features", in_features)
     stored = scales.dtype if scale_dtype is None else scale_dtype
-    held = _scales.canonical_dtype(stored)
+    held = _storage.canonical_dtype(stored)
     _checks.check_format(op, group_size, bits, held if scale_dtype is None else stored)
     _checks.check_int8_scales(op, stored, group_size, in_features)
     q = _as_numpy(op, "qweight", qweight, (torch.uint8,), 2)
@@ -349,9 +353,10 @@ def int4_pack(
             group_size,
             bits,
             scale_dtype=_checks.dtype_name(stored),
+            palette=palette,
             threads=torch.get_num_threads(),
         )
-    except ValueError as error:  # scales that int8 does not hold: the same sentence, this op's name
+    except ValueError as error:  # what int8 or a palette do not hold: the same sentence
         raise ValueError(f"int4_{error}") from None
     return torch.from_numpy(packed).to(qweight.device)
 
@@ -492,9 +497,9 @@ def int4_quantize(
     codes, scales = torch.from_numpy(q), torch.from_numpy(s)
     offsets = None if o is None else torch.from_numpy(o)
     if scale_dtype == torch.int8:
-        scales = _scales.round_to_int8(scales, group_size)
-        offsets = None if offsets is None else _scales.round_to_int8(offsets, group_size)
-        codes = _scales.nearest_codes(torch.from_numpy(w), scales, offsets, group_size, bits)
+        scales = _storage.round_to_int8(scales, group_size)
+        offsets = None if offsets is None else _storage.round_to_int8(offsets, group_size)
+        codes = _storage.nearest_codes(torch.from_numpy(w), scales, offsets, group_size, bits)
     else:
         scales = scales.to(scale_dtype)
         offsets = None if offsets is None else offsets.to(scale_dtype)

@@ -1,8 +1,10 @@
-"""How the scales and offsets of an int4 weight are stored.
+"""How the canonical parts of a packed weight are stored, and when more closely than they come.
 
-float32, float16, or as int8 multiples of one float16 for 256 columns: what GGUF's K-quants hold,
-and a quarter to a third of the bytes of their products. The canonical tensors of the last are
-float32, which holds every product exactly.
+Scales and offsets: float32, float16, or int8 multiples of one float16 for 256 columns, which is
+what GGUF's K-quants hold and a quarter to a third of the bytes of their products. The canonical
+tensors of the last are float32, which holds every product exactly.
+
+Codes: as they are, or 8-bit ones of at most 16 values as 4-bit places in a palette.
 """
 
 from __future__ import annotations
@@ -42,6 +44,13 @@ def exact_dtype(
     if all(not p.is_meta and fits_int8(p, in_features, group_size) for p in parts):
         return torch.int8
     return scales.dtype
+
+
+def fits_palette(qweight: torch.Tensor, bits: int) -> bool:
+    """Whether canonical codes have 8 bits and at most 16 values."""
+    if bits != 8 or qweight.dtype != torch.uint8 or qweight.is_meta or not qweight.numel():
+        return False
+    return _native.palette_fits(qweight.detach().to("cpu").contiguous().numpy())
 
 
 def round_to_int8(values: torch.Tensor, group_size: int) -> torch.Tensor:
