@@ -88,8 +88,9 @@ def _describe_gguf(given: str, path: Path) -> GGUFFacts:
 
 
 def _packed_bytes(rows: int, columns: int, layout: Form) -> int:
-    bits, group, affine, dtype = layout
-    return _checks.packed_bytes(rows, columns, group, bits, affine, getattr(torch, dtype))
+    bits, group, affine, dtype, levels = layout
+    scale_dtype = getattr(torch, dtype)
+    return _checks.packed_bytes(rows, columns, group, bits, affine, scale_dtype, bool(levels))
 
 
 def _count_experts(file: GGUFFile, slot: ExpertSlot, counts: Counter) -> int:

@@ -45,6 +45,7 @@ class Codes:
     scales: [N, K/group] float16 or float32. offsets: the same, or None for a symmetric weight.
     runs: whether both are known to be int8 multiples of one float16 each for 256 columns. (Of the
         types in _ggml_grids.py they are odd eighths of one, which may be too small for a float16.)
+    levels: the name of the at most 16 values that codes of 8 bits take, or "".
     """
 
     qweight: np.ndarray
@@ -53,11 +54,12 @@ class Codes:
     bits: int
     group: int
     runs: bool = False
+    levels: str = ""
 
     @property
     def form(self) -> Form:
         dtype = "int8" if self.runs else self.scales.dtype.name
-        return self.bits, self.group, self.offsets is not None, dtype
+        return self.bits, self.group, self.offsets is not None, dtype, self.levels
 
     @property
     def columns(self) -> int:
@@ -70,7 +72,7 @@ class Codes:
             self, qweight=self.qweight[index], scales=self.scales[index], offsets=offsets
         )
 
-    def widened(self, bits: int, group: int, affine: bool, dtype: str) -> Codes:
+    def widened(self, bits: int, group: int, affine: bool, dtype: str, levels: str) -> Codes:
         """The same values in a form that holds this one: more bits, smaller groups that divide
         these, offsets, wider scales.
 
@@ -93,7 +95,7 @@ class Codes:
             times = self.group // group
             scales = scales.repeat(times, axis=1)
             offsets = None if offsets is None else offsets.repeat(times, axis=1)
-        return Codes(code, scales, offsets, bits, group, runs)
+        return Codes(code, scales, offsets, bits, group, runs, levels)
 
     def dequantize(self) -> np.ndarray:
         """[N, K] float32: scale * code + offset, each operation rounded to float32."""
@@ -111,19 +113,20 @@ class Codes:
         return value.reshape(rows, -1)
 
 
-# Bits, group, whether it has offsets, and how scales are stored: as float32, float16 or int8.
-Form = tuple[int, int, bool, str]
+# Bits, group, whether it has offsets, how scales are stored (as float32, float16 or int8), levels.
+Form = tuple[int, int, bool, str, str]
 
 
 def common_form(forms: list[Form]) -> Form:
     """The smallest form that holds weights in each of these without rounding."""
-    bits, groups, affine, dtypes = zip(*forms)
+    bits, groups, affine, dtypes, levels = zip(*forms)
     # (128 times a float16 may be none: where an offset is made, it is a float32.)
     one = len(set(affine)) == len(set(dtypes)) == 1
     dtype = dtypes[0] if one else "float32"
     # Of 4-bit codes only int8 scales have groups of 16.
     most = max(bits) if min(groups) > 16 or dtype == "int8" else 8
-    return most, min(groups), any(affine), dtype
+    same = levels[0] if len(set(levels)) == 1 else ""
+    return most, min(groups), any(affine), dtype, same
 
 
 def alike(parts: list[Codes]) -> list[Codes]:
@@ -298,6 +301,13 @@ _DECODERS = {
 EXACT_TYPES = frozenset(_DECODERS) | frozenset(GRIDS)
 
 
+def _levels(kind: str) -> str:
+    """Types of one name take their codes, of 8 bits, from the same 16 values or fewer."""
+    if kind in ("MXFP4", "NVFP4"):
+        return "E2M1"
+    return kind[:3] if kind.startswith("IQ") else ""
+
+
 def decode(kind: str, raw: np.ndarray) -> Codes:
     """Codes, scales and offsets of one tensor.
 
@@ -314,7 +324,7 @@ def decode(kind: str, raw: np.ndarray) -> Codes:
             code, scales = grid_codes(kind, raw, _gguf_values)
             bits, group = GRIDS[kind][2:]
             code = _pack_nibbles(code) if bits == 4 else code
-            return Codes(code, scales, None, bits, group)
+            return Codes(code, scales, None, bits, group, levels=_levels(kind))
         decoder, block, block_bytes, bits, group = _DECODERS[kind]
         rows = raw.shape[0]
         code, scales, offsets = decoder(raw.reshape(rows, raw.shape[1] // block_bytes, block_bytes))
@@ -326,6 +336,7 @@ def decode(kind: str, raw: np.ndarray) -> Codes:
         bits=bits,
         group=group,
         runs=block == 256,
+        levels=_levels(kind),
     )
 
 
@@ -367,6 +378,6 @@ def _gguf_values(kind: str, raw: np.ndarray) -> np.ndarray:
 def form(kind: str) -> Form:
     """The form of a name in EXACT_TYPES."""
     if kind in GRIDS:
-        return *GRIDS[kind][2:], False, "float32"
+        return *GRIDS[kind][2:], False, "float32", _levels(kind)
     # Of a block of zeros, so that the decoders stay the only place that knows.
     return decode(kind, np.zeros((1, _DECODERS[kind][2]), np.uint8)).form

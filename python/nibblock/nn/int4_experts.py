@@ -241,8 +241,8 @@ class Int4Experts(nn.Module):
                 few = _storage.fits_palette(qweight, width)
             else:
                 few = palette[name]
-            form = (columns, group, width, dtype, few)
-            packed[name] = pack_experts(qweight, scales, offsets, *form)
+            stored = (columns, group, width, dtype, few)
+            packed[name] = pack_experts(qweight, scales, offsets, *stored)
             layouts[name] = _layout(group, width, offsets is not None, dtype, compute)
         out = cls.__new__(cls)
         out._build(experts, form, layouts, packed, column_order or {})
