@@ -141,6 +141,35 @@ for _parameters in INT4:
     case(int4_dequantize, *_parameters)
 
 
+def int4_palette(device, m, n, k, group, affine, scale_dtype, dtype):
+    """8-bit codes in 4: forward, dx and dequantise by the size of `packed` alone."""
+    rng = np.random.default_rng(m + n + k)
+    weight = ref.random_weight(rng, n, k, group, 8, affine, scale_dtype)
+    levels = rng.permutation(256)[:16].astype(np.uint8)
+    weight.qweight = levels[rng.integers(0, 16, (n, k))]
+    weight.palette = True
+    packed = torch.from_numpy(ref.pack(weight)).to(device)
+    form = (group, 8, affine, getattr(torch, scale_dtype))
+    x = strided(tensor(rng.normal(size=(m, k)), dtype, device))
+    y = bodies()["int4_linear"](x, packed, None, n, *form, "bf16")
+    ref.check_linear(array(y), array(x), weight, dtype=dtype)
+    grad = tensor(rng.normal(size=(m, n)), dtype, device)
+    dx = bodies()["int4_linear_dx"](grad, packed, k, *form, "bf16")
+    ref.check_linear(array(dx), array(grad), weight, dtype=dtype, transposed=True)
+    got = bodies()["int4_dequantize"](packed, n, k, *form, torch.float32)
+    want = torch.ops.nibblock.int4_dequantize(packed.cpu(), n, k, *form, torch.float32)
+    assert torch.equal(got.cpu(), want)
+
+
+for _parameters in (
+    (3, 20, 100, 32, False, "float16", "bfloat16"),
+    (67, 34, 70, 16, True, "float32", "float16"),
+    (2, 17, 256, 32, False, "int8", "float32"),
+    (66, 18, 130, 64, True, "float16", "bfloat16"),
+):
+    case(int4_palette, *_parameters)
+
+
 def int4_many_bfloat16_rows(device):
     """From 1024 rows on: dequantised, then multiplied by torch."""
     rng = np.random.default_rng(3)

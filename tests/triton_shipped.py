@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+PALETTE = "8 in 4"
 CAPABILITIES = (80, 90)
 N = K = 1024  # divisible by all tiles, as the layers of real models are
 
@@ -44,11 +45,12 @@ def _int4_calls():
         for group, bits, affine, scale in (
             (32, 4, True, F32), (64, 4, False, F16), (-1, 4, True, F32), (32, 8, False, F16),
             (16, 8, False, F32), (16, 8, True, F32), (32, 4, True, I8), (16, 4, True, I8),
-            (16, 8, False, I8),
+            (16, 8, False, I8), (32, PALETTE, False, F16), (16, PALETTE, False, F32),
         ):  # fmt: skip
             for dx in (False, True):
                 call = int4_call(m, BF16, dx, group, bits, affine, scale, bias=False)
-                core = not dx and (bits == 8 or group <= 32) and (scale != I8 or m == 1)
+                new = scale == I8 or bits == PALETTE
+                core = not dx and (bits == 8 or group <= 32) and (m == 1 or not new)
                 what = " int8 scales" if scale == I8 else ""
                 form = f"group={group} bits={bits} affine={affine}{what}"
                 yield core, f"int4 {m} {form} dx={dx}", call
@@ -63,7 +65,8 @@ def _int4_calls():
 def weight(group, bits, affine, scale):
     from nibblock.triton_kernels.int4_linear import Format
 
-    f = Format(N, K, group, bits, affine, scale)
+    few = bits == PALETTE
+    f = Format(N, K, group, 8 if few else bits, affine, scale, few)
     return f, torch.empty(f.places()[0] * 4 * (N // 16), dtype=torch.uint8)
 
 

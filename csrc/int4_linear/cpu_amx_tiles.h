@@ -86,7 +86,8 @@ NB_AMX_INLINE void load_panel_scales(const Int4Format& f, const Int4Geometry& g,
   if (f.palette) {
     const __m128i values =
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + g.palette_at));
-    codes = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(values)), _mm512_set1_ps(128));
+    const __m128i centred = _mm_xor_si128(values, _mm_set1_epi8(static_cast<char>(0x80)));
+    codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centred));
   }
   for (int r = 0; r < 16 + out->second; r += 2) {
     const __m512 even =

@@ -3,10 +3,11 @@
 What becomes of each tensor:
 
 | tensor type                     | becomes                                                        |
-| Q4_0, Q4_1, Q4_K, Q1_0, TQ*     | Int4Linear, 4 bits, codes and scales exactly                   |
-| every other quantised type:     | Int4Linear with bits=8, group 16, 32 or 256: their codes fit   |
-| Q5_*, Q6_K, Q8_0, Q2_K, Q3_K,   | 8 bits exactly (IQ1 to IQ3, as TQ, need the gguf package)      |
-| IQ1_* to IQ4_*, MXFP4, NVFP4    |                                                                |
+| Q4_0, Q4_1, Q2_K, Q3_K, Q4_K,   | Int4Linear, 4 bits, codes and scales exactly (TQ needs the     |
+| Q1_0, TQ*                       | gguf package)                                                  |
+| Q5_*, Q6_K, Q8_0                | Int4Linear with bits=8, group 16 or 32, exactly                |
+| IQ1_* to IQ4_*, MXFP4, NVFP4    | the same with a palette: 4 bits each (IQ1 to IQ3 need the gguf |
+|                                 | package)                                                       |
 | F32, F16, BF16                  | a dense nn.Linear in `dtype`; `requantize=True` rounds it to   |
 |                                 | 8 bits, group 32, instead                                      |
 | norms, biases                   | dense, in `dtype`                                              |

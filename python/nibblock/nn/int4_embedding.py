@@ -23,7 +23,8 @@ class Int4Embedding(PackedWeight, nn.Embedding):
     Args:
         num_embeddings, embedding_dim: rows and columns of the table.
         padding_idx: kept for its readers (the table is frozen, so it has no effect on gradients).
-        group_size: 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
+        group_size: 32, 64, 128, 256, or -1 for one group per row; with 8 bits or int8
+            scales also 16.
         symmetric: True stores scales only, False scales and offsets.
         bits: 8 or 4.
         scale_dtype: float32 | float16 | int8 of scales and offsets; the last as in

@@ -25,7 +25,8 @@ class Int4Linear(OrderedColumns, nn.Linear):
     Args:
         in_features, out_features: K, N.
         bias: whether there is a bias, a trainable float32 Parameter [N].
-        group_size: 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
+        group_size: 32, 64, 128, 256, or -1 for one group per row; with 8 bits or int8
+            scales also 16.
         symmetric: True stores scales only, False scales and offsets.
         bits: 4 or 8.
         compute: "bf16", or "int8" to quantise activations on the fly; may be changed at any time.

@@ -69,7 +69,8 @@ def int4_linear(
             columns of the weight. `Int4Linear` knows its K and refuses.
         bias: [N] float32 | bfloat16 | float16, or None. Added in float32.
         out_features: N.
-        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits or int8
+            scales also 16.
         bits: 4 or 8.
         affine: whether packed holds offsets.
         scale_dtype: float32 | float16 | int8, of the scales and offsets inside packed; see
@@ -302,7 +303,8 @@ def int4_pack(
         offsets: [N, ceil(K / G)], dtype of scales, the weight of code 0; None for a symmetric
             weight.
         in_features: K.
-        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits or int8
+            scales also 16.
         bits: 4 or 8.
         scale_dtype: how scales and offsets are stored, the `scale_dtype` of every later call: their
             own dtype (None), or int8: float32 ones that are int8 multiples of one float16 in every
@@ -444,7 +446,8 @@ def int4_quantize(
 
     Args:
         weight: [N, K] float32 | bfloat16 | float16, finite.
-        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits also 16.
+        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits or int8
+            scales also 16.
         bits: 4 or 8.
         symmetric: True for scales only, False for scales and offsets.
         method: "rtn" or "mse".
