@@ -54,7 +54,7 @@ SIMDE ?= /usr/include
 TESTS ?= $(addprefix tests/test_,int4_linear.py int4_linear_kernels.py int4_linear_grad.py \
   packed_layout.py guard_pages.py isa_levels.py int4_embedding.py block_sparse_kernels.py \
   block_sparse_linear.py block_scores_kernels.py block_gain_kernels.py masked_update.py \
-  masked_gradient.py masked_packed.py muon_direction.py threads.py)
+  masked_gradient.py masked_packed.py muon_direction.py threads.py int8_scales.py palette.py)
 emulate: $(STAMPS)/dev $(STAMPS)/build
 	@test -f $(SIMDE)/simde/x86/avx512.h || \
 	  { echo 'make: $(SIMDE) must hold simde/x86/avx512.h; type: apt-get install libsimde-dev'; exit 1; }

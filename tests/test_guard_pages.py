@@ -8,6 +8,7 @@ last line it wrote says at which.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import mmap
 import subprocess
@@ -66,14 +67,25 @@ def guarded_rows(guard: Guarded, rows: np.ndarray, gap: int, at_end: bool) -> np
     return view
 
 
+def weights(rng: np.random.Generator):
+    """(rows of x, weight): every format at every shape in turn, then int8 scales and palettes."""
+    for i, (m, n, k) in enumerate(FORWARD_SHAPES):
+        yield m, ref.random_weight(rng, n, k, *FORMATS[(13 * i) % len(FORMATS)])
+    forms = itertools.product((1, 2, 3, 7, 20), (4, 8), (16, 32))
+    for i, (m, bits, group) in enumerate(forms):
+        yield m, ref.random_weight(rng, (1, 16, 33)[i % 3], 256, group, bits, i % 2 == 0, "int8")
+        few = ref.random_weight(rng, (17, 32, 5)[i % 3], (100, 64)[i % 2], group, 8, i % 3 == 0)
+        yield m, dataclasses.replace(few, qweight=few.qweight & 0x3C, palette=True)
+
+
 def walk(which: str, kernel_id: str) -> int:
     """Runs one row over all shapes behind guard pages; returns how many calls it served."""
     rng = np.random.default_rng(60)
     served = 0
     size = 1 << 17
     guards = {name: Guarded(size) for name in ("x", "packed", "bias", "y")}
-    for i, (m, n, k) in enumerate(FORWARD_SHAPES):
-        weight = ref.random_weight(rng, n, k, *FORMATS[(13 * i) % len(FORMATS)])
+    for i, (m, weight) in enumerate(weights(rng)):
+        n, k = weight.out_features, weight.in_features
         packed = ref.pack(weight)
         width, out = (k, n) if which == "forward" else (n, k)
         for x_dtype, compute in itertools.product(X_DTYPES, ("bf16", "int8")):

@@ -31,6 +31,8 @@ from harness import (
 )
 from nibblock.nn._expert_weight import ExpertWeight, pack_experts
 from nibblock.ops import _checks
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 FORMS = [(group, bits) for bits in (4, 8) for group in (16, 32)]
 FORMATS = [(*form, affine) for form, affine in itertools.product(FORMS, (False, True))]
@@ -419,6 +421,19 @@ def test_saved_models_and_adapters(tmp_path):
     assert fresh[0].scale_dtype == torch.int8
     assert torch.equal(fresh[2].packed, model[2].packed)
     assert torch.equal(fresh(x), model(x))
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+    assert tensors["0.scales"].dtype == torch.int8
+    assert tensors["2.offsets_units"].shape == (8, 2)
+    for key, value, text in (
+        ("0.scales", torch.zeros(512, 8), "0.scales must be .512, 8. int8, got .512, 8. float32"),
+        ("2.offsets_units", torch.zeros(8, 1).half(), "2.offsets_units must be .8, 2. float16"),
+        ("2.scales_units", None, "m.safetensors must hold 2.scales_units, got a file without it"),
+    ):
+        changed = {k: v for k, v in {**tensors, key: value}.items() if v is not None}
+        save_file(changed, tmp_path / "m.safetensors", metadata)
+        with pytest.raises(ValueError, match=text):
+            nb.load(tmp_path / "m.safetensors", fresh)
 
 
 def test_experts():

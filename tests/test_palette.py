@@ -28,9 +28,12 @@ from harness import (
     run,
     store,
 )
+from nibblock._report_cli import describe
 from nibblock.nn._expert_weight import ExpertWeight, pack_experts
 from nibblock.nn.fused import fuse_linears
 from nibblock.ops import _checks
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 E2M1 = 128 + np.array([-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12])
 IQ4 = 128 + np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
@@ -298,12 +301,30 @@ def test_experts_and_files(tmp_path):
     model[0] = nb.Int4Linear.from_codes(
         *codes_of(weights[0]), in_features=96, group_size=32, bits=8
     )
-    nb.save(model, tmp_path / "m.safetensors")
-    fresh = nb.load(
-        tmp_path / "m.safetensors", torch.nn.Sequential(torch.nn.Linear(96, 32, bias=False))
-    )
+    path = tmp_path / "m.safetensors"
+    nb.save(model, path)
+    fresh = nb.load(path, torch.nn.Sequential(torch.nn.Linear(96, 32, bias=False)))
     assert fresh[0].palette
     assert torch.equal(fresh[0].packed, model[0].packed)
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("0.qweight").shape == (32, 48)
+        assert file.get_tensor("0.palette").tolist() == E2M1.tolist()
+        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    assert describe(path).rows[0].kind == "int8"
+
+    def refused(text, **changed):
+        save_file({**tensors, **changed}, path, metadata)
+        with pytest.raises(ValueError, match=text):
+            nb.load(path, torch.nn.Sequential(torch.nn.Linear(96, 32, bias=False)))
+
+    refused("0.palette must hold 1 to 16 codes, got .17.", **{"0.palette": torch.arange(17).byte()})
+    refused("places below 3, the length of 0.palette", **{"0.palette": torch.arange(3).byte()})
+    refused(
+        "0.qweight must be .32, 48. uint8, got .32, 96.",
+        **{"0.qweight": fresh[0].canonical()["qweight"]},
+    )
+    del tensors["0.palette"]
+    refused("m.safetensors must hold 0.palette, got a file without it")
 
 
 FOUR_BITS = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",

@@ -198,6 +198,14 @@ int64_t int4_unfit_run(const float* scales, int64_t n, int64_t groups, int64_t g
   return first < runs ? first : -1;
 }
 
+void int4_factor_scales(const float* scales, int64_t n, int64_t groups, int64_t group,
+                        int8_t* multiples, uint16_t* units) {
+  const int64_t each = kRunK / group;
+  for (int64_t run = 0; run < n * groups / each; ++run) {
+    factor_run(scales + run * each, each, multiples + run * each, units + run);
+  }
+}
+
 void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* rows, int64_t count,
                      void* out, Dtype type, const Parallel& parallel) {
   const Int4Geometry g = int4_geometry(f);

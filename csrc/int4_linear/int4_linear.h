@@ -267,6 +267,11 @@ NB_API int int4_palette(const uint8_t* codes, int64_t count, uint8_t* values);
 NB_API int64_t int4_unfit_run(const float* scales, int64_t n, int64_t groups, int64_t group,
                               const Parallel& parallel);
 
+// `scales` [n, groups] as int8 multiples [n, groups] of float16 units [n, groups * group / 256];
+// int4_unfit_run has to find no run.
+NB_API void int4_factor_scales(const float* scales, int64_t n, int64_t groups, int64_t group,
+                               int8_t* multiples, uint16_t* units);
+
 // Rows of the dequantised weight: out[i, :] = w[rows ? rows[i] : i, :] for i < count, rounded to
 // `type`.
 NB_API void int4_dequantize(const Int4Format& f, const uint8_t* packed, const int64_t* rows,

@@ -175,6 +175,21 @@ py::array dequantize(const py::object& packed, int64_t out_features, int64_t in_
   return out;
 }
 
+py::tuple int8_scales(const py::object& scales, int64_t in_features, int64_t group_size) {
+  const string op = "int8_scales";
+  if (!int8_scales_fit(scales, in_features, group_size, 1)) {
+    fail_value(op, "scales must be int8 multiples of one float16 in every 256 columns, got others");
+  }
+  const py::array s = contiguous(want_array(op, "scales", scales, {"float32"}));
+  const int64_t n = s.shape(0), groups = s.shape(1);
+  py::array multiples(py::dtype("int8"), {n, groups});
+  py::array units(py::dtype("float16"), {n, groups * group_size / kRunK});
+  int4_factor_scales(static_cast<const float*>(s.data()), n, groups, group_size,
+                     static_cast<int8_t*>(multiples.mutable_data()),
+                     static_cast<uint16_t*>(units.mutable_data()));
+  return py::make_tuple(multiples, units);
+}
+
 // --- the table of kernels ------------------------------------------------------------------------
 
 Int4LinearTable table_of(const string& op, const string& which) {
@@ -345,6 +360,8 @@ void bind_int4_linear(py::module_& m) {
         "one float type -> packed uint8, its data at a multiple of 64 bytes. scale_dtype: that "
         "type, or \"int8\" for float32 ones that int8_scales_fit holds exact. palette: 8-bit codes "
         "that palette_fits take 4 bits.");
+  m.def("int8_scales", &int8_scales, arg("scales"), arg("in_features"), arg("group_size"),
+        "Such scales as int8 [N, groups] and float16 units [N, in_features / 256].");
   m.def("palette_fits", &palette_fits, arg("qweight"),
         "Whether uint8 codes have at most 16 different values.");
   m.def("int8_scales_fit", &int8_scales_fit, arg("scales"), arg("in_features"), arg("group_size"),

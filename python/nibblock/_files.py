@@ -1,9 +1,10 @@
 """`save` and `load`: an accelerated model, or its adapters, as one safetensors file.
 
-The file holds canonical tensors, so it does not depend on the machine that wrote it, and in its
-metadata (key "nibblock", JSON) how each quantised layer is stored and which tensors are tied. Tied
-tensors are written once. A file appears whole or not at all: it is written under a temporary name
-in the same folder, flushed to the disk and renamed.
+The file holds canonical tensors (or, of layers with a palette or int8 scales, those of
+`_stored_parts`), so it does not depend on the machine that wrote it, and in its metadata (key
+"nibblock", JSON) how each quantised layer is stored and which tensors are tied. Tied tensors are
+written once. A file appears whole or not at all: it is written under a temporary name in the same
+folder, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from nibblock import _adapter_files, _expert_files, _sparse_files
+from nibblock import _adapter_files, _expert_files, _sparse_files, _stored_parts
 from nibblock._carry_over import carry_over
 from nibblock._file_write import _KEY, _pack, _safetensors, _write
 from nibblock._tied_keys import rename_tied_keys
@@ -32,7 +33,8 @@ from nibblock.nn._expert_weight import ExpertWeight
 from nibblock.ops import _checks, _storage
 
 # 2: some layer's columns are in an order of their own, which readers of version 1 would not see.
-_VERSIONS = (1, 2)
+# 3: some layer's codes or scales are in a form of `_stored_parts`.
+_VERSIONS = (1, 2, 3)
 _QUANTISED = (Int4Linear, Int4Embedding)
 _OURS = (*_QUANTISED, BlockSparseLinear, ExpertWeight)
 
@@ -105,6 +107,9 @@ def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str]
             seen[where] = key
         tensors[key] = tensor
     version = 2 if any("column_order" in record for record in layers.values()) else 1
+    if any(_stored_parts.is_close(record) for record in layers.values()):
+        version = 3
+        _stored_parts.compact(tensors, layers)
     header = {"version": version, "layers": layers, "shared": shared, "tied": tied}
     _write(Path(path), _pack(safetensors, tensors, header))
 
@@ -205,6 +210,7 @@ def load(
         raise ValueError(f"load: adapter must be None for a model's file, got {adapter!r}")
     for key, source in header["tied"].items():
         tensors[key] = tensors[source]
+    _stored_parts.expand(path, tensors, header["layers"], header["shared"])
 
     modules = dict(model.named_modules(remove_duplicate=False))
     new = _build_layers(path, header, modules, tensors)

@@ -7,6 +7,7 @@ from typing import Any
 from nibblock._file_checks import check_fields
 from nibblock._report_cli.facts import LayerFacts, ModelFacts
 from nibblock._report_cli.tensor_file import TensorFacts, TensorFile
+from nibblock._stored_parts import sections, units_of
 from nibblock.ops._block_checks import grid
 
 _FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -86,7 +87,12 @@ def _layer(
     else:
         parts, kind = ["qweight", "scales"] + ["offsets"] * record["affine"], f"int{record['bits']}"
         module, dtype = record["kind"], record["scale_dtype"]
-        fields = {"group_size": record["group_size"]}
+        fields, stored_bits = {"group_size": record["group_size"]}, record["bits"]
+        if record.get("palette"):
+            parts.append("palette")
+            stored_bits = 4
+        if dtype == "int8":
+            parts += map(units_of, sections(record))
         if module == "experts":
             shape = (record["experts"], rows, columns)
         if record.get("column_order"):
@@ -100,7 +106,7 @@ def _layer(
         file.need(f"{source or name}.{part}")
     if kind.startswith("int"):
         codes = file.tensors[f"{source or name}.qweight"].shape
-        if codes != (*shape[:-1], (columns * record["bits"] + 7) // 8):
+        if codes != (*shape[:-1], (columns * stored_bits + 7) // 8):
             raise _damaged(file, f"{name}.qweight of shape {list(codes)} for {list(shape)}")
     if fields.get("column_order"):
         own.append(f"{name}.column_order")

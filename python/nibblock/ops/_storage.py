@@ -9,6 +9,7 @@ Codes: as they are, or 8-bit ones of at most 16 values as 4-bit places in a pale
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Optional
 
 import torch
@@ -51,6 +52,59 @@ def fits_palette(qweight: torch.Tensor, bits: int) -> bool:
     if bits != 8 or qweight.dtype != torch.uint8 or qweight.is_meta or not qweight.numel():
         return False
     return _native.palette_fits(qweight.detach().to("cpu").contiguous().numpy())
+
+
+def to_int8(
+    values: torch.Tensor, in_features: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [..., G] that `fits_int8` -> int8 [..., G] and float16 units [..., K / 256]."""
+    rows = values.detach().to("cpu").reshape(-1, in_features // group_size).contiguous()
+    multiples, units = _native.int8_scales(rows.numpy(), in_features, group_size)
+    lead = values.shape[:-1]
+    return (
+        torch.from_numpy(multiples).reshape(*lead, multiples.shape[1]),
+        torch.from_numpy(units).reshape(*lead, units.shape[1]),
+    )
+
+
+def from_int8(multiples: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_int8`."""
+    each = multiples.shape[-1] // max(units.shape[-1], 1)
+    return multiples.float() * units.float().repeat_interleave(each, -1)
+
+
+def to_places(qweight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [..., K] that `fits_palette`, on the CPU -> places [..., ceil(K / 2)], two a byte, low
+    nibble first, and the palette, ascending.
+    """
+    palette = torch.bincount(qweight.flatten(), minlength=256).nonzero().flatten().to(torch.uint8)
+    place = torch.zeros(256, dtype=torch.uint8)
+    place[palette.long()] = torch.arange(len(palette), dtype=torch.uint8)
+    out = torch.empty(*qweight.shape[:-1], -(-qweight.shape[-1] // 2), dtype=torch.uint8)
+    for some, codes in _pieces(out, qweight):
+        low, high = place[codes[:, 0::2].int()], place[codes[:, 1::2].int()]
+        some.copy_(low)
+        some[:, : high.shape[1]] |= high << 4
+    return out, palette
+
+
+def from_places(
+    places: torch.Tensor, palette: torch.Tensor, columns: int
+) -> Optional[torch.Tensor]:
+    """The inverse of `to_places`; None where a place is behind the palette's end."""
+    out = torch.empty(*places.shape[:-1], columns, dtype=torch.uint8)
+    for some, pairs in _pieces(out, places):
+        both = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)[:, :columns].int()
+        if both.numel() and int(both.max()) >= len(palette):
+            return None
+        some.copy_(palette[both])
+    return out
+
+
+def _pieces(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of both, a bounded number of numbers at a time."""
+    rows = max(1, (1 << 22) // max(1, one.shape[-1], other.shape[-1]))
+    yield from zip(one.flatten(0, -2).split(rows), other.flatten(0, -2).split(rows))
 
 
 def round_to_int8(values: torch.Tensor, group_size: int) -> torch.Tensor:
