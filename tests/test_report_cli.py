@@ -61,7 +61,7 @@ def write_bad(tmp_path):
         "plain.safetensors": "must be written by nibblock.save",
         "cut.safetensors": "must be a whole safetensors file",
         "notes.txt": "must be a whole safetensors file",
-        "newer.safetensors": "must be of version 2 or older, got 9",
+        "newer.safetensors": "must be of version 3 or older, got 9",
         "odd.safetensors": "must have whole metadata, got KeyError",
         "less.safetensors": "must hold up.weight, got a file without it",
         "selection.safetensors": "got a selection of blocks",

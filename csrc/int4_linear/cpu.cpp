@@ -143,8 +143,8 @@ bool amx_dx(const Int4LinearParams& p) { return p.m >= 5 && p.xtype == Dtype::kB
 bool amx_bf16(const Int4LinearParams& p) { return amx_dx(p) && p.compute == Compute::kBF16; }
 // (A block of 16 fills a quarter of a tile row: VNNI is as fast.)
 bool amx_int8(const Int4LinearParams& p) { return p.m >= 5 && is_int8(p) && p.w.group != 16; }
-// Fewer rows are bound by memory, and int16 keeps more of x; 8-bit codes would saturate, and a block
-// of 16 ends before the 16-bit sums are full.
+// Fewer rows are bound by memory, and int16 keeps more of x; 8-bit codes would saturate, and a
+// block of 16 ends before the 16-bit sums are full.
 bool avx2_int8(const Int4LinearParams& p) {
   return p.m >= 3 && is_int8(p) && p.w.bits == 4 && p.w.group != 16;
 }
@@ -159,8 +159,8 @@ const Int4LinearKernel kForward[] = {
     {"int4_linear.cpu.avx512_vnni.int16", Isa::kAvx512Vnni, "any call", any,
      int4_linear_avx512_vnni},
     {"int4_linear.cpu.avx512.int16", Isa::kAvx512, "any call", any, int4_linear_avx512},
-    {"int4_linear.cpu.avx2.int8", Isa::kAvx2,
-     "m >= 3, compute int8, 4 bits, groups of 32 and more", avx2_int8, int4_linear_avx2_int8},
+    {"int4_linear.cpu.avx2.int8", Isa::kAvx2, "m >= 3, compute int8, 4 bits, groups of 32 and more",
+     avx2_int8, int4_linear_avx2_int8},
     {"int4_linear.cpu.avx2.int16", Isa::kAvx2, "any call", any, int4_linear_avx2},
     {"int4_linear.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_scalar},
 };

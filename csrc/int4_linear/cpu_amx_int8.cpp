@@ -73,11 +73,10 @@ static void unpack_panel(const Problem& q, int64_t panel, int64_t k0, int64_t k1
   }
   // The code of each place, less zero; without a palette a place is a code.
   const __m128i values =
-      q.p->w.palette
-          ? _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(
-                              q.p->packed + panel * q.g.panel_stride + q.g.palette_at)),
-                          _mm_set1_epi8(static_cast<char>(0x80)))
-          : _mm_setr_epi8(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+      q.p->w.palette ? _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(
+                                         q.p->packed + panel * q.g.panel_stride + q.g.palette_at)),
+                                     _mm_set1_epi8(static_cast<char>(0x80)))
+                     : _mm_setr_epi8(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   const __m512i mask = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(values);
   for (int64_t i = 0; i < (k1 - k0) / 8; ++i) {
     const __m512i line = _mm512_loadu_si512(in + 64 * i);

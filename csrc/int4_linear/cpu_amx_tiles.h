@@ -84,8 +84,7 @@ NB_AMX_INLINE void load_panel_scales(const Int4Format& f, const Int4Geometry& g,
   compiler_barrier();
   __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   if (f.palette) {
-    const __m128i values =
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + g.palette_at));
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + g.palette_at));
     const __m128i centred = _mm_xor_si128(values, _mm_set1_epi8(static_cast<char>(0x80)));
     codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centred));
   }
@@ -138,7 +137,7 @@ struct RowReader<4> {
         _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + row_at(r)))),
         shifts);
     if (s.second) {
-      // Groups of 16: the second table stands behind the first, and bit 4 of the index chooses. k of
+      // Groups of 16: the second table stands behind the first, bit 4 of the index chooses. k of
       // 16 and more are words 4..7 of each lane.
       const __m512i second = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0, 0, 0, 16, 16, 16, 16));
       const __m512i index = _mm512_ternarylogic_epi64(words, _mm512_set1_epi16(15), second, 0xea);

@@ -100,10 +100,10 @@ namespace {
 struct TileArgs {
   const uint8_t* w[8];  // decode: codes of each vector of rows; panel: w[0] is the unpacked block
   const uint8_t* palette[8];  // of these vectors, if there are palettes
-  const uint8_t* x;     // quantised rows
-  int64_t x_stride;     // bytes
-  int64_t lines;        // 8 k each
-  const float* xscale;  // [R], of this block
+  const uint8_t* x;           // quantised rows
+  int64_t x_stride;           // bytes
+  int64_t lines;              // 8 k each
+  const float* xscale;        // [R], of this block
   const int32_t* init;
   const float* xsum;
   const float* scale;   // [C * kLanes] of this block's group

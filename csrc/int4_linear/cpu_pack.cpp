@@ -10,7 +10,7 @@ inline uint8_t canonical_code(const uint8_t* row, int bits, int64_t k) {
   return (row[k >> 1] >> (4 * (k & 1))) & 15;
 }
 
-// unit and multiples with values[i] == unit * multiples[i] for all i, or false where there are none.
+// unit and multiples with values[i] == unit * multiples[i] for all i; false where there are none.
 // The largest value tells: for each multiple it might be, the unit follows.
 bool factor_run(const float* values, int64_t count, int8_t* multiples, uint16_t* unit) {
   float top = 0.0f;

@@ -12,9 +12,9 @@
 // K is padded to a multiple of 64. A panel is one run of memory:
 //
 //     codes    [k_pad / 8] lines of 64 bytes (bits = 4, or a palette), [k_pad / 4] (bits = 8)
-//     scales   [groups][16] float16, float32 or int8, section padded to 64 bytes; behind int8, in the
-//              same section, [k / 256][16] float16 units: a scale is its int8 times the unit of its
-//              run of 256 k, which float32 holds exactly
+//     scales   [groups][16] float16, float32 or int8, section padded to 64 bytes; behind int8, in
+//              the same section, [k / 256][16] float16 units: a scale is its int8 times the unit of
+//              its run of 256 k, which float32 holds exactly
 //     offsets  the same, only if affine
 //     padding  so that panel_stride is an odd multiple of 64 bytes: panels read side by side then
 //              never fall into the same cache set
@@ -34,11 +34,12 @@
 //
 // 8 bits: two lines for each 8 k, which hold exactly those two byte quadruples.
 //
-// 8 bits with a palette: codes of at most 16 values, in the lines of 4 bits as places in the palette
-// (ascending; places behind the last hold the last). One VPSHUFB makes byte quadruples, or the pairs
-// of 16 bits, of them, so that 4-bit floats and GGUF's IQ types take half of the memory.
+// 8 bits with a palette: codes of at most 16 values, in the lines of 4 bits as places in the
+// palette (ascending; behind the last the table repeats it). Two VPSHUFB make of a line the two
+// that 8 bits have, so that 4-bit floats and GGUF's IQ types take half of the memory.
 //
-// Padding rows and padding k hold the code of zero (8 or 128) and scale 0, offset 0.
+// Padding rows and padding k hold the code of zero (8 or 128; the first of a palette without it)
+// and scale 0, offset 0.
 //
 // int8 scales are those of GGUF's K-quants: 6 or 8 bits for 16 or 32 weights and a float16 for 256,
 // where the products would take a float32 each (Q4_K: 4.6 bits a weight instead of 6).
@@ -82,8 +83,8 @@ static inline int int4_stored_bits(const Int4Format& f) { return f.palette ? 4 :
 constexpr int kPalette = 84;
 constexpr int64_t line_bytes(int BITS) { return BITS == 8 ? 128 : 64; }  // of 8 k
 
-// Groups of 16 have 8-bit codes (GGUF's Q6_K, NVFP4) or int8 scales (Q2_K, Q3_K): other scales alone
-// would take half of what 4-bit codes are meant to save.
+// Groups of 16 have 8-bit codes (GGUF's Q6_K, NVFP4) or int8 scales (Q2_K, Q3_K): other scales
+// alone would take half of what 4-bit codes are meant to save.
 static inline bool int4_has_group(int64_t group, int64_t bits, Dtype scale_type) {
   return group == 32 || group == 64 || group == 128 || group == 256 || group == -1 ||
          (group == 16 && (bits == 8 || scale_type == Dtype::kI8));

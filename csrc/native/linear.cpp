@@ -34,8 +34,7 @@ int64_t packed_bytes(int64_t out_features, int64_t in_features, int64_t group_si
                      bool affine, const string& scale_dtype, bool palette) {
   const string op = "packed_bytes";
   const Dtype scale_type = want_scale_dtype(op, scale_dtype);
-  Int4Format f =
-      want_format(op, out_features, in_features, group_size, bits, affine, scale_type);
+  Int4Format f = want_format(op, out_features, in_features, group_size, bits, affine, scale_type);
   f.palette = want_palette(op, palette, bits);
   return int4_geometry(f).bytes;
 }
@@ -60,8 +59,8 @@ py::array pack(const py::object& qweight, const py::object& scales, const py::ob
   f.palette = want_palette(op, palette, bits);
   const string held = f.scale_type == Dtype::kI8 ? "float32" : stored;
   if (dtype_name(s) != held) {
-    fail_type(op, "scales must be " + held + " for scale_dtype " + stored + ", got " +
-                      dtype_name(s));
+    fail_type(op,
+              "scales must be " + held + " for scale_dtype " + stored + ", got " + dtype_name(s));
   }
   const Int4Geometry g = int4_geometry(f);
   want_shape(op, "qweight", q, {f.n, code_row_bytes(f)});
@@ -364,10 +363,11 @@ void bind_int4_linear(py::module_& m) {
         "Such scales as int8 [N, groups] and float16 units [N, in_features / 256].");
   m.def("palette_fits", &palette_fits, arg("qweight"),
         "Whether uint8 codes have at most 16 different values.");
-  m.def("int8_scales_fit", &int8_scales_fit, arg("scales"), arg("in_features"), arg("group_size"),
-        arg("threads") = 1,
-        "Whether float32 scales (or offsets) [N, groups] are int8 multiples of one float16 in every "
-        "256 columns, in a format that has int8 scales.");
+  m.def(
+      "int8_scales_fit", &int8_scales_fit, arg("scales"), arg("in_features"), arg("group_size"),
+      arg("threads") = 1,
+      "Whether float32 scales (or offsets) [N, groups] are int8 multiples of one float16 in every "
+      "256 columns, in a format that has int8 scales.");
   m.def("unpack", &unpack, arg("packed"), arg("out_features"), arg("in_features"),
         arg("group_size"), arg("bits"), arg("affine"), arg("scale_dtype"), arg("threads") = 1,
         "The inverse of pack: (qweight, scales, offsets or None).");

@@ -152,14 +152,13 @@ Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_f
                        ", got group_size=" + std::to_string(group_size) +
                        ", in_features=" + std::to_string(in_features));
   }
-  return {out_features, in_features, group_size, static_cast<int32_t>(bits),
-          affine,       scale_type,  0};
+  return {out_features, in_features, group_size, static_cast<int32_t>(bits), affine, scale_type, 0};
 }
 
 // --- shared by the kernel runners ----------------------------------------------------------------
 
-const uint8_t* want_packed(const string& op, Int4Format* f, const py::object& value,
-                           bool aligned, py::array* keep) {
+const uint8_t* want_packed(const string& op, Int4Format* f, const py::object& value, bool aligned,
+                           py::array* keep) {
   py::array a = want_array(op, "packed", value, {"uint8"});
   int4_take_palette(f, a.size());
   want_shape(op, "packed", a, {int4_geometry(*f).bytes});

@@ -20,10 +20,10 @@ from nibblock.ops.int4_linear import (
     int4_linear,
     int4_linear_dx,
     int4_pack,
-    int4_quantize,
     int4_unpack,
     packed_bytes,
 )
+from nibblock.ops.int4_quantize import int4_quantize
 from nibblock.ops.masked_gradient import (
     grad_norm,
     masked_grad_block_,

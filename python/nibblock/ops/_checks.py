@@ -145,6 +145,17 @@ def check_data(op: str, name: str, value: object) -> None:
     )
 
 
+def as_numpy(op: str, name: str, tensor: torch.Tensor, dtypes: tuple, ndim: int):
+    """A CPU tensor's numbers of one of these dtypes and so many dimensions, contiguous."""
+    check_data(op, name, tensor)
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(dtype_name(d) for d in dtypes)
+        raise TypeError(f"{op}: {name} must be {wanted}, got {dtype_name(tensor.dtype)}")
+    if tensor.dim() != ndim:
+        raise ValueError(f"{op}: {name} must be {ndim}-D, got {list(tensor.shape)}")
+    return tensor.detach().to("cpu").contiguous().numpy()
+
+
 def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
     check_tensor(op, name, tensor)
     torch._check_type(

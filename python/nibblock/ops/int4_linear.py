@@ -1,5 +1,4 @@
-"""The int4 ops as typed functions: linear, its input gradient, dequantise, embedding, pack,
-quantise.
+"""The int4 ops as typed functions: linear, its input gradient, dequantise, embedding, pack.
 
     w[n, k] = scale[n, g(k)] * code[n, k] + offset[n, g(k)]        g(k) = k // group_size
 
@@ -10,9 +9,8 @@ group_size. A symmetric weight stores no offsets: offset = -8 * scale (bits = 4)
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Optional
 
-import numpy as np
 import torch
 
 from nibblock import _library
@@ -34,7 +32,6 @@ __all__ = [
     "int4_linear",
     "int4_linear_dx",
     "int4_pack",
-    "int4_quantize",
     "int4_unpack",
     "packed_bytes",
 ]
@@ -273,16 +270,6 @@ def int4_embedding(
         raise
 
 
-def _as_numpy(op: str, name: str, tensor: torch.Tensor, dtypes: tuple, ndim: int):
-    _checks.check_data(op, name, tensor)
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(_checks.dtype_name(d) for d in dtypes)
-        raise TypeError(f"{op}: {name} must be {wanted}, got {_checks.dtype_name(tensor.dtype)}")
-    if tensor.dim() != ndim:
-        raise ValueError(f"{op}: {name} must be {ndim}-D, got {list(tensor.shape)}")
-    return tensor.detach().to("cpu").contiguous().numpy()
-
-
 def int4_pack(
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -330,9 +317,9 @@ def int4_pack(
     held = _storage.canonical_dtype(stored)
     _checks.check_format(op, group_size, bits, held if scale_dtype is None else stored)
     _checks.check_int8_scales(op, stored, group_size, in_features)
-    q = _as_numpy(op, "qweight", qweight, (torch.uint8,), 2)
-    s = _as_numpy(op, "scales", scales, (held,), 2)
-    o = None if offsets is None else _as_numpy(op, "offsets", offsets, (scales.dtype,), 2)
+    q = _checks.as_numpy(op, "qweight", qweight, (torch.uint8,), 2)
+    s = _checks.as_numpy(op, "scales", scales, (held,), 2)
+    o = None if offsets is None else _checks.as_numpy(op, "offsets", offsets, (scales.dtype,), 2)
     rows = q.shape[0]
     groups = _checks.groups_of(in_features, group_size)
     columns = -(-in_features // 2) if bits == 4 else in_features
@@ -409,112 +396,4 @@ def int4_unpack(
         torch.from_numpy(q).to(device),
         torch.from_numpy(s).to(device),
         None if o is None else torch.from_numpy(o).to(device),
-    )
-
-
-def _check_range(op: str, scales: np.ndarray, offsets: Optional[np.ndarray], bits: int) -> None:
-    """Refuses a group whose largest scale * code is beyond float32: it would come back infinite."""
-    steps = 2 ** (bits - 1) if offsets is None else 2**bits - 1
-    with np.errstate(over="ignore"):
-        good = np.isfinite(scales * np.float32(steps))
-    if offsets is not None:
-        good &= np.isfinite(offsets)
-    if not good.all():
-        row, group = (int(i) for i in np.argwhere(~good)[0])
-        raise ValueError(
-            f"{op}: weight must span at most 3.4e38 (float32's largest number) in every group, got "
-            f"more in row {row}, group {group}; scale the weight"
-        )
-
-
-def int4_quantize(
-    weight: torch.Tensor,
-    *,
-    group_size: int,
-    bits: int = 4,
-    symmetric: bool = False,
-    method: str = "rtn",
-    importance: Optional[torch.Tensor] = None,
-    scale_dtype: torch.dtype = torch.float32,
-    progress: Optional[Callable[[int, int], None]] = None,
-) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-    """Codes, scales and offsets that stand for a dense weight.
-
-        rtn: scale and offset from each group's range, codes rounded to nearest
-        mse: scale and offset that minimise sum_k importance[k] * (w[n, k] - dequantised[n, k])^2,
-             searched over clipped ranges; never worse than rtn by that measure
-
-    Args:
-        weight: [N, K] float32 | bfloat16 | float16, finite.
-        group_size: G, one of 32, 64, 128, 256, or -1 for one group per row; with 8 bits or int8
-            scales also 16.
-        bits: 4 or 8.
-        symmetric: True for scales only, False for scales and offsets.
-        method: "rtn" or "mse".
-        importance: [K] float32, not negative, for example mean squares of the layer's input; or
-            None.
-        scale_dtype: float32 | float16 the scales and offsets are rounded to; or int8: to what
-            `int4_pack` stores as that, with the codes nearest to the weight for these.
-        progress: called as progress(rows done, rows), from this thread; or None.
-    Returns:
-        (qweight, scales, offsets) as `int4_pack` takes them, device of weight.
-    Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or option that does not fit, or a
-        weight that is not finite or spans more than float32 can say within a group.
-    Gradients: none. Determinism: bitwise at any number of threads.
-    Numerics: float32.
-    Source: csrc/native/quantize.cpp.
-    """
-    op = "int4_quantize"
-    _checks.check_format(op, group_size, bits, scale_dtype)
-    _checks.check_float(op, "weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must be 2-D, got {list(weight.shape)}")
-    _checks.check_int8_scales(op, scale_dtype, group_size, weight.shape[1])
-    if method not in ("rtn", "mse"):
-        raise ValueError(f'{op}: method must be "rtn" or "mse", got {method!r}')
-    _checks.check_data(op, "weight", weight)
-    w = weight.detach().to("cpu", torch.float32).contiguous().numpy()
-    if importance is not None:
-        importance = _as_numpy(op, "importance", importance, (torch.float32,), 1)
-        if importance.shape[0] != w.shape[1]:
-            raise ValueError(
-                f"{op}: importance must be [{w.shape[1]}], got {list(importance.shape)}"
-            )
-    try:
-        q, s, o = _native.quantize(
-            w,
-            group_size,
-            bits,
-            symmetric,
-            method=method,
-            importance=importance,
-            threads=torch.get_num_threads(),
-            progress=progress,
-        )
-    except (TypeError, ValueError) as error:
-        if str(error).startswith("quantize: "):  # the same sentence under this op's name
-            raise type(error)(f"int4_{error}") from None
-        raise
-    _check_range(op, s, o, bits)
-    codes, scales = torch.from_numpy(q), torch.from_numpy(s)
-    offsets = None if o is None else torch.from_numpy(o)
-    if scale_dtype == torch.int8:
-        scales = _storage.round_to_int8(scales, group_size)
-        offsets = None if offsets is None else _storage.round_to_int8(offsets, group_size)
-        codes = _storage.nearest_codes(torch.from_numpy(w), scales, offsets, group_size, bits)
-    else:
-        scales = scales.to(scale_dtype)
-        offsets = None if offsets is None else offsets.to(scale_dtype)
-    for name, tensor in (("scales", scales), ("offsets", offsets)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{op}: {name} must be finite in {_checks.dtype_name(scale_dtype)}, got a value "
-                f"beyond its range; use scale_dtype=torch.float32"
-            )
-    device = weight.device
-    return (
-        codes.to(device),
-        scales.to(device),
-        None if offsets is None else offsets.to(device),
     )
