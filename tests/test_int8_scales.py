@@ -371,6 +371,11 @@ def test_linear_and_embedding(group, bits, affine, tmp_path):
         copied.load_state_dict(moved)
         assert copied.scale_dtype == torch.float32
         assert torch.equal(copied.state_dict()["scales"], moved["scales"])
+    else:  # a group of 16 in 4 bits has no other form
+        moved = {k: v * 1.0001 if k != "qweight" else v for k, v in state.items()}
+        with pytest.raises(RuntimeError, match="scales must be int8 multiples of one float16"):
+            layer.load_state_dict(moved)
+        assert torch.equal(layer(x), y)
     table = nb.Int4Embedding.from_codes(*codes_of(weight), embedding_dim=512, **form)
     assert table.scale_dtype == torch.int8
     assert torch.equal(table(torch.tensor([7])), layer.weight[7:8])

@@ -296,6 +296,8 @@ class PackedWeight:
         if dtype not in (torch.float32, torch.float16) or any(v.dtype != dtype for v in parts):
             return mine
         if mine == torch.int8:
+            if self.group_size not in _checks.GROUP_SIZES[self.bits]:
+                return mine  # there is no other; packing says what does not fit
             wide = (v.float() for v in parts)
             fit = all(v.is_meta or _fits(v, self._columns, self.group_size) for v in wide)
             return mine if fit else dtype

@@ -31,7 +31,7 @@ class Int4Linear(OrderedColumns, nn.Linear):
         bits: 4 or 8.
         compute: "bf16", or "int8" to quantise activations on the fly; may be changed at any time.
         scale_dtype: float32 | float16 | int8 of scales and offsets; the last as in
-            `nibblock.ops.int4_pack`.
+            `nibblock.ops.int4_pack`. The attribute `palette` says whether 8-bit codes take 4 bits.
         device: where the weight lives; "meta" allocates nothing.
 
     The constructor makes a weight of zeros; `from_linear`, `from_codes`, `from_packed` and
