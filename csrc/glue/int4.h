@@ -29,7 +29,7 @@ inline Int4Format check_format(const char* op, Tensor& packed, int64_t n, int64_
   STD_TORCH_CHECK(scale_dtype != ScalarType::Char || int4_has_int8_scales(group, k), op,
                   ": the weight must have ", int4_int8_scales_text(), ", got group_size=", group,
                   ", in_features=", k);
-  Int4Format f = {};
+  Int4Format f;
   f.n = n;
   f.k = k;
   f.group = group;

@@ -68,13 +68,13 @@ enum class Compute : int32_t {
 
 // How a weight is stored. Plain data, filled by the caller.
 struct Int4Format {
-  int64_t n;         // out_features
-  int64_t k;         // in_features
-  int64_t group;     // 16 (8 bits or int8 scales), 32, 64, 128, 256, or -1 for the whole row
-  int32_t bits;      // 4 or 8
-  int32_t affine;    // 1: offsets are stored
-  Dtype scale_type;  // kF16, kF32 or kI8, of scales and offsets
-  int32_t palette;   // 1: bits is 8, and codes stand in 4 as places in a table
+  int64_t n;            // out_features
+  int64_t k;            // in_features
+  int64_t group;        // 16 (8 bits or int8 scales), 32, 64, 128, 256, or -1 for the whole row
+  int32_t bits;         // 4 or 8
+  int32_t affine;       // 1: offsets are stored
+  Dtype scale_type;     // kF16, kF32 or kI8, of scales and offsets
+  int32_t palette = 0;  // 1: bits is 8, and codes stand in 4 as places in a table
 };
 
 // The bits a code takes in the packed layout.

@@ -105,8 +105,7 @@ bool int8_scales_fit(const py::object& scales, int64_t in_features, int64_t grou
   py::array s = want_array(op, "scales", scales, {"float32"});
   if (s.ndim() != 2) fail_value(op, "scales must be [N, groups], got " + shape_text(s));
   if (!int4_has_int8_scales(group_size, in_features)) return false;
-  const Int4Geometry g =
-      int4_geometry({s.shape(0), in_features, group_size, 4, false, Dtype::kI8, 0});
+  const Int4Geometry g = int4_geometry({s.shape(0), in_features, group_size, 4, false, Dtype::kI8});
   want_shape(op, "scales", s, {s.shape(0), g.groups});
   s = contiguous(s);
   return unfit_run(s.data(), s.shape(0), g, std_threads(want_threads(op, threads))) < 0;

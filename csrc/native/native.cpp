@@ -152,7 +152,7 @@ Int4Format want_format(const std::string& op, int64_t out_features, int64_t in_f
                        ", got group_size=" + std::to_string(group_size) +
                        ", in_features=" + std::to_string(in_features));
   }
-  return {out_features, in_features, group_size, static_cast<int32_t>(bits), affine, scale_type, 0};
+  return {out_features, in_features, group_size, static_cast<int32_t>(bits), affine, scale_type};
 }
 
 // --- shared by the kernel runners ----------------------------------------------------------------
