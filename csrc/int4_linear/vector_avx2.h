@@ -17,7 +17,7 @@ struct Avx2 {
   static constexpr int kDirectRows = 4, kDirectCols = 2, kDecodeCols = 4;
   static constexpr bool kStepwise = true;
   static constexpr int kRowsF = 6, kColsF = 2;  // float tile (dx)
-  static constexpr int64_t kDxRows = 256, kDxDepth = 128;
+  static constexpr int64_t kDxRows = 256, kDxDepth = 64, kDxTiles = 6;
   static constexpr int64_t kPrefetch = 1024;
   static constexpr int kPairLines = 0;  // Avx2Bytes
   using I = __m256i;

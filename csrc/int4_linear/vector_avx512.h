@@ -16,7 +16,7 @@ struct Avx512Base {
   static constexpr int kDirectRows = kRows, kDirectCols = kCols, kDecodeCols = kCols;
   static constexpr bool kStepwise = false;
   static constexpr int kRowsF = 6, kColsF = 4;  // float tile (dx)
-  static constexpr int64_t kDxRows = 512, kDxDepth = 64;
+  static constexpr int64_t kDxRows = 512, kDxDepth = 64, kDxTiles = 1;
   static constexpr int64_t kPrefetch = 1024;
   static constexpr int kPairLines = 0;  // VPDPBUSD adds in 32 bits
   using I = __m512i;
