@@ -143,9 +143,9 @@ def int4_linear(
             the sm90a kernels, which need x and its rows at multiples of 16 bytes.
         packed: uint8 [bytes], the packed weight on the same device.
         bias: [N] float32 | bfloat16 | float16, or None.
-        out_features: N. group_size: 32, 64, 128, 256 or -1; groups of 16 are Triton's. bits: 4 or
-            8. affine: offsets are
-            stored. scale_dtype: float16 | float32.
+        out_features: N. group_size: 32, 64, 128, 256 or -1. bits: 4 or 8. affine: offsets are
+            stored. scale_dtype: float16 | float32. (Groups of 16, int8 scales and palettes are
+            Triton's.)
         values: S's blocks [Z, block, block] float32 | bfloat16 | float16, rounded to x's dtype in
             the product; bits must be 4. layout: int32, from `block_layout`, on the device; its
             content is not looked at. block: 32, 64 or 128.
