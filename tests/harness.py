@@ -134,6 +134,12 @@ def packed_of(weight: Weight) -> np.ndarray:
     return aligned(pack(weight))
 
 
+def codes_of(weight: Weight) -> list:
+    """qweight, scales and offsets (or None) as tensors: what `from_codes` takes first."""
+    parts = (weight.qweight, weight.scales, weight.offsets)
+    return [None if p is None else torch.from_numpy(p) for p in parts]
+
+
 def op_arguments(weight: Weight, compute: str = "bf16") -> dict:
     """Keyword arguments of nb.ops.int4_linear."""
     return {

@@ -15,6 +15,7 @@ import torch
 from harness import (
     aligned,
     check_op,
+    codes_of,
     dx_arguments,
     isa,
     level_params,
@@ -323,11 +324,6 @@ def test_quantize_tiny_and_constant_weights():
 
 
 # --- modules --------------------------------------------------------------------------------------
-
-
-def codes_of(weight):
-    parts = (weight.qweight, weight.scales, weight.offsets)
-    return [None if p is None else torch.from_numpy(p) for p in parts]
 
 
 @pytest.mark.parametrize("group, bits, affine", FORMATS)

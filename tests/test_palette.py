@@ -15,6 +15,7 @@ import torch
 from harness import (
     GROUPS,
     aligned,
+    codes_of,
     dx_arguments,
     isa,
     level_params,
@@ -51,11 +52,6 @@ def weight_of(rng, n, k, group, affine=False, scale_dtype="float32", levels=IQ4)
 
 def few(weight):
     return dataclasses.replace(weight, palette=True)
-
-
-def codes_of(weight):
-    parts = (weight.qweight, weight.scales, weight.offsets)
-    return [None if p is None else torch.from_numpy(p) for p in parts]
 
 
 # --- the layout -----------------------------------------------------------------------------------
