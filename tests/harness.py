@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from nibblock import _native as native
-from reference import Weight, bf16_bits_to_f32, check_linear, f32_to_bf16_bits, pack
+from reference import (
+    Weight,
+    bf16_bits_to_f32,
+    check_linear,
+    dx_roundings,
+    f32_to_bf16_bits,
+    pack,
+)
 from torch import nn
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
@@ -93,6 +100,15 @@ def own_dtype(kernel_id: str, otherwise: str = "float32") -> str:
 def operand_of(x_dtype: str) -> str:
     """What a CPU kernel may round the factors of a product to: bfloat16 x alone meets its tiles."""
     return "bfloat16" if x_dtype == "bfloat16" else "float32"
+
+
+def loss_of_single_weights(which: str, kernel_id: str, weight: Weight) -> np.ndarray:
+    """How far integer kernels of dx, which round scales, may be from a weight that one-hot rows of
+    dy ask for, [N, K]; 0 for all others."""
+    if which == "forward" or ".int" not in kernel_id:
+        return np.zeros((weight.out_features, weight.in_features))
+    compute = "int8" if kernel_id.endswith("int8") else "bf16"
+    return dx_roundings(np.eye(weight.out_features), weight, compute)[0]
 
 
 def store(x: np.ndarray, dtype: str) -> np.ndarray:

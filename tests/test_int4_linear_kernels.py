@@ -12,6 +12,7 @@ from harness import (
     FORMS,
     X_DTYPES,
     load,
+    loss_of_single_weights,
     operand_of,
     own_dtype,
     packed_of,
@@ -72,7 +73,7 @@ def test_row_is_right_at_every_shape(which, kernel_id, x_dtype):
     for i, (m, k) in enumerate(itertools.product(MS, KS)):
         group, bits, affine, scale_dtype = FORMATS[(7 * i) % len(FORMATS)]
         weight = ref.random_weight(rng, NS[i % len(NS)], k, group, bits, affine, scale_dtype)
-        for compute in ("bf16", "int8") if which == "forward" else ("bf16",):
+        for compute in ("bf16", "int8"):
             bias_dtype = BIASES[i % len(BIASES)]
             served += one_call(which, kernel_id, rng, m, weight, x_dtype, bias_dtype, compute)
     if own_dtype(kernel_id, x_dtype) != x_dtype:
@@ -107,7 +108,7 @@ def test_row_is_right_in_every_format(which, kernel_id):
     for group, bits, affine, scale_dtype in FORMATS:
         for n, k, m in ((37, 300, 1), (50, 323, 4), (35, 289, 21)):
             weight = ref.random_weight(rng, n, k, group, bits, affine, scale_dtype)
-            for compute in ("bf16", "int8") if which == "forward" else ("bf16",):
+            for compute in ("bf16", "int8"):
                 served += one_call(which, kernel_id, rng, m, weight, x_dtype, "float32", compute)
     assert served >= 40, f"{kernel_id} served {served} calls: the test does not reach it"
 
@@ -127,6 +128,7 @@ def test_row_reads_every_code_at_its_place(which, kernel_id):
         weight = ref.random_weight(rng, 53, 161, group, bits, affine, ("float16", "float32")[i % 2])
         packed = packed_of(weight)
         w, bound = weight.dense(), bounds_on_single_weights(weight, x_dtype)
+        bound = bound + loss_of_single_weights(which, kernel_id, weight)
         if which == "forward":
             w, bound = w.T, bound.T  # one-hot in k: row k of the result is w[:, k]
         hot = store(np.eye(len(w)), x_dtype)
@@ -178,6 +180,25 @@ def test_row_at_the_ends_of_the_codes(which, kernel_id):
                     )
 
 
+@pytest.mark.parametrize("which, kernel_id", row_params())
+def test_row_of_ones_and_of_equal_scales(which, kernel_id):
+    """What `y.sum().backward()` sends, at the largest sum of every integer on the way."""
+    rng = np.random.default_rng(19)
+    x_dtype = own_dtype(kernel_id)
+    for (group, bits), sign in itertools.product(FORMS, (1, -1)):
+        weight = ref.random_weight(rng, 300, 300, group, bits, True, "float32")
+        weight.scales[:] = 0.125
+        weight.offsets[:] = sign * 7.0 - weight.zero * 0.125
+        x = store(np.ones((9, 300), np.float32), x_dtype)
+        for compute in ("bf16", "int8"):
+            if refusal(which, kernel_id, 9, weight, x_dtype, compute):
+                continue
+            y = run(which, kernel_id, x, weight, packed_of(weight), None, compute, x_dtype)
+            w = weight.dense().T if which == "dx" else weight.dense()
+            expected = np.broadcast_to(w.sum(1), (9, 300))
+            assert ref.rms(load(y, x_dtype) - expected) <= 0.004 * ref.rms(expected), kernel_id
+
+
 @pytest.mark.parametrize("which, kernel_id", row_params("forward"))
 def test_row_keeps_non_finite_weights_and_biases_apart(which, kernel_id):
     """A NaN or infinite scale, offset or bias reaches its own output column and no other."""
@@ -225,7 +246,7 @@ def test_row_at_larger_shapes(which, kernel_id):
         (1030, 40, 96, 32),
     ):
         weight = ref.random_weight(rng, n, k, group, 4, group != 64, "float32")
-        for compute in ("bf16", "int8") if which == "forward" else ("bf16",):
+        for compute in ("bf16", "int8"):
             served += one_call(which, kernel_id, rng, m, weight, "bfloat16", None, compute)
     assert served
 

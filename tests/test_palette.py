@@ -126,7 +126,7 @@ def test_row_gives_the_bits_of_the_codes(which, kernel_id):
             scale_dtype = "float32"
         weight = weight_of(rng, n, k, group, affine, scale_dtype, LEVELS[i % 4])
         packed, small = packed_of(weight), packed_of(few(weight))
-        for compute in ("bf16", "int8") if which == "forward" else ("bf16",):
+        for compute in ("bf16", "int8"):
             x_dtype = ("bfloat16", "float32", "float16")[i % 3]
             if refusal(which, kernel_id, m, weight, x_dtype, compute):
                 continue

@@ -95,6 +95,21 @@ Status int4_linear_dx_scalar(const Int4LinearParams& p) {
   return status;
 }
 
+namespace {
+
+const float kInfinity = bits_to_f32(0x7f800000u);
+
+float weight_at(const Int4LinearParams& p, const Int4Geometry& g, const uint8_t* panel, int64_t n,
+                int64_t k) {
+  const int64_t group = k / g.group, r = n % kPanelRows;
+  const float s = int4_scale(p.w, g, panel + g.scales_at, group, r);
+  const float code = static_cast<float>(int4_code(p.w, g, panel, k, r));
+  if (p.w.affine) return s * code + int4_scale(p.w, g, panel + g.offsets_at, group, r);
+  return s * (code - (p.w.bits == 8 ? 128.0f : 8.0f));
+}
+
+}  // namespace
+
 void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
   const int64_t N = p.w.n, K = p.w.k;
   bool nan = false;
@@ -103,8 +118,6 @@ void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
     nan = v != v;
   }
   const Int4Geometry g = int4_geometry(p.w);
-  const float zero = p.w.bits == 8 ? 128.0f : 8.0f;
-  const float kInf = bits_to_f32(0x7f800000u);
   float tile[kPanelRows];
   for (int64_t n = 0; n < N; ++n) {
     const uint8_t* panel = p.packed + (n / kPanelRows) * g.panel_stride;
@@ -112,13 +125,8 @@ void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
     double sum = nan ? bits_to_f32(0x7fc00000u) : 0.0;
     for (int64_t k = 0; k < K && !nan; ++k) {
       const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + k);
-      if (v != kInf && v != -kInf) continue;  // every finite term is lost beside an infinity
-      const float s = int4_scale(p.w, g, panel + g.scales_at, k / g.group, r);
-      const float code = static_cast<float>(int4_code(p.w, g, panel, k, r));
-      const float w = p.w.affine
-                          ? s * code + int4_scale(p.w, g, panel + g.offsets_at, k / g.group, r)
-                          : s * (code - zero);
-      sum += static_cast<double>(v) * w;
+      if (v != kInfinity && v != -kInfinity) continue;  // finite terms are lost beside an infinity
+      sum += static_cast<double>(v) * weight_at(p, g, panel, n, k);
     }
     tile[r] = static_cast<float>(sum);
     if (r + 1 < kPanelRows && n + 1 < N) continue;
@@ -126,6 +134,31 @@ void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
     for (int64_t i = 0; i <= r; ++i) {
       const float bias = p.bias ? load_as_f32(p.bias, p.bias_type, n - r + i) : 0.0f;
       store_f32_as(p.y, p.xtype, m * p.y_stride + n - r + i, tile[i] + bias);
+    }
+  }
+}
+
+void int4_linear_dx_nonfinite_row(const Int4LinearParams& p, int64_t m) {
+  const int64_t N = p.w.n, K = p.w.k;
+  bool nan = false;
+  for (int64_t n = 0; n < N && !nan; ++n) {
+    const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + n);
+    nan = v != v;
+  }
+  const Int4Geometry g = int4_geometry(p.w);
+  for (int64_t k0 = 0; k0 < K; k0 += kPanelRows) {
+    const int64_t count = K - k0 < kPanelRows ? K - k0 : kPanelRows;
+    float tile[kPanelRows];
+    for (int64_t i = 0; i < kPanelRows; ++i) tile[i] = nan ? bits_to_f32(0x7fc00000u) : 0.0f;
+    for (int64_t n = 0; n < N && !nan; ++n) {
+      const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + n);
+      if (bits_to_f32(f32_to_bits(v) & 0x7fffffffu) != kInfinity) continue;
+      const uint8_t* panel = p.packed + (n / kPanelRows) * g.panel_stride;
+      for (int64_t i = 0; i < count; ++i) tile[i] += v * weight_at(p, g, panel, n, k0 + i);
+    }
+    if (p.add) p.add->add(p.add, m, 1, k0, count, tile, kPanelRows);
+    for (int64_t i = 0; i < count; ++i) {
+      store_f32_as(p.y, p.xtype, m * p.y_stride + k0 + i, tile[i]);
     }
   }
 }
@@ -165,10 +198,26 @@ const Int4LinearKernel kForward[] = {
     {"int4_linear.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_scalar},
 };
 
+// Below 2 rows taking the codes out of their order costs as much as the product; a group of 16 is
+// half of what shares a scaled dy.
+bool integer_dx(const Int4LinearParams& p) { return p.m >= 2 && p.w.group != 16; }
+bool integer_dx_int8(const Int4LinearParams& p) { return integer_dx(p) && is_int8(p); }
+// 8-bit codes would saturate.
+bool avx2_dx_int8(const Int4LinearParams& p) { return integer_dx_int8(p) && p.w.bits == 4; }
+
 const Int4LinearKernel kDx[] = {
     {"int4_linear_dx.cpu.amx.bf16_panel", Isa::kAmx, "m >= 5, bfloat16 x", amx_dx,
      int4_linear_dx_amx_bf16},
+    {"int4_linear_dx.cpu.avx512_vnni.int8", Isa::kAvx512Vnni,
+     "m >= 2, compute int8, groups of 32 and more", integer_dx_int8,
+     int4_linear_dx_avx512_vnni_int8},
+    {"int4_linear_dx.cpu.avx512_vnni.int16", Isa::kAvx512Vnni, "m >= 2, groups of 32 and more",
+     integer_dx, int4_linear_dx_avx512_vnni_int16},
     {"int4_linear_dx.cpu.avx512.panel", Isa::kAvx512, "any call", any, int4_linear_dx_avx512},
+    {"int4_linear_dx.cpu.avx2.int8", Isa::kAvx2,
+     "m >= 2, compute int8, 4 bits, groups of 32 and more", avx2_dx_int8, int4_linear_dx_avx2_int8},
+    {"int4_linear_dx.cpu.avx2.int16", Isa::kAvx2, "m >= 2, groups of 32 and more", integer_dx,
+     int4_linear_dx_avx2_int16},
     {"int4_linear_dx.cpu.avx2.panel", Isa::kAvx2, "any call", any, int4_linear_dx_avx2},
     {"int4_linear_dx.cpu.scalar.reference", Isa::kScalar, "any call", any, int4_linear_dx_scalar},
 };

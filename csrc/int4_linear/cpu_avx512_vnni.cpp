@@ -1,8 +1,8 @@
 // int4_linear for AVX-512 with VNNI: int16 activations (VPDPWSSD) and, opt-in, int8 (VPDPBUSD). The
-// body is in cpu_integer.h; the input gradient has no use for VNNI and comes from cpu_avx512.cpp.
+// bodies are in cpu_integer.h and cpu_dx_integer.h.
 #include "vector_avx512.h"
 
-#include "cpu_integer.h"
+#include "cpu_dx_integer.h"
 
 namespace nibblock {
 
@@ -11,6 +11,12 @@ Status int4_linear_avx512_vnni(const Int4LinearParams& p) {
 }
 Status int4_linear_avx512_vnni_int8(const Int4LinearParams& p) {
   return forward_any_bits<Avx512Vnni, 8>(p);
+}
+Status int4_linear_dx_avx512_vnni_int16(const Int4LinearParams& p) {
+  return integer_gradient_any_bits<Avx512Vnni, 16>(p);
+}
+Status int4_linear_dx_avx512_vnni_int8(const Int4LinearParams& p) {
+  return integer_gradient_any_bits<Avx512Vnni, 8>(p);
 }
 
 }  // namespace nibblock

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "activations.h"
+#include "cpu_integer_tiles.h"
 #include "vector_scales.h"
 
 namespace nibblock {

@@ -145,10 +145,9 @@ static void dx_rows(int rows, const float* g, int64_t depth, const float* w, flo
 }
 
 // Finished sums [rows][width] of the columns from k0 on: what rides on them, the type of x, y.
-template <class O>
+template <class O, int64_t width>
 static void store_columns(const Int4LinearParams& p, int64_t m0, int64_t rows, int64_t k0,
                           float* acc) {
-  constexpr int64_t width = O::kColsF * O::kLanes;
   const int64_t live = p.w.k - k0 < width ? p.w.k - k0 : width;
   if (p.add) p.add->add(p.add, m0, rows, k0, live, acc, width);
   for (int64_t r = 0; r < rows; ++r) {
@@ -168,12 +167,11 @@ static void store_columns(const Int4LinearParams& p, int64_t m0, int64_t rows, i
   }
 }
 
-// How many register tiles side by side a task owns: as many as kDxTiles, unless the threads would
-// then get unequal shares.
-template <class O>
-static int64_t tiles_of_task(int64_t tiles, int64_t threads) {
+// How many register tiles side by side a task owns: `most`, unless the threads would then get
+// unequal shares.
+static inline int64_t tiles_of_task(int64_t tiles, int64_t threads, int64_t most) {
   int64_t best = 1, least = ceil_div(tiles, threads);
-  for (int64_t each = 2; each <= O::kDxTiles; ++each) {
+  for (int64_t each = 2; each <= most; ++each) {
     const int64_t share = ceil_div(ceil_div(tiles, each), threads) * each;
     if (share <= least) best = each, least = share;
   }
@@ -205,7 +203,8 @@ static Status input_gradient(const Int4LinearParams& p) {
     parallel_for(rows * N < 65536 ? serial : *p.parallel, rows, convert);
     const int64_t tiles = ceil_div(rows, O::kRowsF), columns = ceil_div(K, width);
     const Parallel& parallel = rows * N * K < 131072 ? serial : *p.parallel;
-    const int64_t each = tiles_of_task<O>(columns, parallel.threads > 0 ? parallel.threads : 1);
+    const int64_t each =
+        tiles_of_task(columns, parallel.threads > 0 ? parallel.threads : 1, O::kDxTiles);
     bool failed = false;
     auto multiply = [&](int64_t begin, int64_t end) {
       float* acc = static_cast<float*>(aligned_malloc((rows + O::kDxDepth) * width * each * 4));
@@ -233,7 +232,7 @@ static Status input_gradient(const Int4LinearParams& p) {
           }
         }
         for (int64_t c = 0; c < count; ++c) {
-          store_columns<O>(p, m0, rows, (c0 + c) * width, acc + c * rows * width);
+          store_columns<O, width>(p, m0, rows, (c0 + c) * width, acc + c * rows * width);
         }
       }
       free(acc);

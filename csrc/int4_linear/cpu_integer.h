@@ -33,216 +33,12 @@
 // Determinism: an output's sum runs over k in one order whatever the tile it falls into.
 #pragma once
 
-#include "activations.h"
-#include "vector_scales.h"
-
-namespace nibblock {
-namespace {
-
-constexpr int64_t kRowChunk = 256;  // rows quantised and multiplied at a time: bounds the workspace
-
-// The operand of one step of the dot product, out of 8 k of codes for one vector of rows: ACT == 16
-// takes 4 steps of 16-bit pairs, ACT == 8 two of byte quadruples. With 8 bits the codes are two
-// vectors, of which odd steps take the second.
-template <class O, int BITS, int ACT>
-NB_INLINE typename O::I operand_of(typename O::I codes, int step) {
-  if (BITS == 4 && ACT == 16) {
-    if (step == 0) return O::and_(codes, O::set1(0x000f000f));
-    if (step == 1) return O::and_(O::template shr16<4>(codes), O::set1(0x000f000f));
-    if (step == 2) return O::and_(O::template shr16<8>(codes), O::set1(0x000f000f));
-    return O::template shr16<12>(codes);
-  }
-  if (BITS == 4) {
-    return O::and_(step ? O::template shr16<4>(codes) : codes, O::set1(0x0f0f0f0f));
-  }
-  if (ACT == 8) return codes;
-  return step < 2 ? O::and_(codes, O::set1(0x00ff00ff)) : O::template shr16<8>(codes);
-}
-
-template <class O, int BITS, int ACT>
-NB_INLINE typename O::I unpack_step(const uint8_t* at, int step) {
-  return operand_of<O, BITS, ACT>(O::load(at + (BITS == 8 ? step % 2 * 64 : 0)), step);
-}
-
-// The two vectors that 8 bits hold for the places of a panel's palette.
-template <class O>
-NB_INLINE void look_up(const uint8_t* at, const uint8_t* palette, typename O::I* codes) {
-  const typename O::I places = O::load(at), table = O::load_table(palette);
-  codes[0] = O::lookup(table, operand_of<O, 4, 8>(places, 0));
-  codes[1] = O::lookup(table, operand_of<O, 4, 8>(places, 1));
-}
-
-// All steps, each vector loaded once.
-template <class O, int BITS, int ACT>
-NB_INLINE void unpack8(const uint8_t* at, typename O::I* w, const uint8_t* palette) {
-  typename O::I codes[2];
-  if (BITS == kPalette) {
-    look_up<O>(at, palette, codes);
-  } else {
-    codes[0] = O::load(at);
-    codes[1] = BITS == 8 ? O::load(at + 64) : codes[0];
-  }
-  NB_UNROLL
-  for (int step = 0; step < (ACT == 16 ? 4 : 2); ++step) {
-    w[step] = operand_of<O, BITS == 4 ? 4 : 8, ACT>(codes[step % 2], step);
-  }
-}
-
-}  // namespace
-}  // namespace nibblock
-
 #include "cpu_decode.h"
 
 namespace nibblock {
 namespace {
 
-// What a tile works on.
-struct TileArgs {
-  const uint8_t* w[8];  // decode: codes of each vector of rows; panel: w[0] is the unpacked block
-  const uint8_t* palette[8];  // of these vectors, if there are palettes
-  const uint8_t* x;           // quantised rows
-  int64_t x_stride;           // bytes
-  int64_t lines;              // 8 k each
-  const float* xscale;        // [R], of this block
-  const int32_t* init;
-  const float* xsum;
-  const float* scale;   // [C * kLanes] of this block's group
-  const float* offset;  // the same, or null
-  float* acc;           // [R][C * kLanes] float sums
-  // Panel: what to fetch meanwhile, a cache line of each stream for every 8 k.
-  const uint8_t* ahead[4];
-  int streams;
-  int64_t ahead_step;  // bytes
-};
-
-template <class O, bool AFFINE, int R, int C>
-NB_INLINE void flush(const TileArgs& args, typename O::I (&sum)[R][C]) {
-  const TileArgs a = args;  // a copy: stores to acc could change the caller's
-  NB_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const typename O::F xscale = O::set1f(a.xscale[r]);
-    const typename O::F xsum = O::set1f(a.xsum[r]);
-    NB_UNROLL
-    for (int c = 0; c < C; ++c) {
-      float* acc = a.acc + r * C * O::kLanes + c * O::kLanes;
-      typename O::F y = O::loadf(acc);
-      if (AFFINE) y = O::fmaf(O::loadf(a.offset + c * O::kLanes), xsum, y);
-      const typename O::F s = O::mulf(O::loadf(a.scale + c * O::kLanes), xscale);
-      O::storef(acc, O::fmaf(O::to_float(sum[r][c]), s, y));
-    }
-  }
-}
-
-// One block of k for R rows of x and C vectors of rows of W. PANEL: operands come unpacked.
-template <class O, int BITS, int ACT, bool PANEL, int R, int C>
-static void tile(const TileArgs& a) {
-  constexpr int kSteps = ACT == 16 ? 4 : 2;  // broadcasts of 4 bytes for each 8 k
-  typename O::I sum[R][C];
-  NB_UNROLL
-  for (int r = 0; r < R; ++r) {
-    NB_UNROLL
-    for (int c = 0; c < C; ++c) sum[r][c] = O::set1(a.init[r]);
-  }
-  const uint8_t* x = a.x;
-  if constexpr (PANEL && ACT == 8 && O::kPairLines > 0) {
-    // Pairs of products are added in 16 bits for kPairLines lines, which is as many as fit.
-    const uint8_t* w = a.w[0];
-    for (int64_t first = 0; first < a.lines; first += O::kPairLines) {
-      typename O::I pairs[R][C];
-      NB_UNROLL
-      for (int r = 0; r < R; ++r) {
-        NB_UNROLL
-        for (int c = 0; c < C; ++c) pairs[r][c] = O::set1(0);
-      }
-      for (int i = 0; i < a.streams; ++i) {
-        for (int64_t line = first; line < first + O::kPairLines; ++line) {
-          O::prefetch(a.ahead[i] + line * a.ahead_step);
-        }
-      }
-      NB_UNROLL
-      for (int step = 0; step < O::kPairLines * kSteps; ++step) {
-        typename O::I wv[C];
-        NB_UNROLL
-        for (int c = 0; c < C; ++c) wv[c] = O::load(w + (step * C + c) * O::kBytes);
-        NB_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const typename O::I xv = O::broadcast(x + r * a.x_stride + 4 * step);
-          NB_UNROLL
-          for (int c = 0; c < C; ++c) pairs[r][c] = O::add_pairs(pairs[r][c], wv[c], xv);
-        }
-      }
-      w += O::kPairLines * kSteps * C * O::kBytes;
-      x += O::kPairLines * kSteps * 4;
-      NB_UNROLL
-      for (int r = 0; r < R; ++r) {
-        NB_UNROLL
-        for (int c = 0; c < C; ++c) sum[r][c] = O::add(sum[r][c], O::sum_pairs(pairs[r][c]));
-      }
-    }
-  } else if constexpr (PANEL) {
-    const uint8_t* w = a.w[0];
-    for (int64_t line = 0; line < a.lines; ++line) {
-      for (int i = 0; i < a.streams; ++i) O::prefetch(a.ahead[i] + line * a.ahead_step);
-      for (int step = 0; step < kSteps; ++step) {
-        typename O::Operand wv[C];
-        NB_UNROLL
-        for (int c = 0; c < C; ++c) wv[c] = O::operand(w + c * O::kBytes);
-        NB_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const typename O::I xv = O::broadcast(x + r * a.x_stride);
-          NB_UNROLL
-          for (int c = 0; c < C; ++c) sum[r][c] = O::template dot<ACT>(sum[r][c], wv[c], xv);
-        }
-        w += C * O::kBytes;
-        x += 4;
-      }
-    }
-  } else {
-    constexpr int64_t kLineBytes = line_bytes(BITS);
-    for (int64_t at = 0; at < a.lines * kLineBytes; at += kLineBytes) {
-      typename O::I wv[C][kSteps], found[C][2];
-      NB_UNROLL
-      for (int c = 0; c < C; ++c) {
-        O::prefetch(a.w[c] + at + O::kPrefetch);
-        if (BITS == 8) O::prefetch(a.w[c] + at + O::kPrefetch + 64);
-        if (!O::kStepwise) unpack8<O, BITS, ACT>(a.w[c] + at, wv[c], a.palette[c]);
-        if (O::kStepwise && BITS == kPalette) look_up<O>(a.w[c] + at, a.palette[c], found[c]);
-      }
-      NB_UNROLL
-      for (int s = 0; s < kSteps; ++s) {
-        NB_UNROLL
-        for (int c = 0; c < C && O::kStepwise; ++c) {
-          wv[c][s] = BITS == kPalette ? operand_of<O, 8, ACT>(found[c][s % 2], s)
-                                      : unpack_step<O, BITS, ACT>(a.w[c] + at, s);
-        }
-        NB_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const typename O::I xv = O::broadcast(x + r * a.x_stride + 4 * s);
-          NB_UNROLL
-          for (int c = 0; c < C; ++c) {
-            sum[r][c] = O::template dot<ACT>(sum[r][c], wv[c][s], xv);
-          }
-        }
-      }
-      x += 4 * kSteps;
-    }
-  }
-  if (a.offset) {
-    flush<O, true, R, C>(a, sum);
-  } else {
-    flush<O, false, R, C>(a, sum);
-  }
-}
-
-using TileFn = void (*)(const TileArgs&);
-
-// The tile for `rows` rows. One and two rows go through decode(), not through direct tiles.
-template <class O, int BITS, int ACT, bool PANEL, int C, int R = PANEL ? O::kRows : O::kDirectRows>
-static TileFn tile_for(int rows) {
-  if (rows == R) return &tile<O, BITS, ACT, PANEL, R, C>;
-  if constexpr (R > (PANEL ? 1 : 3)) return tile_for<O, BITS, ACT, PANEL, C, R - 1>(rows);
-  return nullptr;
-}
+constexpr int64_t kRowChunk = 256;  // rows quantised and multiplied at a time: bounds the workspace
 
 // Bias, conversion to the type of x, and the store of one finished row of a tile.
 template <class O>
@@ -287,12 +83,18 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   const int64_t count = p.w.n - n0 < C * O::kLanes ? p.w.n - n0 : C * O::kLanes;
   const bool parts = ACT == 16 && unpacked && p.add && p.add->add_part && count > 0;
   const IntegerRows x = {a.q, a.scale, m0, a.rows, a.block, a.stride, a.block_stride};
-  alignas(64) float scale[C * O::kLanes], offset[C * O::kLanes];
+  // Groups of less than kFlushK share a call of the tiles: entering one costs as much as a dozen dot
+  // products.
+  constexpr int64_t kMostBlocks = kFlushK / 16;
+  const int64_t stretch = a.block > 0 ? kFlushK / a.block : 1;
+  alignas(64) float scale[kMostBlocks * C * O::kLanes], offset[kMostBlocks * C * O::kLanes];
   TileArgs t;
   t.x_stride = a.stride;
   t.scale = scale;
   t.offset = p.w.affine ? offset : nullptr;
   t.ahead_step = kLineBytes;
+  t.x_block = a.block_stride;
+  t.rows = a.rows;
   const int64_t scale_bytes = kPanelRows * dtype_size(p.w.scale_type);
   constexpr int64_t acc_stride = C * O::kLanes;
   memset(acc, 0, static_cast<size_t>(a.rows * acc_stride) * 4);
@@ -311,18 +113,22 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   RunningScales<O, C> running_scale, running_offset;
   if (a.rows == 1) decode<O, BITS, ACT, 1, C>(p, g, a, v0, acc);
   if (a.rows == 2) decode<O, BITS, ACT, 2, C>(p, g, a, v0, acc);
-  for (int64_t b = 0; b < a.blocks && a.rows > 2; ++b) {
-    const int64_t k0 = b * a.block;
-    const int64_t k1 = k0 + a.block < a.k_pad ? k0 + a.block : a.k_pad;
-    const int64_t group = k0 / g.group;
-    running_scale.load(p.w, g, scales, lanes, group, scale);
-    if (p.w.affine) running_offset.load(p.w, g, offsets, lanes, group, offset);
-    t.lines = (k1 - k0) / 8;
+  for (int64_t b = 0; b < a.blocks && a.rows > 2; b += stretch) {
+    t.blocks = a.blocks - b < stretch ? a.blocks - b : stretch;
+    const int64_t k0 = b * a.block, end = k0 + t.blocks * a.block;
+    const int64_t k1 = end < a.k_pad ? end : a.k_pad;
+    for (int64_t i = 0; i < t.blocks; ++i) {
+      const int64_t group = (k0 + i * a.block) / g.group, at = i * C * O::kLanes;
+      running_scale.load(p.w, g, scales, lanes, group, scale + at);
+      if (p.w.affine) running_offset.load(p.w, g, offsets, lanes, group, offset + at);
+    }
+    const int64_t lines = (k1 - k0) / 8;
+    t.lines = lines / t.blocks;
     NB_UNROLL
     for (int c = 0; c < C; ++c) t.w[c] = codes[c] + k0 / 8 * kLineBytes;
     if (unpacked) {
       uint8_t* out = panel;
-      for (int64_t line = 0; line < t.lines; ++line) {
+      for (int64_t line = 0; line < lines; ++line) {
         NB_UNROLL
         for (int c = 0; c < C; ++c) {
           typename O::I w[kSteps];

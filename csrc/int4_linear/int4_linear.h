@@ -285,6 +285,7 @@ NB_API void int4_dequantize(const Int4Format& f, const uint8_t* packed, const in
 // column (0 * inf = NaN). Kernels that quantise activations call it for such rows, after everything
 // else.
 void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m);
+void int4_linear_dx_nonfinite_row(const Int4LinearParams& p, int64_t m);  // of dy
 
 // The kernels each ISA file exports to the table (cpu.cpp); not part of the public surface.
 Status int4_linear_scalar(const Int4LinearParams& p);
@@ -292,10 +293,14 @@ Status int4_linear_dx_scalar(const Int4LinearParams& p);
 Status int4_linear_avx2(const Int4LinearParams& p);
 Status int4_linear_avx2_int8(const Int4LinearParams& p);
 Status int4_linear_dx_avx2(const Int4LinearParams& p);
+Status int4_linear_dx_avx2_int16(const Int4LinearParams& p);
+Status int4_linear_dx_avx2_int8(const Int4LinearParams& p);
 Status int4_linear_avx512(const Int4LinearParams& p);
 Status int4_linear_dx_avx512(const Int4LinearParams& p);
 Status int4_linear_avx512_vnni(const Int4LinearParams& p);
 Status int4_linear_avx512_vnni_int8(const Int4LinearParams& p);
+Status int4_linear_dx_avx512_vnni_int16(const Int4LinearParams& p);
+Status int4_linear_dx_avx512_vnni_int8(const Int4LinearParams& p);
 Status int4_linear_amx_bf16(const Int4LinearParams& p);
 Status int4_linear_amx_int8(const Int4LinearParams& p);
 Status int4_linear_dx_amx_bf16(const Int4LinearParams& p);

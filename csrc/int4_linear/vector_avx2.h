@@ -18,6 +18,8 @@ struct Avx2 {
   static constexpr bool kStepwise = true;
   static constexpr int kRowsF = 6, kColsF = 2;  // float tile (dx)
   static constexpr int64_t kDxRows = 256, kDxDepth = 64, kDxTiles = 6;
+  static constexpr int kDxHeight = kRows, kDxCols = kCols;  // integer tile of dx: 32 k or less
+  static constexpr int64_t kDxUnits = 3;
   static constexpr int64_t kPrefetch = 1024;
   static constexpr int kPairLines = 0;  // Avx2Bytes
   using I = __m256i;
@@ -28,6 +30,38 @@ struct Avx2 {
   static inline I set1(int32_t v) { return _mm256_set1_epi32(v); }
   static inline I and_(I a, I b) { return _mm256_and_si256(a, b); }
   static inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static inline I sub16(I a, I b) { return _mm256_sub_epi16(a, b); }
+  static inline I mulhrs(I a, I b) { return _mm256_mulhrs_epi16(a, b); }
+  static inline I madd(I a, I b) { return _mm256_madd_epi16(a, b); }
+  // The words of a, then those of b, as bytes.
+  static inline I pack8(I a, I b) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
+  }
+  static inline int32_t hsum(I v) {
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i two = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+  }
+  static inline float hsumf(F v) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  // bytes[0], bytes[1]: of 8 rows in 32-bit lanes, k0 k4 k1 k5 and k2 k6 k3 k7. quads[i]: of 8 k in
+  // 32-bit lanes, rows 4i .. 4i+3; for int16, rows 0 2 1 3 of them, so that the even bytes are a
+  // pair.
+  template <int ACT>
+  static inline void turn(const I* bytes, I* quads) {
+    const I order = ACT == 8
+                        ? _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                           0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
+                        : _mm256_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15,  //
+                                           0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15);
+    const I a = _mm256_shuffle_epi8(bytes[0], order), b = _mm256_shuffle_epi8(bytes[1], order);
+    const I k = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    quads[0] = _mm256_permutevar8x32_epi32(_mm256_permute2x128_si256(a, b, 0x20), k);
+    quads[1] = _mm256_permutevar8x32_epi32(_mm256_permute2x128_si256(a, b, 0x31), k);
+  }
   template <int S>
   static inline I shr16(I a) {
     return _mm256_srli_epi16(a, S);
@@ -121,6 +155,7 @@ struct Avx2 {
 // of a tile wait on the stack meanwhile.
 struct Avx2Bytes : Avx2 {
   static constexpr int kRows = 6, kCols = 2;
+  static constexpr int kDxHeight = kRows, kDxCols = kCols;
   static constexpr int kPairLines = 4;  // a line of 8 k is two steps
   template <int ACT>
   static inline __attribute__((always_inline)) I dot(I acc, I w, I x) {

@@ -17,6 +17,8 @@ struct Avx512Base {
   static constexpr bool kStepwise = false;
   static constexpr int kRowsF = 6, kColsF = 4;  // float tile (dx)
   static constexpr int64_t kDxRows = 512, kDxDepth = 64, kDxTiles = 1;
+  static constexpr int kDxHeight = 12, kDxCols = 2;  // integer tile of dx: a group of 32
+  static constexpr int64_t kDxUnits = 3;
   static constexpr int64_t kPrefetch = 1024;
   static constexpr int kPairLines = 0;  // VPDPBUSD adds in 32 bits
   using I = __m512i;
@@ -27,6 +29,37 @@ struct Avx512Base {
   static inline I set1(int32_t v) { return _mm512_set1_epi32(v); }
   static inline I and_(I a, I b) { return _mm512_and_si512(a, b); }
   static inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static inline I sub16(I a, I b) { return _mm512_sub_epi16(a, b); }
+  static inline I mulhrs(I a, I b) { return _mm512_mulhrs_epi16(a, b); }
+  static inline I madd(I a, I b) { return _mm512_madd_epi16(a, b); }
+  // The words of a, then those of b, as bytes.
+  static inline I pack8(I a, I b) {
+    const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_permutexvar_epi64(order, _mm512_packs_epi16(a, b));
+  }
+  static inline int32_t hsum(I v) { return static_cast<int32_t>(_mm512_reduce_add_epi32(v)); }
+  static inline float hsumf(F v) { return _mm512_reduce_add_ps(v); }
+  // bytes[2i], bytes[2i+1]: of 16 rows in 32-bit lanes, k0 k4 k1 k5 and k2 k6 k3 k7 of line i.
+  // quads[i]: of 16 k in 32-bit lanes, rows 4i .. 4i+3; for int16, rows 0 2 1 3 of them, so that
+  // the even bytes are a pair.
+  template <int ACT>
+  static inline void turn(const I* bytes, I* quads) {
+    const __m128i quad = ACT == 8
+                             ? _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
+                             : _mm_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15);
+    const I order = _mm512_broadcast_i32x4(quad);
+    const I k = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    I v[4];
+    for (int i = 0; i < 4; ++i) v[i] = _mm512_shuffle_epi8(bytes[i], order);
+    for (int odd = 0; odd < 2; ++odd) {  // 128-bit lanes: the rows 4i .. 4i+3 of each
+      const I a =
+          odd ? _mm512_shuffle_i32x4(v[0], v[1], 0xdd) : _mm512_shuffle_i32x4(v[0], v[1], 0x88);
+      const I b =
+          odd ? _mm512_shuffle_i32x4(v[2], v[3], 0xdd) : _mm512_shuffle_i32x4(v[2], v[3], 0x88);
+      quads[odd] = _mm512_permutexvar_epi32(k, _mm512_shuffle_i32x4(a, b, 0x88));
+      quads[odd + 2] = _mm512_permutexvar_epi32(k, _mm512_shuffle_i32x4(a, b, 0xdd));
+    }
+  }
   template <int S>
   static inline I shr16(I a) {
     return _mm512_srli_epi16(a, S);

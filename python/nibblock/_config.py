@@ -27,7 +27,8 @@ class Int4Config:
             group.
         bits: 4 or 8 bits a weight.
         compute: "bf16" keeps at least bfloat16's precision of the activations; "int8" quantises
-            them per row and group (faster on CPUs with int8 units, less exact).
+            them per row and group (faster on CPUs with int8 units, less exact), and gradients on
+            their way through.
         method: "rtn" rounds to nearest; "mse" searches scales of least squared error per group
             (slower to convert, closer to the dense weight).
         embeddings: True also holds `nn.Embedding`s, and linears tied to one, in 8 bits (groups of

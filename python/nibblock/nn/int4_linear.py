@@ -29,7 +29,8 @@ class Int4Linear(OrderedColumns, nn.Linear):
             scales also 16.
         symmetric: True stores scales only, False scales and offsets.
         bits: 4 or 8.
-        compute: "bf16", or "int8" to quantise activations on the fly; may be changed at any time.
+        compute: "bf16", or "int8" to quantise activations, and gradients on their way through, on
+            the fly; may be changed at any time.
         scale_dtype: float32 | float16 | int8 of scales and offsets; the last as in
             `nibblock.ops.int4_pack`. The attribute `palette` says whether 8-bit codes take 4 bits.
         device: where the weight lives; "meta" allocates nothing.

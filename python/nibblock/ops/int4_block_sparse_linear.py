@@ -100,7 +100,7 @@ def int4_block_sparse_linear_dx(
         packed, values, layout, lora_a, lora_c: as in `int4_block_sparse_linear`.
         in_features: K.
         group_size, bits, affine, scale_dtype, compute, block: as in `int4_block_sparse_linear`;
-            gradients are never quantised to int8.
+            compute of the base's part, as in `int4_linear_dx`.
     Returns:
         [..., K], dtype and device of grad, contiguous.
     Raises:
@@ -108,7 +108,7 @@ def int4_block_sparse_linear_dx(
         fit.
     Gradients: grad, values, lora_a and lora_c. packed is frozen.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
-    Numerics: sums in float32.
+    Numerics: sums in float32; the base's part as in `int4_linear_dx`.
     Source: kernels in csrc/int4_linear/ and csrc/block_sparse_linear/.
     """
     arguments = (

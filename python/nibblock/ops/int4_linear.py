@@ -79,7 +79,8 @@ def int4_linear(
     Raises:
         TypeError: a dtype that is not listed. ValueError: a shape, format or device that does not
             fit.
-    Gradients: x and bias, of any order. packed is frozen.
+    Gradients: x and bias, of any order; that of x by `int4_linear_dx` with the same compute. packed
+        is frozen.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
     Numerics: sums in float32; with compute="bf16" the error against float64 is at most 1.1 times
         that of a dense bfloat16 linear on the same dequantised weight. On a CPU, x keeps at
@@ -132,8 +133,10 @@ def int4_linear_dx(
         grad: [..., N] float32 | bfloat16 | float16, any strides and leading dimensions.
         packed: [packed_bytes(N, K, ...)] uint8.
         in_features: K.
-        group_size, bits, affine, scale_dtype, compute: as in `int4_linear`. "int8" here means what
-            the forward used; gradients are never quantised to int8.
+        group_size, bits, affine, scale_dtype: as in `int4_linear`.
+        compute: "bf16", or "int8" to quantise grad times scale on the fly, which costs about 1 % of
+            dx's norm (groups of 32 and more; on AVX2 with 4-bit codes alone; not on AMX units and
+            GPUs).
     Returns:
         [..., K], dtype and device of grad, contiguous.
     Raises:
@@ -141,8 +144,11 @@ def int4_linear_dx(
             fit.
     Gradients: grad (it is `int4_linear` without a bias). packed is frozen.
     Determinism: bitwise repeatable at one ISA level, at any number of threads.
-    Numerics: sums in float32. On a CPU, the weight is dequantised to float32; where bfloat16 grad
-        meets AMX units (5 rows and more), to bfloat16.
+    Numerics: sums in float32; with compute="bf16" the error is far below a dense bfloat16 linear's.
+        On a CPU with AVX2 or VNNI, two rows and more and groups of 32 and more are multiplied in
+        integers: codes are exact; grad, scales and their products keep 16 bits (int8: scales and
+        products 8) of the largest in a block of 128 n. Elsewhere the weight is dequantised to
+        float32; where bfloat16 grad meets AMX units (5 rows and more), to bfloat16.
     Source: kernels in csrc/int4_linear/.
     """
     try:

@@ -144,6 +144,16 @@ static inline __m512i dot(__m512i sum, __m512i a, __m512i b) {
   return as<__m512i>(out);
 }
 
+// The upper half of the lanes onto the lower, until one is left.
+template <class T, class From>
+static inline T sum(From a) {
+  auto lanes = as<Lanes<T, 64 / sizeof(T)>>(a);
+  for (int n = 32 / sizeof(T); n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes.v[i] += lanes.v[i + n];
+  }
+  return lanes.v[0];
+}
+
 }  // namespace avx512_emulation
 
 #define NB_EMULATION avx512_emulation
@@ -174,6 +184,10 @@ static inline __m512i dot(__m512i sum, __m512i a, __m512i b) {
 #define _mm512_dpwssd_epi32 NB_EMULATION::dot<int16_t, int16_t>
 #undef _mm512_dpbusd_epi32
 #define _mm512_dpbusd_epi32 NB_EMULATION::dot<uint8_t, int8_t>
+#undef _mm512_reduce_add_epi32
+#define _mm512_reduce_add_epi32 NB_EMULATION::sum<uint32_t>
+#undef _mm512_reduce_add_ps
+#define _mm512_reduce_add_ps NB_EMULATION::sum<float>
 #undef _mm512_maskz_loadu_ps
 #define _mm512_maskz_loadu_ps NB_EMULATION::load<__m512, float>
 #undef _mm512_maskz_loadu_epi16
