@@ -78,6 +78,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Of values of a `MaskedLinear`, or of other Parameters."""
         return self._states
 
+    def _is_stack(self, parameter: torch.Tensor) -> bool:
+        """Whether a Parameter that no MaskedLinear owns is moved as blocks: it is [Z, B, B] then,
+        and nothing is written through."""
+        return False
+
     def _all_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._state_names(group, True) + self._state_names(group, False)
 
@@ -142,13 +147,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _new_state(self, parameter: torch.Tensor, group: dict[str, Any], layer: Any) -> dict:
         like = {"device": parameter.device}
-        if layer is not None:
+        blocks = layer is not None or self._is_stack(parameter)
+        if blocks:
             shape = tuple(parameter.shape)
             state = {"age": torch.zeros(shape[0], dtype=torch.int32, **like)}
         else:
             shape = (self._masks[parameter].count,)
             state = {"step": torch.zeros(1, dtype=torch.int32, **like)}
-        for name in self._state_names(group, layer is not None):
+        for name in self._state_names(group, blocks):
             state[name] = torch.zeros(shape, dtype=torch.float32, **like)
         return state
 
@@ -226,8 +232,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         Args:
             values: the Parameter of a `MaskedLinear` after `set_blocks`, or of an adapter whose
-                blocks `nibblock.sparse` has changed (its state has no ages, but one count of
-                steps).
+                blocks `nibblock.sparse` has changed (its state has one count of steps, no
+                ages, but for `MaskedMuon`'s).
             came_from: int64 [Z], what `set_blocks` returned: blocks that stayed keep their state
                 and age; new ones (-1) start at age 0.
         """
@@ -235,6 +241,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._plans.clear()
         entries = _plan.masked_layer(values) is None and values in self._masks
         if entries:
+            entries = not self._is_stack(values)
             self._masks[values] = _plan.make_mask(self._name, values, None)
         if not state:
             return
@@ -303,8 +310,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         state = self.state.own(parameter)
         fill(state, self._added_states(state, like) if state else like)
         self._check_state(state, like, "; after set_blocks call move_blocks")
-        names = self._state_names(group, layer is not None)
-        if layer is None:
+        stack = layer is None and self._is_stack(parameter)
+        names = self._state_names(group, stack or layer is not None)
+        if stack:
+            key = ("block", parameter.shape[1], parameter.dtype, "stack", parameter.device)
+        elif layer is None:
             mask = self._masks[parameter]
             key = (mask.kind, 0, parameter.dtype, None, parameter.device)
         else:
@@ -315,10 +325,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
             key = ("block", layer.block, parameter.dtype, sort, parameter.device)
         batch = found.setdefault(key, _plan.Batch(key[0], key[1], states=[[] for _ in names]))
         batch.parameters.append(parameter)
-        batch.clocks.append(state["step" if layer is None else "age"])
+        batch.clocks.append(state["age" if stack or layer is not None else "step"])
         for tensors, name in zip(batch.states, names):
             tensors.append(state[name])
-        if layer is None:
+        if stack:  # places that nothing is written to
+            batch.entries.append(
+                torch.zeros(len(parameter), 2, dtype=torch.int32, device=parameter.device)
+            )
+        elif layer is None:
             batch.entries.append(mask.entries)
             batch.offsets.append(mask.offsets)
         else:

@@ -1,4 +1,4 @@
-"""`MaskedMuon`: orthogonalised momentum for the blocks of each layer, AdamW for everything else."""
+"""`MaskedMuon`: orthogonalised momentum for trained blocks, AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nibblock import ops
+from nibblock.ops._block_checks import BLOCKS
 from nibblock.ops._checks import check_int
 from nibblock.optim.adamw import MaskedAdamW
 
@@ -17,7 +18,8 @@ _RMS = 0.2  # of an update with lr 1; AdamW's are about as large
 
 
 class MaskedMuon(MaskedAdamW):
-    """Muon on the trained blocks of `MaskedLinear`s, each block by itself.
+    """Muon on trained blocks, each by itself: the values of `MaskedLinear`s, adapters and
+    `BlockSparseLinear`s.
 
         m = momentum m + g
         d = the polar factor of (g + momentum m if nesterov else m), nearly
@@ -29,8 +31,9 @@ class MaskedMuon(MaskedAdamW):
     larger. One state in place of two, and 30 B operations an entry; on a whole N x N matrix Muon
     takes 30 N.
 
-    Parameters that are not values of a `MaskedLinear` (biases, norms, heads, masked ones) move as
-    by `MaskedAdamW` with the group's lr; give them a group of their own for another rate.
+    Blocks are all Parameters of shape [Z, B, B], B 16, 32, 64 or 128, without a mask. Others
+    (biases, norms, heads, masked ones) move as by `MaskedAdamW` with the group's lr; give them a
+    group of their own for another rate.
 
     Args:
         params, weight_decay, max_norm, maximize, masks: as `MaskedAdamW`. Directions do not depend
@@ -41,7 +44,7 @@ class MaskedMuon(MaskedAdamW):
         ns_steps: of Newton and Schulz's iteration, 1 to 20.
         betas, eps: of AdamW, for the other Parameters.
     State (float32 whatever the Parameter's dtype, also after `load_state_dict`):
-        of values: momentum_buffer [Z, B, B], without momentum none, and age, int32 [Z]; of others:
+        of blocks: momentum_buffer [Z, B, B], without momentum none, and age, int32 [Z]; of others:
         as `MaskedAdamW`.
     Raises:
         TypeError, ValueError: as `MaskedAdamW`; nesterov without momentum.
@@ -80,6 +83,11 @@ class MaskedMuon(MaskedAdamW):
             "maximize": maximize,
         }
         super(MaskedAdamW, self).__init__(params, defaults, max_norm, masks)
+
+    def _is_stack(self, parameter: torch.Tensor) -> bool:
+        shape, mask = parameter.shape, self._masks.get(parameter)
+        square = parameter.dim() == 3 and shape[1] == shape[2] and shape[1] in BLOCKS
+        return square and (mask is None or (mask.kind == "bool" and not mask.entries.numel()))
 
     def _state_names(self, group: dict[str, Any], blocks: bool) -> tuple[str, ...]:
         if not blocks:
