@@ -42,9 +42,9 @@ class Variant:
     Attributes:
         method, select: as of the settings. cut: how much is trained, one of the bed's `cuts`; ""
             for everything. cache: whether what is below runs once a row. density: share of all
-            blocks. int4: a 4-bit base. budget: of the selection. moves: how the selection
-            changes. optimizer: of the trained blocks. beds: where it runs. experiments: which of
-            X1 to X7 read it.
+            blocks. int4: a 4-bit base. compute: of that base. budget: of the selection. moves: how
+            the selection changes. optimizer: of the trained blocks. beds: where it runs.
+            experiments: which of X1 to X7 read it.
         rate_of: a variant whose best learning rate it takes unswept: one whose losses are the same
             bit for bit, or the one that an ablation changes. seeds: how many of the bed's.
         finalists: with how many of its rates all seeds run.
@@ -57,6 +57,7 @@ class Variant:
     cache: bool = False
     density: float = 0.02
     int4: bool = False
+    compute: str = "bf16"
     budget: float = 0.0
     moves: str = ""
     optimizer: str = "adamw"
@@ -76,6 +77,7 @@ class Variant:
             cache=CACHE if self.cache else 0,
             density=self.density,
             int4=self.int4,
+            compute=self.compute,
             budget=self.budget,
             moves=self.moves,
             optimizer=self.optimizer,
@@ -90,6 +92,7 @@ OURS_MANY = "ours, 8 %"
 RANDOM_MANY = "random blocks, 8 %"
 OURS_MUON = "ours, 8 %, Muon"
 RANDOM_MUON = "random blocks, 8 %, Muon"
+INT4_MUON = "random blocks, 8 %, Muon, int4 base in int8"
 OURS_FEW = "ours"
 RIVALS = {  # by whom ours is compared with seed by seed: which of ours
     "random blocks": OURS_FEW,
@@ -109,6 +112,18 @@ VARIANTS = {
     RANDOM_MANY: Variant("masked", "random", density=MANY, experiments="X6", finalists=2),
     RANDOM_MUON: Variant(
         "masked", "random", density=MANY, optimizer="muon", experiments="X6", finalists=2
+    ),
+    # The same updates on the same start: the file that the bed loads is a 4-bit one.
+    INT4_MUON: Variant(
+        "adapter",
+        "random",
+        density=MANY,
+        int4=True,
+        compute="int8",
+        optimizer="muon",
+        beds=("smollm2",),
+        experiments="X1 X2 X4",
+        rate_of=RANDOM_MUON,
     ),
     "random blocks": Variant("masked", "random", experiments="X6", seeds=5),
     "magnitude blocks": Variant("masked", "magnitude", experiments="X6", seeds=5),

@@ -9,6 +9,7 @@ from typing import Any, Callable, Optional
 from . import goals, table
 from .finetune_beds import BEDS, Bed
 from .finetune_cells import (
+    INT4_MUON,
     OURS_EVEN,
     OURS_FEW,
     OURS_MANY,
@@ -210,6 +211,7 @@ def goal_rows(cells: Cells, steps: Optional[dict[str, Any]]) -> list[dict[str, A
         time_row("time to full's quality, 8 % at random, all layers", 0.45, RANDOM_MANY),
         time_row("time to full's quality, 8 % by impact, Muon", 0.45, OURS_MUON),
         time_row("time to full's quality, 8 % at random, Muon", 0.45, RANDOM_MUON),
+        time_row("time to full's quality, 8 % at random, Muon, int4 base in int8", 0.45, INT4_MUON),
         goal_row("training state vs full, 8 %, Muon", 0.10, 0.05, of(OURS_MUON, "state"),
                  lower=True),
         goal_row("training state vs full, 8 %", 0.10, 0.05, of(OURS_MANY, "state"), lower=True),

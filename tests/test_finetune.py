@@ -143,7 +143,12 @@ def test_a_model_with_other_logits_is_refused():
         ({"optimizer": "sgd"}, "--optimizer must be one of adamw, muon, got sgd"),
         (
             {"optimizer": "muon", "method": "full"},
-            "--optimizer muon must go with --method masked, got full: it makes",
+            "--optimizer muon must go with --method masked or adapter, got full: it makes",
+        ),
+        ({"compute": "int4"}, "--compute must be one of bf16, int8, got int4"),
+        (
+            {"compute": "int8", "method": "adapter"},
+            "--compute int8 must go with --int4, got a dense base",
         ),
     ],
 )
@@ -162,7 +167,7 @@ def test_default_learning_rates():
 
 def test_a_run_of_before_the_option_was_by_adamw():
     saved = Settings(model="m").to_json()
-    del saved["optimizer"]
+    del saved["optimizer"], saved["compute"]
     assert Settings.from_json(saved).differs(saved) is None
     assert Settings(model="m", optimizer="muon").differs(saved) == "optimizer"
 
@@ -430,6 +435,12 @@ def test_int4_base_and_json(place, tmp_path, here, capsys):
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["best"]["loss"] < result["before"]["loss"]
     assert report.label(result) == "adapter int4"
+    settings = Settings.from_json(result["settings"])
+    for compute in ("bf16", "int8"):
+        model, _ = worker.load_model(dataclasses.replace(settings, compute=compute))
+        layers = [m for m in model.modules() if isinstance(m, nb.Int4Linear)]
+        assert layers
+        assert {m.compute for m in layers} == {compute}
     assert result["weights"] == tiny_llama(2).num_parameters()
     # A run that is done is not done again.
     before = (tmp_path / "out" / "adapter" / worker.RESULT).stat().st_mtime_ns

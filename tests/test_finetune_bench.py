@@ -16,6 +16,7 @@ from nibblock.bench import finetune_report as report
 from nibblock.bench import finetune_suite as suite
 from nibblock.bench.cli import BENCHMARKS
 from nibblock.bench.finetune_cells import (
+    INT4_MUON,
     OURS_FEW,
     OURS_MANY,
     OURS_MUON,
@@ -171,7 +172,7 @@ def test_every_variant_is_swept_equally():
 
 def test_muon_has_rates_and_a_rival_of_its_own(tmp_path):
     by_muon = [name for name, variant in VARIANTS.items() if variant.optimizer == "muon"]
-    assert by_muon == [OURS_MUON, "ours, Muon", RANDOM_MUON]
+    assert by_muon == [OURS_MUON, "ours, Muon", RANDOM_MUON, INT4_MUON]
     for bed in beds.BEDS.values():
         full, others, muon = bed.rates
         for name, variant in VARIANTS.items():
@@ -179,6 +180,8 @@ def test_muon_has_rates_and_a_rival_of_its_own(tmp_path):
             assert variant.settings(bed, 1e-3, 0).optimizer == optimizer
             usual = full if variant.method.startswith("full") else others
             assert cells_of.rates(bed.name, name) == (muon if name in by_muon else usual)
+    settings = VARIANTS[INT4_MUON].settings(beds.BEDS["smollm2"], 1e-2, 0)
+    assert (settings.int4, settings.compute, settings.method) == (True, "int8", "adapter")
     cells = Cells(tmp_path / "cells.jsonl")
     for name, loss in ((OURS_MUON, 2.0), (RANDOM_MUON, 2.1), (OURS_MANY, 2.2)):
         for lr in cells_of.rates("smollm2", name):

@@ -18,6 +18,7 @@ from typing import Any
 from nibblock._finetune import report
 from nibblock._finetune.settings import (
     BASELINES,
+    COMPUTES,
     CUT_METHODS,
     METHODS,
     MODES,
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     option("batches", int, "batches that the choice looks at")
     option("rank", int, "of LoRA and SHiRA")
     p.add_argument("--int4", action="store_true", help="hold the frozen base in 4 bits (adapter)")
+    option("compute", str, "of the 4-bit base: int8 is faster and coarser", choices=COMPUTES)
     option("tokens", int, "tokens a step")
     option("seq", int, "tokens a row")
     option("epochs", int, "passes over the training rows")
@@ -137,7 +139,9 @@ def main(argv: list[str]) -> int:
     for name in [settings.method, *baselines]:
         run = dataclasses.replace(settings, method=name)
         if name != settings.method:  # what belongs to the chosen method alone
-            run = dataclasses.replace(run, optimizer="adamw", lr=0.0, int4=False, checkpoint=-1)
+            run = dataclasses.replace(
+                run, optimizer="adamw", lr=0.0, int4=False, compute="bf16", checkpoint=-1
+            )
         if name in CUT_METHODS:
             run = dataclasses.replace(run, cut=_cut(results[0]))
         status = run_child(run.checked(), out / name, options.resume, quiet=options.json)

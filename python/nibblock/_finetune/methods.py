@@ -267,12 +267,26 @@ def _adapter(model, task, settings, selection, keep) -> Prepared:
     chosen, seconds = _chosen(model, task, settings, selection, keep)
     nb.add_adapters(model, nb.AdapterConfig(block=settings.block), blocks=chosen)
     _unfreeze(model, keep)
+    muon = settings.optimizer == "muon"
+    optimizer = _of_blocks(model, settings) if muon else _adamw(model, settings)
 
     def save(path: Path) -> int:
         nb.save(model, path)
         return path.stat().st_size
 
-    return Prepared(model, _adamw(model, settings), save, chosen, seconds)
+    return Prepared(model, optimizer, save, chosen, seconds, clips=muon)
+
+
+def _of_blocks(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    import nibblock as nb
+
+    kind = nb.optim.MaskedMuon if settings.optimizer == "muon" else nb.optim.MaskedAdamW
+    return kind(
+        nb.trainable_parameters(model),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_norm=settings.max_norm or None,
+    )
 
 
 def _masked(model, task, settings, selection, keep) -> Prepared:
@@ -281,13 +295,7 @@ def _masked(model, task, settings, selection, keep) -> Prepared:
     chosen, seconds = _chosen(model, task, settings, selection, keep)
     nb.sparse_update(model, chosen, block=settings.block)
     _unfreeze(model, keep)
-    kind = nb.optim.MaskedMuon if settings.optimizer == "muon" else nb.optim.MaskedAdamW
-    optimizer = kind(
-        nb.trainable_parameters(model),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_norm=settings.max_norm or None,
-    )
+    optimizer = _of_blocks(model, settings)
 
     def save(path: Path) -> int:
         nb.save(model, path)

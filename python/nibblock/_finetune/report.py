@@ -39,8 +39,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def label(result: dict[str, Any]) -> str:
     settings = result["settings"]
-    muon = settings.get("optimizer") == "muon"  # runs of before the option do not name it
-    return settings["method"] + " muon" * muon + " int4" * settings["int4"]
+    muon = settings.get("optimizer") == "muon"  # earlier runs name neither
+    int8 = settings.get("compute") == "int8"
+    return settings["method"] + " muon" * muon + " int4" * settings["int4"] + " int8" * int8
 
 
 def _line(result: dict[str, Any]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ SELECTIONS = ("impact", "movement", "magnitude", "random", "even")
 MOVES = ("", "reselect", "prox", "progressive")
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
+COMPUTES = ("bf16", "int8")
 LEARNING_RATES = {  # where --lr is not given
     "full": 5e-5,
     "full-cut": 5e-5,
@@ -45,6 +46,7 @@ class Settings:
     batches: int = 4  # that the selection scores; twice as many chose hardly better blocks
     rank: int = 8  # of LoRA, and of SHiRA's count
     int4: bool = False
+    compute: str = "bf16"  # of a 4-bit base; "int8" also takes gradients through it in int8
     tokens: int = 512  # a step
     seq: int = 128
     epochs: int = 1
@@ -74,6 +76,7 @@ class Settings:
             "schedule": SCHEDULES,
             "moves": MOVES,
             "optimizer": OPTIMIZERS,
+            "compute": COMPUTES,
             "block": (16, 32, 64, 128),
         }
         for name, allowed in choices.items():
@@ -104,10 +107,15 @@ class Settings:
                 f"finetune: --moves must go with --method masked and --checkpoint -1, got "
                 f"{self.method} and {self.checkpoint}: a checkpoint holds one list of blocks"
             )
-        if self.optimizer == "muon" and self.method != "masked":
+        if self.optimizer == "muon" and self.method not in ("masked", "adapter"):
             raise ValueError(
-                f"finetune: --optimizer muon must go with --method masked, got {self.method}: "
-                f"it makes the updates of trained blocks orthogonal"
+                f"finetune: --optimizer muon must go with --method masked or adapter, got "
+                f"{self.method}: it makes the updates of trained blocks orthogonal"
+            )
+        if self.compute == "int8" and not self.int4:
+            raise ValueError(
+                "finetune: --compute int8 must go with --int4, got a dense base: "
+                "it is the arithmetic of packed weights"
             )
         if self.int4 and self.method != "adapter":
             raise ValueError(
@@ -135,7 +143,8 @@ class Settings:
     def differs(self, other: dict[str, Any]) -> Optional[str]:
         """The first option whose value another run's settings do not share, or None. How often a
         checkpoint is written may differ: no loss depends on it."""
-        other = {"optimizer": "adamw", **other}  # runs of before the option do not name it
+        # Runs of before these options do not name them.
+        other = {"optimizer": "adamw", "compute": "bf16", **other}
         for name, value in self.to_json().items():
             if name != "checkpoint" and other.get(name) != value:
                 return name

@@ -40,11 +40,21 @@ def import_everything(settings: Settings) -> None:
 
 def load_model(settings: Settings) -> tuple[torch.nn.Module, Any]:
     """(model in eval mode, tokenizer): a GGUF file or a transformers folder (quantised ones too),
-    dense float32 or int4.
+    dense float32 or int4, which computes as the settings say.
 
     Raises:
         FileNotFoundError: no such model. ValueError, ImportError: as the loaders.
     """
+    import nibblock as nb
+
+    model, tokenizer = _load_as_stored(settings)
+    for module in model.modules():
+        if isinstance(module, nb.Int4Linear):
+            module.compute = settings.compute
+    return model, tokenizer
+
+
+def _load_as_stored(settings: Settings) -> tuple[torch.nn.Module, Any]:
     import nibblock as nb
     from nibblock._demo import smollm2_path
     from nibblock.formats.gguf import load_gguf_dense, load_tokenizer
