@@ -228,24 +228,6 @@ def test_every_method_learns_and_counts_its_state(method, tmp_path):
     assert sum(record.phases.values()) == pytest.approx(record.seconds)
 
 
-def test_muon_trains_blocks_with_less_state():
-    records, kinds = [], (nb.optim.MaskedAdamW, nb.optim.MaskedMuon)
-    for name, kind in zip(("adamw", "muon"), kinds):
-        run = dataclasses.replace(RUN, method="masked", optimizer=name, lr=0.0, weight_decay=0.1)
-        model, task = tiny_llama(2), text_task()
-        prepared = methods.prepare(model, task, run.checked())
-        assert type(prepared.optimizer) is kind
-        (group,) = prepared.optimizer.param_groups
-        assert (group["lr"], group["weight_decay"]) == (run.learning_rate, 0.1)
-        assert prepared.clips
-        assert prepared.optimizer.max_norm == run.max_norm
-        records.append(train(task, prepared, run))
-        first, *_, last = (e["loss"] for e in records[-1].evaluations)
-        assert last < first - 1e-3
-    assert records[1].state_bytes < records[0].state_bytes
-    assert records[1].losses != records[0].losses
-
-
 @pytest.mark.parametrize("method", ["adapter", "masked", "lora-cut", "full-cut"])
 def test_a_cut_with_the_cache_gives_the_same_losses(method, tmp_path):
     if method == "lora-cut":

@@ -1,4 +1,4 @@
-"""`MaskedMuon` on blocks that no `MaskedLinear` owns: those of adapters, on any base."""
+"""`MaskedMuon` in fine-tuning, and on blocks that no `MaskedLinear` owns: those of adapters."""
 
 from __future__ import annotations
 
@@ -87,3 +87,21 @@ def test_muon_and_int8_on_an_int4_base(place, tmp_path, here, capsys):  # noqa: 
     ours, full = json.loads(capsys.readouterr().out)["results"]
     assert [report.label(r) for r in (ours, full)] == ["adapter muon int4 int8", "full"]
     assert ours["best"]["loss"] < ours["before"]["loss"]
+
+
+def test_muon_trains_blocks_with_less_state():
+    records, kinds = [], (nb.optim.MaskedAdamW, nb.optim.MaskedMuon)
+    for name, kind in zip(("adamw", "muon"), kinds):
+        run = dataclasses.replace(RUN, method="masked", optimizer=name, lr=0.0, weight_decay=0.1)
+        model, task = tiny_llama(2), text_task()
+        prepared = methods.prepare(model, task, run.checked())
+        assert type(prepared.optimizer) is kind
+        (group,) = prepared.optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (run.learning_rate, 0.1)
+        assert prepared.clips
+        assert prepared.optimizer.max_norm == run.max_norm
+        records.append(train(task, prepared, run))
+        first, *_, last = (e["loss"] for e in records[-1].evaluations)
+        assert last < first - 1e-3
+    assert records[1].state_bytes < records[0].state_bytes
+    assert records[1].losses != records[0].losses

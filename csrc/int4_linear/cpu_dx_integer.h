@@ -13,7 +13,7 @@
 //      order (16 n in a vector, 8 k in a lane) into that of a product over n (neighbouring k in a
 //      vector, 2 or 4 n in a lane): a byte shuffle and two permutations for 64 or 128 weights.
 //   3. kDxSlab rows at a time: VPMULHRSW makes e of dy and the scales (16 or 32 elements an
-//      instruction; for int8 the scales have 7 bits, and the products are packed), and the forward's
+//      instruction; for int8 the scales have 7 bits, and products are packed), and the forward's
 //      register tiles multiply it.
 //
 // Budget on AVX2, int16, groups of 32: a row of a block takes 512 instructions of products for 32
@@ -35,8 +35,8 @@ namespace {
 constexpr int64_t kDxUnit = 32;  // k that share e: a whole group, or a part of one
 constexpr int64_t kDxSlab = 48;  // rows that e is made for at a time; 12 KiB of the first cache
 
-// For int8 the sum of dy * rest stays in 32 bits: a lane adds kFlushK / 16 pairs of products of 2^15
-// and this. For int16 each pair becomes a float before it is added.
+// For int8 the sum of dy * rest stays in 32 bits: a lane adds kFlushK / 16 pairs of 2^15
+// times this. For int16 each pair becomes a float before it is added.
 template <int ACT>
 constexpr float kRestLevels = ACT == 8 ? 4095.0f : 32767.0f;
 

@@ -83,7 +83,7 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   const int64_t count = p.w.n - n0 < C * O::kLanes ? p.w.n - n0 : C * O::kLanes;
   const bool parts = ACT == 16 && unpacked && p.add && p.add->add_part && count > 0;
   const IntegerRows x = {a.q, a.scale, m0, a.rows, a.block, a.stride, a.block_stride};
-  // Groups of less than kFlushK share a call of the tiles: entering one costs as much as a dozen dot
+  // Groups of less than kFlushK share a call of the tiles: entering one costs a dozen dot
   // products.
   constexpr int64_t kMostBlocks = kFlushK / 16;
   const int64_t stretch = a.block > 0 ? kFlushK / a.block : 1;

@@ -131,7 +131,7 @@ NB_INLINE void pair_lines(const uint8_t* w, const uint8_t* x, int64_t x_stride,
   }
 }
 
-// What tile() is for a panel where O adds pairs in 16 bits. LINES: of a block, 0 for any multiple of
+// What tile() is for a panel where O adds pairs in 16 bits. LINES: of a block, 0 for any number of
 // kPairLines; with kPairLines (a group of 32) its sums never leave the registers.
 template <class O, int LINES, int R, int C>
 NB_INLINE void pair_tile(const TileArgs& a) {
