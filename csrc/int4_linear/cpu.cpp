@@ -98,6 +98,16 @@ Status int4_linear_dx_scalar(const Int4LinearParams& p) {
 namespace {
 
 const float kInfinity = bits_to_f32(0x7f800000u);
+const float kNaN = bits_to_f32(0x7fc00000u);
+
+// Whether row m of x, `width` long, holds a NaN.
+bool row_has_nan(const Int4LinearParams& p, int64_t m, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) {
+    const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + i);
+    if (v != v) return true;
+  }
+  return false;
+}
 
 float weight_at(const Int4LinearParams& p, const Int4Geometry& g, const uint8_t* panel, int64_t n,
                 int64_t k) {
@@ -112,17 +122,13 @@ float weight_at(const Int4LinearParams& p, const Int4Geometry& g, const uint8_t*
 
 void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
   const int64_t N = p.w.n, K = p.w.k;
-  bool nan = false;
-  for (int64_t k = 0; k < K && !nan; ++k) {
-    const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + k);
-    nan = v != v;
-  }
+  const bool nan = row_has_nan(p, m, K);
   const Int4Geometry g = int4_geometry(p.w);
   float tile[kPanelRows];
   for (int64_t n = 0; n < N; ++n) {
     const uint8_t* panel = p.packed + (n / kPanelRows) * g.panel_stride;
     const int64_t r = n % kPanelRows;
-    double sum = nan ? bits_to_f32(0x7fc00000u) : 0.0;
+    double sum = nan ? kNaN : 0.0;
     for (int64_t k = 0; k < K && !nan; ++k) {
       const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + k);
       if (v != kInfinity && v != -kInfinity) continue;  // finite terms are lost beside an infinity
@@ -140,19 +146,15 @@ void int4_linear_nonfinite_row(const Int4LinearParams& p, int64_t m) {
 
 void int4_linear_dx_nonfinite_row(const Int4LinearParams& p, int64_t m) {
   const int64_t N = p.w.n, K = p.w.k;
-  bool nan = false;
-  for (int64_t n = 0; n < N && !nan; ++n) {
-    const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + n);
-    nan = v != v;
-  }
+  const bool nan = row_has_nan(p, m, N);
   const Int4Geometry g = int4_geometry(p.w);
   for (int64_t k0 = 0; k0 < K; k0 += kPanelRows) {
     const int64_t count = K - k0 < kPanelRows ? K - k0 : kPanelRows;
     float tile[kPanelRows];
-    for (int64_t i = 0; i < kPanelRows; ++i) tile[i] = nan ? bits_to_f32(0x7fc00000u) : 0.0f;
+    for (int64_t i = 0; i < kPanelRows; ++i) tile[i] = nan ? kNaN : 0.0f;
     for (int64_t n = 0; n < N && !nan; ++n) {
       const float v = load_as_f32(p.x, p.xtype, m * p.x_stride + n);
-      if (bits_to_f32(f32_to_bits(v) & 0x7fffffffu) != kInfinity) continue;
+      if (v != kInfinity && v != -kInfinity) continue;
       const uint8_t* panel = p.packed + (n / kPanelRows) * g.panel_stride;
       for (int64_t i = 0; i < count; ++i) tile[i] += v * weight_at(p, g, panel, n, k0 + i);
     }

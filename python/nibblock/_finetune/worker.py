@@ -46,16 +46,6 @@ def load_model(settings: Settings) -> tuple[torch.nn.Module, Any]:
         FileNotFoundError: no such model. ValueError, ImportError: as the loaders.
     """
     import nibblock as nb
-
-    model, tokenizer = _load_as_stored(settings)
-    for module in model.modules():
-        if isinstance(module, nb.Int4Linear):
-            module.compute = settings.compute
-    return model, tokenizer
-
-
-def _load_as_stored(settings: Settings) -> tuple[torch.nn.Module, Any]:
-    import nibblock as nb
     from nibblock._demo import smollm2_path
     from nibblock.formats.gguf import load_gguf_dense, load_tokenizer
     from nibblock.formats.quantized import is_quantized, load_quantized_dense
@@ -66,15 +56,16 @@ def _load_as_stored(settings: Settings) -> tuple[torch.nn.Module, Any]:
         raise FileNotFoundError(
             f"finetune: --model must be a file or folder that exists, got {settings.model!r}"
         )
+    packed = {"compute": settings.compute} if settings.int4 else {}
     if path.is_file():
         load = nb.load_gguf if settings.int4 else load_gguf_dense
-        return load(path, dtype=torch.float32), load_tokenizer(path)
+        return load(path, dtype=torch.float32, **packed), load_tokenizer(path)
     if is_quantized(path):
         load = nb.load_quantized if settings.int4 else load_quantized_dense
-        return load(path, dtype=torch.float32), load_folder_tokenizer(path)
+        return load(path, dtype=torch.float32, **packed), load_folder_tokenizer(path)
     model = load_folder(path, torch.float32)
     if settings.int4:
-        nb.accelerate(model, nb.Int4Config(group_size=32), progress=False)
+        nb.accelerate(model, nb.Int4Config(group_size=32, **packed), progress=False)
     return model, load_folder_tokenizer(path)
 
 
