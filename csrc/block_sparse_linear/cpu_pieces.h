@@ -24,9 +24,6 @@ namespace {
 constexpr int64_t kPassBytes =
     24 << 10;  // blocks laid out at a time: they stay in L1 while x streams
 
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Calls f with the tag of an element type.
 template <class Fn>
 static inline void with_type(Dtype t, Fn&& f) {

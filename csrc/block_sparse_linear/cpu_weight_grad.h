@@ -3,11 +3,12 @@
 //
 //     out_z[n, k] = sum_m g[m, I_z B + n] * x[m, J_z B + k]
 //
-// Tokens are taken kTokens at a time: the column blocks of g and x that occur are widened to
-// float32 as [block][m][B], once for all blocks that share them, then every listed block runs
-// register tiles of R n x C vectors of k down the tokens. A step loads C vectors of x and
-// broadcasts R neighbours of g. Within a chunk a block goes over its tokens in pieces whose two
-// operands fit L1.
+// A column block of g or x is widened to float32 as [m][B]; then a listed block runs register tiles
+// of R n x C vectors of k down the tokens, in pieces whose two operands fit L1. A step loads C
+// vectors of x and broadcasts R neighbours of g. Columns that many blocks share are packed once for
+// all of them, kTokens tokens at a time. Otherwise every block packs its own: a copy made by
+// another core costs about what packing does, and the whole is one parallel loop instead of two a
+// chunk (576 x 576, 8 % of 32 x 32, two threads: 2x).
 //
 // Determinism: an output is one chain of FMAs over m. Only where the list is short (few tasks) and
 // the tokens many is the sum cut, into parts of kPartRows added in their order; the shapes alone
@@ -24,6 +25,9 @@ constexpr int64_t kPieceFloats = 4096;   // of one operand: 16 KiB
 constexpr int64_t kShortList = 1 << 16;  // gradient elements up to which tokens are split
 constexpr int64_t kPartRows = 512;
 constexpr int64_t kMostParts = 16;
+constexpr int64_t kWorthThreads = 1 << 17;  // multiply-adds from which threads pay
+constexpr int64_t kAloneBelow = 8;          // packing for all pays from B / this blocks a column on
+constexpr Parallel kSerial = {nullptr, 1};
 
 // out[R][C vectors] += g^T x: rows of g are GW apart, rows of x and out XW.
 template <class O, int GW, int XW, int R>
@@ -124,71 +128,135 @@ static void finish_block(const BlockWeightGradParams& p, int64_t z, int64_t row,
   }
 }
 
+// What both ways share: tasks are (part of the rows, block), in this order.
+struct GradSums {
+  int64_t parts, part_rows;  // rows are summed in parts, which are added in their order
+  float* sums;               // [parts][Z][B][B]
+
+  // The rows of a part, at most `most` of them from its row `first` on.
+  int64_t rows(int64_t m, int64_t part, int64_t first, int64_t most, int64_t* m0) const {
+    *m0 = part * part_rows + first;
+    return max64(0, min64(min64(most, part_rows - first), m - *m0));
+  }
+};
+
+// Block row of entry z, found from that of an earlier one.
+static inline int64_t row_of(const BlockLayout& s, int64_t z, int64_t row) {
+  if (s.row_ptr[row] > z) row = 0;
+  while (s.row_ptr[row + 1] <= z) ++row;
+  return row;
+}
+
+// Where most columns hold a block or two, copies for all would be read about as often as written:
+// every block packs its own pieces on the stack. While it multiplies one it asks for the next
+// one's source rows, which stand apart: nothing the hardware would foresee.
 template <class O, int B>
-static Status weight_grad_of(const BlockWeightGradParams& p) {
+static void multiply_alone(const BlockWeightGradParams& p, const GradSums& a) {
+  constexpr int64_t kPiece = kPieceFloats / B;
+  const int64_t Z = p.s.count, bytes = dtype_size(p.gtype);
+  auto ahead = [&](const void* x, int64_t stride, int64_t j, int64_t m) {
+    const char* at = static_cast<const char*>(x) + (m * stride + j * B) * bytes;
+    for (const int64_t end = min64(p.m, m + kPiece); m < end; ++m, at += stride * bytes)
+      for (int64_t i = 0; i < B * bytes; i += 64) O::prefetch(at + i);
+  };
+  auto work = [&](int64_t begin, int64_t end) {
+    alignas(64) float g[kPieceFloats], x[kPieceFloats];
+    int64_t row = 0;
+    for (int64_t t = begin, last; t < end; t = last) {  // the blocks of a row share g's pieces
+      const int64_t part = t / Z, z = t % Z;
+      row = row_of(p.s, z, row);
+      last = min64(end, t - z + p.s.row_ptr[row + 1]);
+      const int32_t* col = p.s.col + z;
+      memset(a.sums + t * B * B, 0, static_cast<size_t>((last - t) * B * B) * 4);
+      int64_t m;
+      for (int64_t first = 0; first < a.part_rows; first += kPiece) {
+        const int64_t count = a.rows(p.m, part, first, kPiece, &m);
+        pack_columns<O, B>(p.g, p.gtype, p.g_stride, p.s.n, row, m, count, g);
+        for (int64_t u = 0; u < last - t; ++u) {
+          pack_columns<O, B>(p.x, p.gtype, p.x_stride, p.s.k, col[u], m, count, x);
+          const bool ends = u + 1 == last - t;
+          if (ends) ahead(p.g, p.g_stride, row, m + kPiece);
+          ahead(p.x, p.x_stride, col[ends ? 0 : u + 1], ends ? m + kPiece : m);
+          grad_block<O, B, B>(g, x, count, a.sums + (t + u) * B * B);
+        }
+      }
+    }
+  };
+  parallel_for(p.m * Z * B * B < kWorthThreads ? kSerial : *p.parallel, a.parts * Z, work);
+}
+
+// Column blocks are packed once for all blocks: of kTokens rows of each part at a time.
+template <class O, int B>
+static void multiply_shared(const BlockWeightGradParams& p, const GradSums& a, int64_t tokens,
+                            float* packed) {
   const int64_t rows = ceil_div(p.s.n, B), cols = ceil_div(p.s.k, B), Z = p.s.count;
-  const int64_t size = Z * B * B;
-  static const Parallel serial = {nullptr, 1};
-  const Parallel& parallel = p.m * size < (1 << 17) ? serial : *p.parallel;
-  int64_t parts = size <= kShortList ? min64(kMostParts, ceil_div(p.m, kPartRows)) : 1;
-  if (parts < 1) parts = 1;
-  const int64_t part_rows = ceil_div(p.m, parts);
-  const bool in_place = parts == 1 && p.out_type == Dtype::kF32;
-  // g and x of kTokens rows for each part, then the sums.
-  const int64_t tokens = min64(kTokens, max64(1, part_rows));
-  const int64_t packed = (rows + cols) * tokens * B;
-  float* memory =
-      static_cast<float*>(aligned_malloc((parts * packed + (in_place ? 0 : parts * size)) * 4));
-  if (!memory) return kOutOfMemory;
-  float* sums = in_place ? static_cast<float*>(p.out) : memory + parts * packed;
-  memset(sums, 0, static_cast<size_t>(parts * size) * 4);
-  for (int64_t m = 0; m < part_rows; m += tokens) {
-    auto span = [&](int64_t part, int64_t* m0) {
-      const int64_t end = min64(p.m, (part + 1) * part_rows);
-      *m0 = part * part_rows + m;
-      return max64(0, min64(min64(tokens, part_rows - m), end - *m0));
-    };
+  memset(a.sums, 0, static_cast<size_t>(a.parts * Z * B * B) * 4);
+  for (int64_t first = 0; first < a.part_rows; first += tokens) {
     auto pack = [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t j = t % (rows + cols);
-        int64_t m0;
-        const int64_t count = span(t / (rows + cols), &m0);
-        float* out = memory + t * tokens * B;
+        int64_t m;
+        const int64_t count = a.rows(p.m, t / (rows + cols), first, tokens, &m);
+        float* out = packed + t * tokens * B;
         if (j < rows) {
           if (p.s.row_ptr[j] == p.s.row_ptr[j + 1]) continue;
-          pack_columns<O, B>(p.g, p.gtype, p.g_stride, p.s.n, j, m0, count, out);
+          pack_columns<O, B>(p.g, p.gtype, p.g_stride, p.s.n, j, m, count, out);
         } else {
           const int64_t c = j - rows;
           if (p.s.col_ptr[c] == p.s.col_ptr[c + 1]) continue;
-          pack_columns<O, B>(p.x, p.gtype, p.x_stride, p.s.k, c, m0, count, out);
+          pack_columns<O, B>(p.x, p.gtype, p.x_stride, p.s.k, c, m, count, out);
         }
       }
     };
-    parallel_for(parallel, parts * (rows + cols), pack);
+    parallel_for(*p.parallel, a.parts * (rows + cols), pack);
     auto multiply = [&](int64_t begin, int64_t end) {
       int64_t row = 0;
       for (int64_t t = begin; t < end; ++t) {
         const int64_t part = t / Z, z = t % Z;
-        if (p.s.row_ptr[row] > z) row = 0;
-        while (p.s.row_ptr[row + 1] <= z) ++row;
-        int64_t m0;
-        const int64_t count = span(part, &m0);
-        const float* at = memory + part * packed;
+        row = row_of(p.s, z, row);
+        int64_t m;
+        const int64_t count = a.rows(p.m, part, first, tokens, &m);
+        const float* at = packed + part * (rows + cols) * tokens * B;
         grad_block<O, B, B>(at + row * tokens * B, at + (rows + p.s.col[z]) * tokens * B, count,
-                            sums + part * size + z * B * B);
+                            a.sums + t * B * B);
       }
     };
-    parallel_for(parallel, parts * Z, multiply);
+    parallel_for(*p.parallel, a.parts * Z, multiply);
+  }
+}
+
+template <class O, int B>
+static Status weight_grad_of(const BlockWeightGradParams& p) {
+  const int64_t rows = ceil_div(p.s.n, B), cols = ceil_div(p.s.k, B), Z = p.s.count;
+  const int64_t size = Z * B * B;
+  GradSums a;
+  a.parts = size <= kShortList ? max64(1, min64(kMostParts, ceil_div(p.m, kPartRows))) : 1;
+  a.part_rows = ceil_div(p.m, a.parts);
+  const bool in_place = a.parts == 1 && p.out_type == Dtype::kF32;
+  int64_t used = 0;
+  for (int64_t c = 0; c < cols; ++c) used += p.s.col_ptr[c] != p.s.col_ptr[c + 1];
+  const bool alone = Z * kAloneBelow < used * B || p.m * size < kWorthThreads;
+  const int64_t tokens = min64(kTokens, max64(1, a.part_rows));
+  const int64_t packed = alone ? 0 : a.parts * (rows + cols) * tokens * B;
+  float* memory =
+      static_cast<float*>(aligned_malloc((packed + (in_place ? 0 : a.parts * size)) * 4));
+  if (!memory) return kOutOfMemory;
+  a.sums = in_place ? static_cast<float*>(p.out) : memory + packed;
+  if (alone) {
+    multiply_alone<O, B>(p, a);
+  } else {
+    multiply_shared<O, B>(p, a, tokens, memory);
   }
   auto finish = [&](int64_t begin, int64_t end) {
     int64_t row = 0;
     for (int64_t z = begin; z < end; ++z) {
-      while (p.s.row_ptr[row + 1] <= z) ++row;
+      row = row_of(p.s, z, row);
       const bool ragged = (row + 1) * B > p.s.n || (p.s.col[z] + 1) * B > p.s.k;
-      if (!in_place || ragged) finish_block<O, B>(p, z, row, sums + z * B * B, parts, size);
+      if (!in_place || ragged) finish_block<O, B>(p, z, row, a.sums + z * B * B, a.parts, size);
     }
   };
-  parallel_for(parallel, Z, finish);
+  const bool whole = p.s.n % B == 0 && p.s.k % B == 0;
+  if (!in_place || !whole) parallel_for(*p.parallel, Z, finish);
   free(memory);
   return kOk;
 }

@@ -11,6 +11,9 @@
 namespace nibblock {
 namespace {
 
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static inline void* aligned_malloc(int64_t bytes) {
   void* p = nullptr;
   const size_t size = (static_cast<size_t>(bytes > 0 ? bytes : 1) + 63) / 64 * 64;

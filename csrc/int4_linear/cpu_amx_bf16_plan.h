@@ -15,6 +15,7 @@
 #pragma once
 
 #include "../common/amx.h"
+#include "../common/kernel.h"
 #include "int4_linear.h"
 
 namespace nibblock {
@@ -34,9 +35,6 @@ constexpr int64_t kResidentX = 1 << 20;    // x of a chunk below this stays in L
 constexpr int64_t kGroupSums = 768 << 10;  // sums of a chunk's group of columns
 constexpr int64_t kPackedX = 16 << 20;    // packed x held at a time, below malloc's limit for reuse
 constexpr int64_t kSerialPack = 1 << 16;  // elements of x below which one thread packs them
-
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Problem {
   const Int4LinearParams* p;

@@ -40,8 +40,6 @@ constexpr int64_t kResidentX = 1 << 20;
 constexpr int64_t kGroupSums = 768 << 10;
 constexpr int64_t kQuantizedX = 16 << 20;  // bytes of quantised x held at a time
 
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t cut(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
 
 struct HalfLoader {

@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kAheadEntries = 512;  // scattered entries fetched ahead, into the second cache
 
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // --- rules: the new value of a vector of entries -------------------------------------------------
 
 template <class O>

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nibblock._finetune.data import Order
@@ -151,19 +150,24 @@ class _HeadLoss(torch.autograd.Function):
         for first in range(0, len(hidden), chunk):
             part, targets = hidden[first : first + chunk].detach(), labels[first : first + chunk]
             with torch.set_grad_enabled(wanted):
-                part.requires_grad_(wanted)
-                loss = F.cross_entropy(head(part).float(), targets, reduction="sum") / len(hidden)
-                grads = torch.autograd.grad(loss, [part, *trained]) if wanted else []
-            total += loss.detach()
+                scores = head(part.requires_grad_(wanted)).float()
+            # A chunk's logits are the largest tensor of a step, and memory is slower than their
+            # arithmetic: they become their log-softmax, then the sum's gradient, where they stand.
+            places, values = targets.unsqueeze(1), scores.detach()
+            torch.log_softmax(values, dim=-1, out=values)
+            total -= values.gather(1, places).sum()
             if wanted:
+                values.exp_().scatter_add_(1, places, values.new_full((), -1.0).expand_as(places))
+                grads = torch.autograd.grad(scores, [part, *trained], values)
                 grad[first : first + chunk] = grads[0]
                 sums = [g if s is None else s.add_(g) for s, g in zip(sums, grads[1:])]
         ctx.grads = [grad, *sums]
-        return total
+        ctx.count = len(hidden)
+        return total / len(hidden)
 
     @staticmethod
     def backward(ctx, outer):
         # In place: nothing else holds these, and a copy of a head's gradient is large.
-        first, *rest = (None if g is None else g.mul_(outer) for g in ctx.grads)
+        first, *rest = (None if g is None else g.mul_(outer / ctx.count) for g in ctx.grads)
         ctx.grads = None
         return (first, None, None, None, *rest)
