@@ -15,6 +15,8 @@
 // ascending, whatever the tile, chunk, pass or thread.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/kernel.h"
 #include "block_sparse_linear.h"
 
@@ -138,6 +140,7 @@ static void lay_out(const void* values, Dtype type, int64_t z, bool dx, int64_t 
 
 struct TileJob {
   const float* x;            // first row of the tile, column block 0
+  int64_t x_row;             // from one row to the next, unless x is packed: B there
   const int32_t* at;         // which block of x an entry reads: its column block when x is packed
   int64_t x_block;           // from one column block to the next
   const int32_t* in;         // column block of each entry
@@ -152,7 +155,7 @@ struct TileJob {
   bool first;  // start from zero instead of from acc
 };
 
-template <class O, int B, int R>
+template <class O, int B, bool PACKED, int R>
 static __attribute__((noinline)) void tile(const TileJob& t) {
   using F = typename O::F;
   constexpr int C = Shape<O, B>::kCols, W = Shape<O, B>::kWidth, H = Shape<O, B>::kRows;
@@ -165,22 +168,25 @@ static __attribute__((noinline)) void tile(const TileJob& t) {
     }
   }
   const float* w = t.w;
+  const int64_t x_row = PACKED ? B : t.x_row;
   for (int64_t e = 0; e < t.count; ++e, w += B * W) {
     const int64_t j = t.in[e], depth = min64(B, t.in_size - j * B);
     const float* x = t.x + t.at[e] * t.x_block;
     const float* next = x + H * B;
+    for (int r = R; !PACKED && r < 2 * R; ++r)
+      for (int k = 0; k < B; k += 16) O::prefetch(x + r * x_row + k);
     const float* wk = w;
     const char* ahead =
         e < t.fetched ? t.ahead[e] + t.ahead_at : reinterpret_cast<const char*>(next);
     for (int64_t k = 0; k < depth; ++k, ++x, wk += W) {
-      O::prefetch(next + k * R);
+      if (PACKED) O::prefetch(next + k * R);
       O::prefetch(ahead + k * t.ahead_step);
       F wv[C];
       NB_UNROLL
       for (int c = 0; c < C; ++c) wv[c] = O::loadf(wk + c * O::kLanes);
       NB_UNROLL
       for (int r = 0; r < R; ++r) {
-        const F xv = O::set1f(x[r * B]);
+        const F xv = O::set1f(x[r * x_row]);
         NB_UNROLL
         for (int c = 0; c < C; ++c) sum[r][c] = O::fmaf(xv, wv[c], sum[r][c]);
       }
@@ -193,15 +199,15 @@ static __attribute__((noinline)) void tile(const TileJob& t) {
   }
 }
 
-template <class O, int B, int R>
+template <class O, int B, bool PACKED, int R>
 struct TileOf {
   static void run(int64_t rows, const TileJob& t) {
-    if (rows == R) return tile<O, B, R>(t);
-    TileOf<O, B, R - 1>::run(rows, t);
+    if (rows == R) return tile<O, B, PACKED, R>(t);
+    TileOf<O, B, PACKED, R - 1>::run(rows, t);
   }
 };
-template <class O, int B>
-struct TileOf<O, B, 0> {
+template <class O, int B, bool PACKED>
+struct TileOf<O, B, PACKED, 0> {
   static void run(int64_t, const TileJob&) {}
 };
 
@@ -219,13 +225,14 @@ static void multiply_rows(const PackedRows& x, int64_t r0, int64_t rows, TileJob
     t.x = static_cast<const float*>(x.data) + (r0 + i) * B;
     t.acc = acc + i * t.acc_stride;
     t.ahead_at = i / H * t.ahead_step * B;
-    TileOf<O, B, H>::run(height, t);
+    TileOf<O, B, true, H>::run(height, t);
     i += height;
   }
 }
 
 // Rows of x as they lie. A fused product meets each block once for all rows, so widening x beside
-// the tile (a tenth of its FMAs) costs no more than packing all of x would, and no memory.
+// the tile costs no more than packing all of x would, and no memory. float32 is read in place where
+// O has registers for the addresses of a tile's rows.
 struct SourceRows {
   const char* data;
   Dtype type;
@@ -287,7 +294,7 @@ static void multiply_source(const Rows& x, int64_t r0, int64_t rows, TileJob t) 
     }
     t.acc = acc + i * t.acc_stride;
     t.ahead_at = i / H * t.ahead_step * B;
-    TileOf<O, B, H>::run(height, t);
+    TileOf<O, B, true, H>::run(height, t);
   }
 }
 
@@ -295,8 +302,26 @@ template <class O, int B>
 static void multiply_any(const PackedRows& x, int64_t r0, int64_t rows, const TileJob& t) {
   multiply_rows<O, B>(x, r0, rows, t);
 }
+template <class O, int B>
+static void multiply_in_place(const SourceRows& x, int64_t r0, int64_t rows, TileJob t) {
+  constexpr int H = Shape<O, B>::kRows;
+  float* const acc = t.acc;
+  t.x_block = B;
+  t.x_row = x.stride;
+  t.ahead_step = t.ahead_step * H / max64(rows, H);
+  for (int64_t i = 0; i < rows; i += H) {
+    t.x = reinterpret_cast<const float*>(x.data) + (r0 + i) * x.stride;
+    t.acc = acc + i * t.acc_stride;
+    t.ahead_at = i / H * t.ahead_step * B;
+    TileOf<O, B, false, H>::run(min64(H, rows - i), t);
+  }
+}
+
 template <class O, int B, class Rows>
 static void multiply_any(const Rows& x, int64_t r0, int64_t rows, const TileJob& t) {
+  if constexpr (O::kRowsInPlace && std::is_same_v<Rows, SourceRows>) {
+    if (x.type == Dtype::kF32) return multiply_in_place<O, B>(x, r0, rows, t);
+  }
   multiply_source<O, B>(x, r0, rows, t);
 }
 

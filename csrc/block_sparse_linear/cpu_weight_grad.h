@@ -148,17 +148,11 @@ static inline int64_t row_of(const BlockLayout& s, int64_t z, int64_t row) {
 }
 
 // Where most columns hold a block or two, copies for all would be read about as often as written:
-// every block packs its own pieces on the stack. While it multiplies one it asks for the next
-// one's source rows, which stand apart: nothing the hardware would foresee.
+// every block packs its own pieces, on the stack.
 template <class O, int B>
 static void multiply_alone(const BlockWeightGradParams& p, const GradSums& a) {
   constexpr int64_t kPiece = kPieceFloats / B;
-  const int64_t Z = p.s.count, bytes = dtype_size(p.gtype);
-  auto ahead = [&](const void* x, int64_t stride, int64_t j, int64_t m) {
-    const char* at = static_cast<const char*>(x) + (m * stride + j * B) * bytes;
-    for (const int64_t end = min64(p.m, m + kPiece); m < end; ++m, at += stride * bytes)
-      for (int64_t i = 0; i < B * bytes; i += 64) O::prefetch(at + i);
-  };
+  const int64_t Z = p.s.count;
   auto work = [&](int64_t begin, int64_t end) {
     alignas(64) float g[kPieceFloats], x[kPieceFloats];
     int64_t row = 0;
@@ -174,9 +168,6 @@ static void multiply_alone(const BlockWeightGradParams& p, const GradSums& a) {
         pack_columns<O, B>(p.g, p.gtype, p.g_stride, p.s.n, row, m, count, g);
         for (int64_t u = 0; u < last - t; ++u) {
           pack_columns<O, B>(p.x, p.gtype, p.x_stride, p.s.k, col[u], m, count, x);
-          const bool ends = u + 1 == last - t;
-          if (ends) ahead(p.g, p.g_stride, row, m + kPiece);
-          ahead(p.x, p.x_stride, col[ends ? 0 : u + 1], ends ? m + kPiece : m);
           grad_block<O, B, B>(g, x, count, a.sums + (t + u) * B * B);
         }
       }

@@ -15,6 +15,7 @@ struct FloatBits {  // element types by name, so that a template can ask for one
 
 struct Floats2 : Avx2 {
   static constexpr int tile_rows(int) { return 6; }  // 6 x 2 sums of 16 registers
+  static constexpr bool kRowsInPlace = true;
 
   // a + v, and the bits of a where v is 0 or -0: -0 + 0 would be +0, but -0 - (+0) is -0.
   static inline F add_keeping(F a, F v) {

@@ -16,6 +16,7 @@ struct FloatBits {  // element types by name, so that a template can ask for one
 struct Floats512 : Avx512Base {
   // Rows of x in a register tile of `cols` vectors: 16 x 1, 12 x 2 or 6 x 4 sums of 32 registers.
   static constexpr int tile_rows(int cols) { return cols == 1 ? 16 : cols == 2 ? 12 : 6; }
+  static constexpr bool kRowsInPlace = false;  // up to 16 rows a tile
 
   // a + v, and the bits of a where v is 0 or -0: -0 + 0 would be +0, but -0 - (+0) is -0.
   static inline F add_keeping(F a, F v) {

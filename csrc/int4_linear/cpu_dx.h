@@ -153,7 +153,11 @@ static void store_columns(const Int4LinearParams& p, int64_t m0, int64_t rows, i
   for (int64_t r = 0; r < rows; ++r) {
     char* y = static_cast<char*>(p.y) + ((m0 + r) * p.y_stride + k0) * dtype_size(p.xtype);
     const float* a = acc + r * width;
-    if (p.xtype == Dtype::kF32) {
+    if (p.xtype == Dtype::kF32 && live == width) {
+      for (int64_t i = 0; i < width; i += O::kLanes) {
+        O::storef(reinterpret_cast<float*>(y) + i, O::loadf(a + i));
+      }
+    } else if (p.xtype == Dtype::kF32) {
       memcpy(y, a, static_cast<size_t>(live) * 4);
     } else {
       uint16_t half[width];

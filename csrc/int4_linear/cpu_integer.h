@@ -43,22 +43,21 @@ namespace {
 // read stays with it. kChunks of them bound the workspace.
 constexpr int64_t kRowChunk = 256, kChunks = 8;
 
-// Bias, conversion to the type of x, and the store of one finished row of a tile.
+// Conversion to the type of x, and the store of one finished row of a tile. `bias` has whole
+// vectors, or is null.
 template <class O>
 static inline void store_row(const Int4LinearParams& p, int64_t m, int64_t n0, int64_t count,
-                             const float* acc) {
-  alignas(64) float out[64];
-  for (int64_t i = 0; i < count; i += O::kLanes) {
-    const int64_t live = count - i < O::kLanes ? count - i : O::kLanes;
-    typename O::F v = O::loadf(acc + i);
-    if (p.bias) {
-      alignas(64) float bias[16] = {};
-      for (int64_t j = 0; j < live; ++j) bias[j] = load_as_f32(p.bias, p.bias_type, n0 + i + j);
-      v = O::addf(v, O::loadf(bias));
-    }
-    O::storef(out + i, v);
-  }
+                             const float* bias, const float* acc) {
   char* y = static_cast<char*>(p.y) + (m * p.y_stride + n0) * dtype_size(p.xtype);
+  alignas(64) float out[64];
+  const bool straight = p.xtype == Dtype::kF32 && count % O::kLanes == 0;
+  float* to = straight ? reinterpret_cast<float*>(y) : out;
+  for (int64_t i = 0; i < count; i += O::kLanes) {
+    typename O::F v = O::loadf(acc + i);
+    if (bias) v = O::addf(v, O::loadf(bias + i));
+    O::storef(to + i, v);
+  }
+  if (straight) return;
   if (p.xtype == Dtype::kF32) {
     memcpy(y, out, static_cast<size_t>(count) * 4);
   } else if (p.xtype == Dtype::kBF16) {
@@ -177,8 +176,10 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   if (p.add && count > 0) {
     (parts ? p.add->add_rest : p.add->add)(p.add, m0, a.rows, n0, count, acc, acc_stride);
   }
+  alignas(64) float bias[C * O::kLanes] = {};
+  for (int64_t i = 0; p.bias && i < count; ++i) bias[i] = load_as_f32(p.bias, p.bias_type, n0 + i);
   for (int64_t r = 0; r < a.rows && count > 0; ++r)
-    store_row<O>(p, m0 + r, n0, count, acc + r * acc_stride);
+    store_row<O>(p, m0 + r, n0, count, p.bias ? bias : nullptr, acc + r * acc_stride);
 }
 
 template <class O, int BITS, int ACT>
