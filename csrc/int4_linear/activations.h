@@ -10,6 +10,8 @@
 // Included by files compiled for one ISA each, hence static and in an anonymous namespace.
 #pragma once
 
+#include <immintrin.h>
+
 #include "../common/kernel.h"
 #include "int4_linear.h"
 
@@ -82,7 +84,54 @@ static inline void load_block(const void* x, Dtype type, int64_t at, int64_t n, 
   for (; i < padded; ++i) buf[i] = 0.0f;
 }
 
-// One row of x into row `m` of `a`. ACT is 16 or 8. Padded elements become 0.
+// The largest magnitude of v[0 .. n) by its bit pattern, n a multiple of 16: integer maxima are
+// cheap, and NaN and infinity come out above every finite value.
+static inline uint32_t largest_bits(const float* v, int64_t n) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i top = _mm256_setzero_si256();
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + i));
+    top = _mm256_max_epi32(top, _mm256_and_si256(bits, magnitude));
+  }
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(half));
+}
+
+// v[0 .. n) * inverse as int16 in the order of k, or int8 in that of a packed line (int4_linear.h);
+// n a multiple of 16. Returns their sum.
+template <int ACT>
+static inline int32_t round_block(const float* v, int64_t n, float inverse, uint8_t* out) {
+  const __m256 factor = _mm256_set1_ps(inverse), magic = _mm256_set1_ps(12582912.0f);
+  const __m256i bias = _mm256_set1_epi32(0x4b400000);
+  // Adding 1.5 * 2^23 rounds to an integer (ties to even) and leaves it in the low mantissa bits.
+  auto rounded = [&](const float* at) {
+    const __m256 x = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(at), factor), magic);
+    return _mm256_sub_epi32(_mm256_castps_si256(x), bias);
+  };
+  __m256i sums = _mm256_setzero_si256();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m256i a = rounded(v + i), b = rounded(v + i + 8);
+    sums = _mm256_add_epi32(sums, _mm256_add_epi32(a, b));
+    const __m256i ab = _mm256_packs_epi32(a, b);  // a0-3 b0-3, a4-7 b4-7
+    if (ACT == 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * i),
+                          _mm256_permute4x64_epi64(ab, 0xd8));
+    } else {  // a0 a4 a1 a5 ... and the same of b
+      const __m256i bytes = _mm256_packs_epi16(ab, ab);
+      const __m128i first = _mm256_castsi256_si128(bytes);
+      const __m128i second = _mm256_extracti128_si256(bytes, 1);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_unpacklo_epi8(first, second));
+    }
+  }
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+// One row of x into row `m` of `a`. ACT is 16 or 8. Padded elements become 0. In AVX2 at every
+// level: with blocks of 32 the arithmetic is a few vectors between two divisions.
 template <class O, int ACT>
 static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row,
                          const QuantizedRows& a) {
@@ -92,60 +141,34 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row,
   uint32_t worst = 0;
   for (int64_t b = 0; b < a.blocks; ++b) {
     const int64_t k0 = b * a.block;
-    const int64_t len = K - k0 < a.block ? K - k0 : a.block;
-    const int64_t end = b + 1 < a.blocks ? k0 + a.block : a.padded_k;
-    const int64_t padded =
-        end - k0;  // at most kFlushK + 63: a short last block reaches up to k_pad
+    const int64_t len = min64(a.block, K - k0);
+    // At most kFlushK + 63, a multiple of 16: a short last block reaches up to k_pad.
+    const int64_t padded = (b + 1 < a.blocks ? k0 + a.block : a.padded_k) - k0;
     alignas(64) float buf[kFlushK + 64];
-    load_block<O>(p.x, p.xtype, m * p.x_stride + k0, len, padded, buf);
-
-    // The largest magnitude by its bit pattern: integer maxima vectorise, and NaN and infinity come
-    // out above every finite value.
-    uint32_t top = 0;
-    for (int64_t i = 0; i < padded; ++i) {
-      const uint32_t bits = f32_to_bits(buf[i]) & 0x7fffffffu;
-      top = bits > top ? bits : top;
+    const float* v = buf;
+    if (p.xtype == Dtype::kF32 && len == padded) {
+      v = static_cast<const float*>(p.x) + m * p.x_stride + k0;
+    } else {
+      load_block<O>(p.x, p.xtype, m * p.x_stride + k0, len, padded, buf);
     }
+    const uint32_t top = largest_bits(v, padded);
     worst = top > worst ? top : worst;
     float max = bits_to_f32(top);
     float scale = 0.0f, inverse = 0.0f;
     if (top != 0 && top < 0x7f800000u) {
       scale = max / levels;
       if (max < 1e-30f) {  // 32767 / max would overflow
-        for (int64_t i = 0; i < padded; ++i) buf[i] *= 1.8446744073709552e19f;
+        for (int64_t i = 0; i < padded; ++i) buf[i] = v[i] * 1.8446744073709552e19f;
         max *= 1.8446744073709552e19f;
+        v = buf;
       }
       inverse = levels / max;
     } else {
-      for (int64_t i = 0; i < padded; ++i) buf[i] = 0.0f;
+      memset(buf, 0, static_cast<size_t>(padded) * 4);
+      v = buf;
     }
-
     uint8_t* out = a.q + b * a.block_stride + row * a.stride;
-    // Adding 1.5 * 2^23 rounds to an integer (ties to even) and leaves it in the low mantissa bits.
-    int32_t sum = 0;
-    if (ACT == 16) {
-      int16_t* q = reinterpret_cast<int16_t*>(out);
-      for (int64_t i = 0; i < padded; ++i) {
-        const int32_t v =
-            static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
-        q[i] = static_cast<int16_t>(v);
-        sum += v;
-      }
-    } else {
-      alignas(64) int8_t q[kFlushK + 64];
-      for (int64_t i = 0; i < padded; ++i) {
-        const int32_t v =
-            static_cast<int32_t>(f32_to_bits(buf[i] * inverse + 12582912.0f)) - 0x4b400000;
-        q[i] = static_cast<int8_t>(v);
-        sum += v;
-      }
-      int8_t* o = reinterpret_cast<int8_t*>(out);
-      for (int64_t i = 0; i < padded;
-           i += 8) {  // the byte order of a packed line, see int4_linear.h
-        o[i + 0] = q[i + 0], o[i + 1] = q[i + 4], o[i + 2] = q[i + 1], o[i + 3] = q[i + 5];
-        o[i + 4] = q[i + 2], o[i + 5] = q[i + 6], o[i + 6] = q[i + 3], o[i + 7] = q[i + 7];
-      }
-    }
+    const int32_t sum = round_block<ACT>(v, padded, inverse, out);
     a.scale[b * a.rows + row] = scale;
     a.init[b * a.rows + row] = p.w.affine ? 0 : -zero * sum;
     a.sum[b * a.rows + row] = scale * static_cast<float>(sum);
