@@ -206,8 +206,7 @@ template <class O, int B>
 static Status block_gain_of(const BlockGainParams& p) {
   using Panel = GainPanel<O, B>;
   const GainPlan<B> s(p);
-  static const Parallel serial = {nullptr, 1};
-  const Parallel& parallel = p.m * p.n * p.k < (1 << 16) ? serial : *p.parallel;
+  const Parallel& parallel = p.m * p.n * p.k < (1 << 16) ? kSerial : *p.parallel;
   double* sums = static_cast<double*>(aligned_malloc(2 * s.rows * s.cols * 8));
   if (!sums) return kOutOfMemory;
   memset(sums, 0, static_cast<size_t>(2 * s.rows * s.cols) * 8);

@@ -253,8 +253,7 @@ template <class O>
 static Status block_scores(const BlockScoresParams& p) {
   const ScorePlan s = make_plan(p);
   const int64_t blocks = s.rows * s.cols, columns = s.col_tiles * kEdge;
-  static const Parallel serial = {nullptr, 1};
-  const Parallel& parallel = p.m * p.n * s.cols * s.width < (1 << 17) ? serial : *p.parallel;
+  const Parallel& parallel = p.m * p.n * s.cols * s.width < (1 << 17) ? kSerial : *p.parallel;
   const int64_t z_floats = p.sketch ? columns * p.m : 0;
   const int64_t sign_floats = p.sketch ? columns * p.block : 0;
   const int64_t begins = p.sketch ? columns : 0;

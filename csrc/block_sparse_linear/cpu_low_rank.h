@@ -113,7 +113,6 @@ bool LowRank::make(const Int4BlockSparseParams& p, bool dx) {
   t = out;
   const float* inner = dx ? c : a;
   const int64_t in = dx ? b.w.n : b.w.k, in_pad = dx ? n_pad : k_pad;
-  static const Parallel serial = {nullptr, 1};
   int failed = 0;
   auto rows = [&](int64_t begin, int64_t end) {
     float* row = static_cast<float*>(aligned_malloc(in_pad * 4));
@@ -130,7 +129,7 @@ bool LowRank::make(const Int4BlockSparseParams& p, bool dx) {
     });
     free(row);
   };
-  parallel_for(b.m * in * rank < (1 << 18) ? serial : *b.parallel, b.m, rows);
+  parallel_for(b.m * in * rank < (1 << 18) ? kSerial : *b.parallel, b.m, rows);
   return !failed;
 }
 

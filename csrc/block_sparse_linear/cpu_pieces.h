@@ -273,28 +273,37 @@ static void widen_rows(const IntegerRows& x, int64_t m, int64_t rows, int64_t k0
 }
 
 // The same as multiply_rows from x as it lies: each tile's part of x is widened just before it is
-// used.
-template <class O, int B, class Rows>
+// used, or read where it stands.
+template <class O, int B, bool IN_PLACE, class Rows>
 static void multiply_source(const Rows& x, int64_t r0, int64_t rows, TileJob t) {
   using S = Shape<O, B>;
   constexpr int H = S::kRows;
-  alignas(64) float wide[S::kPass * H * B];
+  alignas(64) float wide[IN_PLACE ? 1 : S::kPass * H * B];
   int32_t order[S::kPass];
   for (int i = 0; i < S::kPass; ++i) order[i] = i;
   float* const acc = t.acc;
-  t.x = wide;
-  t.x_block = H * B;
-  t.at = order;
+  if constexpr (IN_PLACE) {
+    t.x_row = x.stride;
+    t.x_block = B;
+  } else {
+    t.x = wide;
+    t.x_block = H * B;
+    t.at = order;
+  }
   t.ahead_step = t.ahead_step * H / max64(rows, H);
   for (int64_t i = 0; i < rows; i += H) {
     const int64_t height = min64(H, rows - i);
-    for (int64_t e = 0; e < t.count; ++e) {
-      const int64_t k0 = t.in[e] * B;
-      widen_rows<O, B>(x, r0 + i, height, k0, min64(B, t.in_size - k0), wide + e * H * B);
+    if constexpr (IN_PLACE) {
+      t.x = reinterpret_cast<const float*>(x.data) + (r0 + i) * x.stride;
+    } else {
+      for (int64_t e = 0; e < t.count; ++e) {
+        const int64_t k0 = t.in[e] * B;
+        widen_rows<O, B>(x, r0 + i, height, k0, min64(B, t.in_size - k0), wide + e * H * B);
+      }
     }
     t.acc = acc + i * t.acc_stride;
     t.ahead_at = i / H * t.ahead_step * B;
-    TileOf<O, B, true, H>::run(height, t);
+    TileOf<O, B, !IN_PLACE, H>::run(height, t);
   }
 }
 
@@ -302,27 +311,12 @@ template <class O, int B>
 static void multiply_any(const PackedRows& x, int64_t r0, int64_t rows, const TileJob& t) {
   multiply_rows<O, B>(x, r0, rows, t);
 }
-template <class O, int B>
-static void multiply_in_place(const SourceRows& x, int64_t r0, int64_t rows, TileJob t) {
-  constexpr int H = Shape<O, B>::kRows;
-  float* const acc = t.acc;
-  t.x_block = B;
-  t.x_row = x.stride;
-  t.ahead_step = t.ahead_step * H / max64(rows, H);
-  for (int64_t i = 0; i < rows; i += H) {
-    t.x = reinterpret_cast<const float*>(x.data) + (r0 + i) * x.stride;
-    t.acc = acc + i * t.acc_stride;
-    t.ahead_at = i / H * t.ahead_step * B;
-    TileOf<O, B, false, H>::run(min64(H, rows - i), t);
-  }
-}
-
 template <class O, int B, class Rows>
 static void multiply_any(const Rows& x, int64_t r0, int64_t rows, const TileJob& t) {
   if constexpr (O::kRowsInPlace && std::is_same_v<Rows, SourceRows>) {
-    if (x.type == Dtype::kF32) return multiply_in_place<O, B>(x, r0, rows, t);
+    if (x.type == Dtype::kF32) return multiply_source<O, B, true>(x, r0, rows, t);
   }
-  multiply_source<O, B>(x, r0, rows, t);
+  multiply_source<O, B, false>(x, r0, rows, t);
 }
 
 // A run of a walk's entries, all of one output block.

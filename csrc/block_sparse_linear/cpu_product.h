@@ -130,9 +130,8 @@ static Status run_chunks(const BlockSparseParams& p, const Parallel& parallel, c
 }
 
 static inline const Parallel& worth_threads(const BlockSparseParams& p, const Walk& walk) {
-  static const Parallel serial = {nullptr, 1};
   const int64_t work = p.m * (p.s.count * p.s.block * p.s.block + walk.out_size);
-  return work < kSerialWork ? serial : *p.parallel;
+  return work < kSerialWork ? kSerial : *p.parallel;
 }
 
 template <class O, int B>

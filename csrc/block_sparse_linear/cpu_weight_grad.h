@@ -27,7 +27,6 @@ constexpr int64_t kPartRows = 512;
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kWorthThreads = 1 << 17;  // multiply-adds from which threads pay
 constexpr int64_t kAloneBelow = 8;          // packing for all pays from B / this blocks a column on
-constexpr Parallel kSerial = {nullptr, 1};
 
 // out[R][C vectors] += g^T x: rows of g are GW apart, rows of x and out XW.
 template <class O, int GW, int XW, int R>
@@ -150,7 +149,8 @@ static inline int64_t row_of(const BlockLayout& s, int64_t z, int64_t row) {
 // Where most columns hold a block or two, copies for all would be read about as often as written:
 // every block packs its own pieces, on the stack.
 template <class O, int B>
-static void multiply_alone(const BlockWeightGradParams& p, const GradSums& a) {
+static void multiply_alone(const BlockWeightGradParams& p, const GradSums& a,
+                           const Parallel& parallel) {
   constexpr int64_t kPiece = kPieceFloats / B;
   const int64_t Z = p.s.count;
   auto work = [&](int64_t begin, int64_t end) {
@@ -173,7 +173,7 @@ static void multiply_alone(const BlockWeightGradParams& p, const GradSums& a) {
       }
     }
   };
-  parallel_for(p.m * Z * B * B < kWorthThreads ? kSerial : *p.parallel, a.parts * Z, work);
+  parallel_for(parallel, a.parts * Z, work);
 }
 
 // Column blocks are packed once for all blocks: of kTokens rows of each part at a time.
@@ -226,7 +226,8 @@ static Status weight_grad_of(const BlockWeightGradParams& p) {
   const bool in_place = a.parts == 1 && p.out_type == Dtype::kF32;
   int64_t used = 0;
   for (int64_t c = 0; c < cols; ++c) used += p.s.col_ptr[c] != p.s.col_ptr[c + 1];
-  const bool alone = Z * kAloneBelow < used * B || p.m * size < kWorthThreads;
+  const bool few = p.m * size < kWorthThreads, alone = few || Z * kAloneBelow < used * B;
+  const Parallel& parallel = few ? kSerial : *p.parallel;
   const int64_t tokens = min64(kTokens, max64(1, a.part_rows));
   const int64_t packed = alone ? 0 : a.parts * (rows + cols) * tokens * B;
   float* memory =
@@ -234,7 +235,7 @@ static Status weight_grad_of(const BlockWeightGradParams& p) {
   if (!memory) return kOutOfMemory;
   a.sums = in_place ? static_cast<float*>(p.out) : memory + packed;
   if (alone) {
-    multiply_alone<O, B>(p, a);
+    multiply_alone<O, B>(p, a, parallel);
   } else {
     multiply_shared<O, B>(p, a, tokens, memory);
   }
@@ -247,7 +248,7 @@ static Status weight_grad_of(const BlockWeightGradParams& p) {
     }
   };
   const bool whole = p.s.n % B == 0 && p.s.k % B == 0;
-  if (!in_place || !whole) parallel_for(*p.parallel, Z, finish);
+  if (!in_place || !whole) parallel_for(parallel, Z, finish);
   free(memory);
   return kOk;
 }

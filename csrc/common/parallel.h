@@ -16,6 +16,8 @@ struct Parallel {
   int threads;  // how many threads run() may use: a hint for cutting tasks, never for cutting a sum
 };
 
+constexpr Parallel kSerial = {nullptr, 1};  // for work that waking other threads would only delay
+
 template <class F>
 static inline void parallel_for(const Parallel& p, int64_t tasks, F& f) {
   if (tasks <= 0) return;

@@ -117,9 +117,8 @@ Status attend_as(const AttendParams& p) {
     for (int64_t task = begin; task < end; ++task) attend_task<T>(p, task, memory);
     free(memory);
   };
-  static const Parallel serial = {nullptr, 1};
   const bool small = 2 * p.batch * p.heads * p.keys * p.dim < kParallelWork;
-  parallel_for(small ? serial : *p.parallel, p.batch * p.kv_heads, body);
+  parallel_for(small ? kSerial : *p.parallel, p.batch * p.kv_heads, body);
   return status;
 }
 

@@ -176,5 +176,45 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row,
   a.nonfinite[row] = worst >= 0x7f800000u;
 }
 
+constexpr int64_t kChunks = 8;  // held at a time: bounds the workspace
+
+// Rows [m0, m0 + rows) of x in equal chunks, which threads take whole where there are enough: what
+// one wrote or read stays with it.
+struct QuantizedChunks {
+  QuantizedRows at[kChunks] = {};
+  int64_t m0, rows, count, chunk;
+
+  ~QuantizedChunks() {
+    for (const QuantizedRows& a : at) free(a.memory);
+  }
+  // Up to kChunks * most rows from row `first` on, chunks of at most `most`.
+  template <class O, int ACT>
+  bool make(const Int4LinearParams& p, int64_t first, int64_t most) {
+    m0 = first;
+    rows = min64(p.m - first, kChunks * most);
+    count = ceil_div(rows, most);
+    chunk = ceil_div(rows, count);
+    const Int4Geometry g = int4_geometry(p.w);
+    for (int64_t c = 0; c < count; ++c) {
+      if (!quantized_rows_alloc(&at[c], g, p.w.k, min64(rows - c * chunk, chunk), ACT))
+        return false;
+    }
+    auto quantize = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        quantize_row<O, ACT>(p, m0 + r, r % chunk, at[r / chunk]);
+    };
+    // Below this waking the other threads costs more than they save.
+    parallel_for(rows * p.w.k < 65536 ? kSerial : *p.parallel, rows, quantize);
+    return true;
+  }
+  // f(row of x) for those with a NaN or an infinity.
+  template <class F>
+  void each_nonfinite(F f) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (at[r / chunk].nonfinite[r % chunk]) f(m0 + r);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace nibblock

@@ -16,8 +16,7 @@ constexpr Dtype kF32 = Dtype::kF32;
 
 // out[k] = w[n, k], k < f.k, in float32.
 void dequantize_row(const Int4LinearParams& p, int64_t n, float* out) {
-  static const Parallel serial = {nullptr, 1};
-  int4_dequantize(p.w, p.packed, &n, 1, out, kF32, serial);
+  int4_dequantize(p.w, p.packed, &n, 1, out, kF32, kSerial);
 }
 
 }  // namespace

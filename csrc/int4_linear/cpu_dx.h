@@ -188,7 +188,6 @@ static Status input_gradient(const Int4LinearParams& p) {
   const Int4Geometry g = int4_geometry(p.w);
   const int64_t N = p.w.n, K = p.w.k;
   const int64_t n_pad = round_up(N, kPanelRows);
-  static const Parallel serial = {nullptr, 1};
   for (int64_t m0 = 0; m0 < p.m; m0 += O::kDxRows) {
     const int64_t rows = p.m - m0 < O::kDxRows ? p.m - m0 : O::kDxRows;
     float* grad = static_cast<float*>(aligned_malloc(rows * n_pad * 4));
@@ -204,9 +203,9 @@ static Status input_gradient(const Int4LinearParams& p) {
         }
       }
     };
-    parallel_for(rows * N < 65536 ? serial : *p.parallel, rows, convert);
+    parallel_for(rows * N < 65536 ? kSerial : *p.parallel, rows, convert);
     const int64_t tiles = ceil_div(rows, O::kRowsF), columns = ceil_div(K, width);
-    const Parallel& parallel = rows * N * K < 131072 ? serial : *p.parallel;
+    const Parallel& parallel = rows * N * K < 131072 ? kSerial : *p.parallel;
     const int64_t each =
         tiles_of_task(columns, parallel.threads > 0 ? parallel.threads : 1, O::kDxTiles);
     bool failed = false;

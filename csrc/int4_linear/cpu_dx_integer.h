@@ -252,30 +252,17 @@ struct DxTask {
   }
 };
 
-// Rows [m0, m0 + rows) in `chunks` parts of `chunk` rows, which threads take whole where there are
-// enough, as the forward does.
 template <class O, int BITS, int ACT>
-static Status integer_gradient_of(const Int4LinearParams& p, const Int4Geometry& g, int64_t m0,
-                                  int64_t rows, int64_t chunks, int64_t chunk, QuantizedRows* a) {
+static Status integer_gradient_of(const Int4LinearParams& p, const Int4Geometry& g,
+                                  const QuantizedChunks& a) {
   using Task = DxTask<O, BITS, ACT>;
-  Int4LinearParams dy = p;  // as rows of a forward: n is summed over, in blocks of kFlushK
-  dy.w = {p.w.k, p.w.n, kFlushK, 4, 1, Dtype::kF32};
-  for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t count = max64(0, min64(rows - c * chunk, chunk));
-    if (!quantized_rows_alloc(&a[c], int4_geometry(dy.w), p.w.n, count, 16)) return kOutOfMemory;
-  }
-  static const Parallel serial = {nullptr, 1};
-  auto quantize = [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) quantize_row<O, 16>(dy, m0 + r, r % chunk, a[r / chunk]);
-  };
-  parallel_for(rows * p.w.n < 65536 ? serial : *p.parallel, rows, quantize);
-  const Parallel& parallel = rows * p.w.n * p.w.k < 131072 ? serial : *p.parallel;
+  const Parallel& parallel = a.rows * p.w.n * p.w.k < 131072 ? kSerial : *p.parallel;
   const int64_t units = ceil_div(p.w.k, kDxUnit);
-  const int64_t each = tiles_of_task(units, max64(1, parallel.threads / chunks), O::kDxUnits);
+  const int64_t each = tiles_of_task(units, max64(1, parallel.threads / a.count), O::kDxUnits);
   const int64_t tasks = ceil_div(units, each);
   bool failed = false;
   auto multiply = [&](int64_t begin, int64_t end) {
-    const int64_t acc_bytes = each * chunk * kDxUnit * 4;
+    const int64_t acc_bytes = each * a.chunk * kDxUnit * 4;
     const int64_t operands = each * Task::kTiles * Task::kOperand;
     const int64_t scales = each * static_cast<int64_t>(sizeof(BlockScales));
     uint8_t* memory =
@@ -289,37 +276,36 @@ static Status integer_gradient_of(const Int4LinearParams& p, const Int4Geometry&
     uint8_t* at = memory + sizeof(ScaledRows) + acc_bytes;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t c = t / tasks, unit0 = t % tasks * each, count = min64(units - unit0, each);
-      Task task = {p, g, a[c], acc, at, reinterpret_cast<BlockScales*>(at + operands), scaled};
+      const QuantizedRows& rows = a.at[c];
+      Task task = {p, g, rows, acc, at, reinterpret_cast<BlockScales*>(at + operands), scaled};
       memset(acc, 0, static_cast<size_t>(acc_bytes));
-      for (int64_t block = 0; block < a[c].blocks; ++block) {
-        task.multiply(unit0, count, block, min64(a[c].padded_k - block * kFlushK, kFlushK));
+      for (int64_t block = 0; block < rows.blocks; ++block) {
+        task.multiply(unit0, count, block, min64(rows.padded_k - block * kFlushK, kFlushK));
       }
       for (int64_t i = 0; i < count * Task::kTiles; ++i) {
         const int64_t k0 = unit0 * kDxUnit + i * Task::kWidth;
         if (k0 >= p.w.k) break;
-        store_columns<O, Task::kWidth>(p, m0 + c * chunk, a[c].rows, k0,
-                                       acc + i * a[c].rows * Task::kWidth);
+        store_columns<O, Task::kWidth>(p, a.m0 + c * a.chunk, rows.rows, k0,
+                                       acc + i * rows.rows * Task::kWidth);
       }
     }
     free(memory);
   };
-  parallel_for(parallel, chunks * tasks, multiply);
-  for (int64_t r = 0; r < rows && !failed; ++r) {
-    if (a[r / chunk].nonfinite[r % chunk]) int4_linear_dx_nonfinite_row(p, m0 + r);
-  }
-  return failed ? kOutOfMemory : kOk;
+  parallel_for(parallel, a.count * tasks, multiply);
+  if (failed) return kOutOfMemory;
+  a.each_nonfinite([&](int64_t m) { int4_linear_dx_nonfinite_row(p, m); });
+  return kOk;
 }
 
 template <class O, int BITS, int ACT>
 static Status integer_gradient(const Int4LinearParams& p) {
   const Int4Geometry g = int4_geometry(p.w);
+  Int4LinearParams dy = p;  // as rows of a forward: n is summed over, in blocks of kFlushK
+  dy.w = {p.w.k, p.w.n, kFlushK, 4, 1, Dtype::kF32};
   for (int64_t m0 = 0; m0 < p.m; m0 += kChunks * O::kDxRows) {
-    const int64_t rows = min64(p.m - m0, kChunks * O::kDxRows);
-    const int64_t chunks = ceil_div(rows, O::kDxRows);
-    QuantizedRows a[kChunks] = {};
-    const Status status =
-        integer_gradient_of<O, BITS, ACT>(p, g, m0, rows, chunks, ceil_div(rows, chunks), a);
-    for (int64_t c = 0; c < chunks; ++c) free(a[c].memory);
+    QuantizedChunks a;
+    if (!a.make<O, 16>(dy, m0, O::kDxRows)) return kOutOfMemory;
+    const Status status = integer_gradient_of<O, BITS, ACT>(p, g, a);
     if (status != kOk) return status;
   }
   return kOk;

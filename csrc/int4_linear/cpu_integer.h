@@ -39,9 +39,8 @@ namespace nibblock {
 namespace {
 
 // Rows of x that a task multiplies: with an adapter beside them they are read again for every tile,
-// and fit the second cache. Threads take whole chunks where there are enough: what one wrote or
-// read stays with it. kChunks of them bound the workspace.
-constexpr int64_t kRowChunk = 256, kChunks = 8;
+// and fit the second cache.
+constexpr int64_t kRowChunk = 256;
 
 // Conversion to the type of x, and the store of one finished row of a tile. `bias` has whole
 // vectors, or is null.
@@ -195,59 +194,43 @@ static Status forward(const Int4LinearParams& p) {
                                               : kPerPanel;
   const int width = cols < most ? cols : most;
   const int64_t tiles = ceil_div(vectors, width);
-  static const Parallel serial = {nullptr, 1};
-  // Below these sizes waking the other threads costs more than they save.
-  const Parallel& quantizes = p.m * p.w.k < 65536 ? serial : *p.parallel;
-  const Parallel& multiplies = p.m * p.w.n * p.w.k < 131072 ? serial : *p.parallel;
-  Status status = kOk;
-  for (int64_t m0 = 0; m0 < p.m && status == kOk; m0 += kChunks * kRowChunk) {
-    const int64_t rows = min64(p.m - m0, kChunks * kRowChunk), chunks = ceil_div(rows, kRowChunk);
-    const int64_t chunk = ceil_div(rows, chunks);  // equal ones, for equal shares of the threads
-    QuantizedRows a[kChunks] = {};
-    for (int64_t c = 0; c < chunks && status == kOk; ++c) {
-      const int64_t count = max64(0, min64(rows - c * chunk, chunk));
-      if (!quantized_rows_alloc(&a[c], g, p.w.k, count, ACT)) status = kOutOfMemory;
-    }
-    auto quantize = [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        quantize_row<O, ACT>(p, m0 + r, r % chunk, a[r / chunk]);
-    };
-    if (status == kOk) parallel_for(quantizes, rows, quantize);
+  // Below this waking the other threads costs more than they save.
+  const Parallel& parallel = p.m * p.w.n * p.w.k < 131072 ? kSerial : *p.parallel;
+  for (int64_t m0 = 0; m0 < p.m; m0 += kChunks * kRowChunk) {
+    QuantizedChunks a;
+    if (!a.make<O, ACT>(p, m0, kRowChunk)) return kOutOfMemory;
     bool failed = false;
     auto multiply = [&](int64_t begin, int64_t end) {
       float* acc = static_cast<float*>(
-          aligned_malloc(chunk * width * O::kLanes * 4 + kFlushK * 2 * width * O::kBytes));
+          aligned_malloc(a.chunk * width * O::kLanes * 4 + kFlushK * 2 * width * O::kBytes));
       if (!acc) {
         failed = true;
         return;
       }
-      uint8_t* panel = reinterpret_cast<uint8_t*>(acc + chunk * width * O::kLanes);
+      uint8_t* panel = reinterpret_cast<uint8_t*>(acc + a.chunk * width * O::kLanes);
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t c = t / tiles, first = m0 + c * chunk;
+        const int64_t c = t / tiles, first = m0 + c * a.chunk;
         int64_t v = t % tiles * width;
         const int64_t stop = v + width < vectors ? v + width : vectors;
         // The last tile of a row may be narrower: full, half, then single panels.
         if (stop - v == 4) {
-          column_tile<O, BITS, ACT, 4>(p, g, a[c], first, v, acc, panel);
+          column_tile<O, BITS, ACT, 4>(p, g, a.at[c], first, v, acc, panel);
           v += 4;
         }
         if (stop - v >= 2) {
-          column_tile<O, BITS, ACT, 2>(p, g, a[c], first, v, acc, panel);
+          column_tile<O, BITS, ACT, 2>(p, g, a.at[c], first, v, acc, panel);
           v += 2;
         }
         if (O::kLanes == 16 && stop - v >= 1)
-          column_tile<O, BITS, ACT, O::kLanes == 16 ? 1 : 2>(p, g, a[c], first, v, acc, panel);
+          column_tile<O, BITS, ACT, O::kLanes == 16 ? 1 : 2>(p, g, a.at[c], first, v, acc, panel);
       }
       free(acc);
     };
-    if (status == kOk) parallel_for(multiplies, chunks * tiles, multiply);
-    if (failed) status = kOutOfMemory;
-    for (int64_t r = 0; r < rows && status == kOk; ++r) {
-      if (a[r / chunk].nonfinite[r % chunk]) int4_linear_nonfinite_row(p, m0 + r);
-    }
-    for (int64_t c = 0; c < chunks; ++c) free(a[c].memory);
+    parallel_for(parallel, a.count * tiles, multiply);
+    if (failed) return kOutOfMemory;
+    a.each_nonfinite([&](int64_t m) { int4_linear_nonfinite_row(p, m); });
   }
-  return status;
+  return kOk;
 }
 
 template <class O, int ACT>

@@ -157,7 +157,7 @@ class _HeadLoss(torch.autograd.Function):
             torch.log_softmax(values, dim=-1, out=values)
             total -= values.gather(1, places).sum()
             if wanted:
-                values.exp_().scatter_add_(1, places, values.new_full((), -1.0).expand_as(places))
+                values.exp_().scatter_(1, places, -1.0, reduce="add")
                 grads = torch.autograd.grad(scores, [part, *trained], values)
                 grad[first : first + chunk] = grads[0]
                 sums = [g if s is None else s.add_(g) for s, g in zip(sums, grads[1:])]
