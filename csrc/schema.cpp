@@ -20,7 +20,11 @@ STABLE_TORCH_LIBRARY(nibblock, m) {
   m.def("_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("_add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("_rotate_(Tensor(a!) y, Tensor cos, Tensor sin, int heads) -> ()");
+  m.def("_rms_norm_grad(Tensor grad, Tensor x, Tensor weight, float eps, bool wants_weight) -> (Tensor, Tensor)");
+  m.def("_rotated(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
   m.def("_silu_mul(Tensor y, int width, int start) -> Tensor");
+  m.def("_silu_product(Tensor gate, Tensor up) -> Tensor");
+  m.def("_silu_product_grad(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("_attend(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
   m.def("block_scores_(Tensor(a!) scores, Tensor(b!)? movement, Tensor grad, Tensor x, Tensor? weight, int block, int sketch, int seed) -> ()");
   m.def("block_gain_(Tensor(a!) gain, Tensor(b!) squares, Tensor grad, Tensor x, int block) -> ()");

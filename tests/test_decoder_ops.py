@@ -139,16 +139,26 @@ def test_nan_stays():
     assert ops._rms_norm(y, torch.ones(8), 1e-5).isnan().all()
 
 
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
 CALLS = [
     ("_rms_norm", (torch.randn(2, 3, 20), torch.randn(20), 1e-6)),
     ("_add_rms_norm", (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-6)),
     ("_rotate_", (torch.randn(3, 40), torch.randn(1, 8), torch.randn(1, 8), 5)),
     ("_silu_mul", (torch.randn(3, 40), 20, 20)),
+    ("_rms_norm", (leaf(2, 3, 20), leaf(20), 1e-6)),
+    ("_rms_norm_grad", (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-6, True)),
+    ("_rms_norm_grad", (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-6, False)),
+    ("_rotated", (leaf(3, 40), torch.randn(1, 8), torch.randn(1, 8), False)),
+    ("_silu_product", (leaf(3, 20), leaf(3, 20))),
+    ("_silu_product_grad", tuple(torch.randn(3, 3, 20))),
     ("_attend", (torch.randn(2, 6, 1, 16), *torch.randn(2, 2, 3, 7, 16), 0.25)),
 ]
 
 
-@pytest.mark.parametrize("op,arguments", CALLS, ids=[c[0] for c in CALLS])
+@pytest.mark.parametrize("op,arguments", CALLS, ids=[f"{i}-{c[0]}" for i, c in enumerate(CALLS)])
 def test_opcheck(op, arguments):
     torch.library.opcheck(getattr(ops, op).default, arguments)
 
@@ -167,6 +177,20 @@ def test_opcheck(op, arguments):
         ("_rotate_", (torch.randn(2, 8), torch.randn(3, 4), torch.randn(3, 4), 2), "cos and sin"),
         ("_rotate_", (torch.randn(2, 8), torch.randn(1, 4), torch.randn(1, 4), 3), "3 heads of 4"),
         ("_silu_mul", (torch.randn(2, 8), 5, 4), "y must have 9 columns, got [2, 8]"),
+        ("_rotated", (torch.randn(2, 10), *torch.randn(2, 1, 4), False), "whole heads of 4"),
+        ("_rotated", (torch.randn(4, 8), *torch.randn(2, 3, 4), False), "[a divisor of 4, even]"),
+        ("_silu_product", (torch.randn(2, 8), torch.randn(8, 2)), "up must be [2, 8], got [8, 2]"),
+        ("_silu_product", (torch.randn(2, 8).t(), torch.randn(8, 2)), "gate must be contiguous"),
+        (
+            "_silu_product_grad",
+            (torch.randn(2, 8).half(), torch.randn(2, 8), torch.randn(2, 8)),
+            "grad must be float32 as x, got float16",
+        ),
+        (
+            "_rms_norm_grad",
+            (torch.randn(1, 5), torch.randn(2, 5), torch.randn(5), 0.0, True),
+            "grad must be [2, 5], got [1, 5]",
+        ),
         ("_attend", (*(torch.randn(1, 2, 2, 8),) * 3, 1.0), "[batch, heads, 1, a multiple of 8]"),
         ("_attend", (*(torch.randn(1, 2, 1, 9),) * 3, 1.0), "[batch, heads, 1, a multiple of 8]"),
         (

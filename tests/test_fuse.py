@@ -419,6 +419,13 @@ def near(actual, expected):
     )
 
 
+def near_in_norm(actual, expected):
+    """A gradient, entries of which cancel: what it is near is its length."""
+    error = torch.linalg.vector_norm((actual - expected).float())
+    limit = 1e-4 if expected.dtype == torch.float32 else 3e-2
+    assert error <= limit * torch.linalg.vector_norm(expected.float())
+
+
 def count_ops(run):
     with CountCalls() as counter, torch.no_grad():
         out = run()
@@ -454,7 +461,7 @@ def test_an_adapter_inside_a_short_layer_trains():
     assert len(grads[0]) == 2
     for a, b in zip(*grads):
         assert a.abs().max() > 0
-        near(b, a)
+        near_in_norm(b, a)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"])

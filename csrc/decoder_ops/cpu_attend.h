@@ -18,14 +18,6 @@ constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds below which one thr
 
 NB_INLINE int64_t padded_keys(const AttendParams& p) { return (p.keys + 7) / kLanes * kLanes; }
 
-NB_INLINE float total(F8 v) {
-  typedef float F4 __attribute__((vector_size(16)));
-  const F4 low = __builtin_shufflevector(v, v, 0, 1, 2, 3);
-  const F4 four = low + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-  const F4 two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
-  return two[0] + two[1];
-}
-
 // a and b hold a multiple of 8 numbers.
 NB_INLINE float dot(const float* a, const float* b, int64_t n) {
   F8 even = {}, odd = {};

@@ -1,18 +1,19 @@
-// decoder_ops: what a decoder layer computes between its products, for the few rows of a decode
-// step. C interface.
+// decoder_ops: what a decoder layer computes between its products. C interface.
 //
 //     sum = x + delta;  y = sum * rsqrt(mean(sum^2) + eps) * weight          (add_rms_norm)
-//     q, k <- rotated by cos and sin, first half against second half         (rotate)
+//     y = x rotated by cos and sin, first half of a head against second half (rotate)
 //     y = silu(gate) * up,  silu(v) = v / (1 + exp(-v))                      (silu_mul)
 //     y[h] = softmax over t of scale * q[h] . k[h', t], times v[h', t]       (attend)
 //
 // At one token a step each of these is a few hundred numbers, and torch takes 3 to 7 calls of 2 to
-// 5 us for it: as long as the int4 products themselves. The bodies are plain loops over eight
-// lanes, compiled for the baseline and for AVX2; wider instructions would save fractions of a
-// microsecond.
+// 5 us for it: as long as the int4 products themselves. At many rows its calls are as many passes
+// over memory, forward and backward, where these take one. The bodies are plain loops over eight
+// lanes, compiled for the baseline and for AVX2; wider instructions would save little: a decode
+// step is too short, and many rows are memory's.
 //
 // Arithmetic is float32. Where torch's sequence of calls rounds to x's dtype, so do these: after
-// x + delta, after the normalisation, and after each product and sum of the rotation.
+// x + delta, after the normalisation, and after each product and sum of the rotation. Gradients
+// round once.
 #pragma once
 
 #include "../common/parallel.h"
@@ -30,17 +31,39 @@ struct AddRmsNormParams {
   float eps;
   void* sum;  // [rows, width], or null where delta is
   void* y;    // [rows, width]
+  const Parallel* parallel;
 };
 NB_API void add_rms_norm(const AddRmsNormParams& p);
 
+constexpr int64_t kNormRows = 32;  // whose weight gradients one task sums
+
+struct RmsNormGradParams {
+  Dtype type;  // of x, weight, dy and dx
+  int64_t rows, width;
+  const void* x;  // [rows, width], what the norm was taken of
+  const void* weight;
+  const void* dy;  // [rows, width]
+  float eps;
+  void* dx;     // [rows, width]
+  float* sums;  // [chunks, width]: the weight's gradient is their sum; or null
+  const Parallel* parallel;
+
+  int64_t chunks() const { return (rows + kNormRows - 1) / kNormRows; }
+};
+NB_API void rms_norm_grad(const RmsNormGradParams& p);
+
 struct RotateParams {
-  Dtype type;                // of y, cos and sin
+  Dtype type;                // of x, y, cos and sin
   int64_t rows, heads, dim;  // dim is even
-  void* y;                   // [rows, at least heads * dim], rotated in place
+  const void* x;             // [rows, at least heads * dim]
+  int64_t x_stride;
+  void* y;  // as x, and may be x
   int64_t y_stride;
-  const void* cos;  // [rows or 1, dim]
+  const void* cos;  // [tables, dim]; row r reads table r % tables
   const void* sin;
-  int64_t table_stride;  // 0: one row of cos and sin serves all
+  int64_t tables;
+  bool inverse;  // the transposed map: what a gradient goes through
+  const Parallel* parallel;
 };
 NB_API void rotate(const RotateParams& p);
 
@@ -51,8 +74,18 @@ struct SiluMulParams {
   const void* up;
   int64_t stride;
   void* y;  // [rows, width]
+  const Parallel* parallel;
 };
 NB_API void silu_mul(const SiluMulParams& p);
+
+struct SiluMulGradParams {
+  Dtype type;  // of all tensors, each [rows, width] contiguous
+  int64_t rows, width;
+  const void *gate, *up, *dy;
+  void *dgate, *dup;
+  const Parallel* parallel;
+};
+NB_API void silu_mul_grad(const SiluMulGradParams& p);
 
 // One query a sequence against all keys of its cache, without a mask. Head h of q reads head
 // h * kv_heads / heads of k and v. Strides are in elements; the last dimension is contiguous.
@@ -74,8 +107,10 @@ NB_API Status attend(const AttendParams& p);
 // What the functions above choose from.
 struct DecoderBodies {
   void (*add_rms_norm)(const AddRmsNormParams& p);
+  void (*rms_norm_grad)(const RmsNormGradParams& p);
   void (*rotate)(const RotateParams& p);
   void (*silu_mul)(const SiluMulParams& p);
+  void (*silu_mul_grad)(const SiluMulGradParams& p);
   Status (*attend)(const AttendParams& p);
 };
 DecoderBodies decoder_bodies_avx2();

@@ -1,8 +1,9 @@
 // torch glue of decoder_ops for the CPU. Private ops: nn/_lean.py calls them where the shapes are
-// known, so they refuse what they do not cover and have no gradients. Stable ABI only.
+// known, so they refuse what they do not cover. Stable ABI only.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "../glue/check.h"
 #include "decoder_ops.h"
@@ -12,6 +13,7 @@ namespace {
 
 using namespace glue;
 
+// t is of x's dtype, on the CPU and contiguous.
 void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
                   dtype_name(x.scalar_type()), " as x, got ", dtype_name(t.scalar_type()));
@@ -19,20 +21,39 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got strides");
 }
 
+// t is all that, and of x's shape.
+void check_same(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check_like(op, name, t, x);
+  bool same = t.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, op, ": ", name, " must be ", shape_text(x), ", got ", shape_text(t));
+}
+
+// Sets the dtype, rows and width of x, [..., width].
+template <class Params>
+void take_rows(const char* op, const char* name, const Tensor& x, Params* p) {
+  p->type = check_float(op, name, x.scalar_type());
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": ", name, " must have at least 1 dimension, got a scalar");
+  check_like(op, name, x, x);
+  p->width = x.size(x.dim() - 1);
+  p->rows = p->width > 0 ? x.numel() / p->width : 0;
+}
+
+template <class Params>
+void take_weight(const char* op, const Tensor& weight, const Tensor& x, Params* p) {
+  check_like(op, "weight", weight, x);
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.numel() == p->width, op, ": weight must be [",
+                  p->width, "], got ", shape_text(weight));
+  p->weight = weight.const_data_ptr();
+}
+
 // y, and x + delta in `sum` where delta is given.
 Tensor norm(const char* op, const Tensor& x, const Tensor* delta, const Tensor& weight, double eps,
             Tensor* sum) {
   AddRmsNormParams p;
-  p.type = check_float(op, "x", x.scalar_type());
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  check_like(op, "x", x, x);
-  check_like(op, "weight", weight, x);
-  p.width = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.numel() == p.width, op, ": weight must be [", p.width,
-                  "], got ", shape_text(weight));
-  p.rows = p.width > 0 ? x.numel() / p.width : 0;
+  take_rows(op, "x", x, &p);
+  take_weight(op, weight, x, &p);
   p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
   p.eps = static_cast<float>(eps);
   p.delta = nullptr;
   p.sum = nullptr;
@@ -46,6 +67,8 @@ Tensor norm(const char* op, const Tensor& x, const Tensor* delta, const Tensor& 
   }
   Tensor y = empty_like_rows(x, p.width);
   p.y = y.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  p.parallel = &parallel;
   add_rms_norm(p);
   return y;
 }
@@ -61,52 +84,145 @@ std::tuple<Tensor, Tensor> add_rms_norm_op(const Tensor& x, const Tensor& delta,
   return {sum, y};
 }
 
+std::tuple<Tensor, Tensor> rms_norm_grad_op(const Tensor& grad, const Tensor& x,
+                                            const Tensor& weight, double eps, bool wants_weight) {
+  const char* op = "_rms_norm_grad";
+  RmsNormGradParams p;
+  take_rows(op, "x", x, &p);
+  take_weight(op, weight, x, &p);
+  check_same(op, "grad", grad, x);
+  p.x = x.const_data_ptr();
+  p.dy = grad.const_data_ptr();
+  p.eps = static_cast<float>(eps);
+  Tensor dx = empty_like_rows(x, p.width);
+  p.dx = dx.mutable_data_ptr();
+  std::vector<float> sums(wants_weight ? p.chunks() * p.width : 0);
+  p.sums = wants_weight ? sums.data() : nullptr;
+  const Parallel parallel = torch_parallel();
+  p.parallel = &parallel;
+  rms_norm_grad(p);
+  Tensor dweight = empty_like_rows(weight, wants_weight ? p.width : 0);
+  if (wants_weight) {
+    for (int64_t chunk = 1; chunk < p.chunks(); ++chunk)
+      for (int64_t i = 0; i < p.width; ++i) sums[i] += sums[chunk * p.width + i];
+    for (int64_t i = 0; i < p.width; ++i)
+      store_f32_as(dweight.mutable_data_ptr(), p.type, i, p.rows ? sums[i] : 0.0f);
+  }
+  return {dx, dweight};
+}
+
+// What both rotations check and know: p.rows, the tables and p.dim.
+void take_tables(const char* op, const Tensor& x, const Tensor& cos, const Tensor& sin,
+                 RotateParams* p) {
+  check_like(op, "cos", cos, x);
+  check_like(op, "sin", sin, x);
+  STD_TORCH_CHECK(cos.dim() >= 1, op, ": cos must have at least 1 dimension, got a scalar");
+  p->dim = cos.size(cos.dim() - 1);
+  p->tables = p->dim > 0 ? cos.numel() / p->dim : 0;
+  STD_TORCH_CHECK(p->dim > 0 && p->dim % 2 == 0 && sin.numel() == cos.numel() &&
+                      (p->rows == 0 || (p->tables > 0 && p->rows % p->tables == 0)),
+                  op, ": cos and sin must be [a divisor of ", p->rows, ", even], got ",
+                  shape_text(cos), " and ", shape_text(sin));
+  p->cos = cos.const_data_ptr();
+  p->sin = sin.const_data_ptr();
+}
+
 void rotate_op(Tensor y, const Tensor& cos, const Tensor& sin, int64_t heads) {
   const char* op = "_rotate_";
   RotateParams p;
   p.type = check_float(op, "y", y.scalar_type());
   check_like(op, "y", y, y);
-  check_like(op, "cos", cos, y);
-  check_like(op, "sin", sin, y);
-  STD_TORCH_CHECK(y.dim() >= 1 && cos.dim() >= 1, op,
-                  ": y and cos must have at least 1 dimension, got a scalar");
-  p.y_stride = y.size(y.dim() - 1);
+  STD_TORCH_CHECK(y.dim() >= 1, op, ": y must have at least 1 dimension, got a scalar");
+  p.x_stride = p.y_stride = y.size(y.dim() - 1);
   p.rows = p.y_stride > 0 ? y.numel() / p.y_stride : 0;
-  p.dim = cos.size(cos.dim() - 1);
+  take_tables(op, y, cos, sin, &p);
   p.heads = heads;
-  const int64_t tables = p.dim > 0 ? cos.numel() / p.dim : 0;
-  STD_TORCH_CHECK(p.dim > 0 && p.dim % 2 == 0 && sin.numel() == cos.numel() &&
-                      (tables == 1 || tables == p.rows),
-                  op, ": cos and sin must be [", p.rows, " or 1, even], got ", shape_text(cos),
-                  " and ", shape_text(sin));
   STD_TORCH_CHECK(heads >= 0 && heads * p.dim <= p.y_stride, op, ": y must hold ", heads,
                   " heads of ", p.dim, ", got ", shape_text(y));
-  p.table_stride = tables == 1 ? 0 : p.dim;
-  p.y = y.mutable_data_ptr();
-  p.cos = cos.const_data_ptr();
-  p.sin = sin.const_data_ptr();
+  p.inverse = false;
+  p.x = p.y = y.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  p.parallel = &parallel;
   rotate(p);
+}
+
+// x, whole heads, in a tensor of its own.
+Tensor rotated_op(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+  const char* op = "_rotated";
+  RotateParams p;
+  p.type = check_float(op, "x", x.scalar_type());
+  check_like(op, "x", x, x);
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  p.x_stride = p.y_stride = x.size(x.dim() - 1);
+  p.rows = p.x_stride > 0 ? x.numel() / p.x_stride : 0;
+  take_tables(op, x, cos, sin, &p);
+  p.heads = p.x_stride / p.dim;
+  STD_TORCH_CHECK(p.heads * p.dim == p.x_stride, op, ": x must hold whole heads of ", p.dim,
+                  ", got ", shape_text(x));
+  p.inverse = inverse;
+  Tensor y = empty_like_rows(x, p.x_stride);
+  p.x = x.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  p.parallel = &parallel;
+  rotate(p);
+  return y;
 }
 
 // silu(y[..., :width]) * y[..., start : start + width]
 Tensor silu_mul_op(const Tensor& y, int64_t width, int64_t start) {
   const char* op = "_silu_mul";
   SiluMulParams p;
-  p.type = check_float(op, "y", y.scalar_type());
-  check_like(op, "y", y, y);
-  STD_TORCH_CHECK(y.dim() >= 1, op, ": y must have at least 1 dimension, got a scalar");
-  p.stride = y.size(y.dim() - 1);
+  take_rows(op, "y", y, &p);
+  p.stride = p.width;
   STD_TORCH_CHECK(width >= 0 && start >= 0 && start + width <= p.stride && width <= p.stride, op,
                   ": y must have ", start + width, " columns, got ", shape_text(y));
-  p.rows = p.stride > 0 ? y.numel() / p.stride : 0;
   p.width = width;
   Tensor out = empty_like_rows(y, width);
   const char* data = static_cast<const char*>(y.const_data_ptr());
   p.gate = data;
   p.up = data + start * dtype_size(p.type);
   p.y = out.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  p.parallel = &parallel;
   silu_mul(p);
   return out;
+}
+
+// silu(gate) * up of two tensors.
+Tensor silu_product_op(const Tensor& gate, const Tensor& up) {
+  const char* op = "_silu_product";
+  SiluMulParams p;
+  take_rows(op, "gate", gate, &p);
+  check_same(op, "up", up, gate);
+  p.stride = p.width;
+  Tensor y = empty_like_rows(gate, p.width);
+  p.gate = gate.const_data_ptr();
+  p.up = up.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  p.parallel = &parallel;
+  silu_mul(p);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> silu_product_grad_op(const Tensor& grad, const Tensor& gate,
+                                                const Tensor& up) {
+  const char* op = "_silu_product_grad";
+  SiluMulGradParams p;
+  take_rows(op, "gate", gate, &p);
+  check_same(op, "up", up, gate);
+  check_same(op, "grad", grad, gate);
+  Tensor dgate = empty_like_rows(gate, p.width), dup = empty_like_rows(gate, p.width);
+  p.gate = gate.const_data_ptr();
+  p.up = up.const_data_ptr();
+  p.dy = grad.const_data_ptr();
+  p.dgate = dgate.mutable_data_ptr();
+  p.dup = dup.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  p.parallel = &parallel;
+  silu_mul_grad(p);
+  return {dgate, dup};
 }
 
 // softmax(scale * query key^T) value for one query a sequence. [batch, heads, 1, dim] contiguous,
@@ -165,6 +281,10 @@ STABLE_TORCH_LIBRARY_IMPL(nibblock, CPU, m) {
   m.impl("_rms_norm", TORCH_BOX(&nibblock::rms_norm_op));
   m.impl("_add_rms_norm", TORCH_BOX(&nibblock::add_rms_norm_op));
   m.impl("_rotate_", TORCH_BOX(&nibblock::rotate_op));
+  m.impl("_rms_norm_grad", TORCH_BOX(&nibblock::rms_norm_grad_op));
+  m.impl("_rotated", TORCH_BOX(&nibblock::rotated_op));
   m.impl("_silu_mul", TORCH_BOX(&nibblock::silu_mul_op));
+  m.impl("_silu_product", TORCH_BOX(&nibblock::silu_product_op));
+  m.impl("_silu_product_grad", TORCH_BOX(&nibblock::silu_product_grad_op));
   m.impl("_attend", TORCH_BOX(&nibblock::attend_op));
 }

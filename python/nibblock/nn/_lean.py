@@ -1,14 +1,16 @@
 """Shorter forwards for modules of transformers whose forward is known to the letter.
 
-At one token a step most of a small model's time is Python and dispatch, not arithmetic. The
-forwards below compute the same with fewer calls: gate and up, or q, k and v, come out of one
-product as one tensor; q and k are rotated together, in place; a norm is one call, with the addition
-before it where there is one; and so are silu(gate) * up, and the attention of one token a sequence
-without a mask (csrc/decoder_ops). Rotated values are the same bit for bit; norms, silu and
-attention differ from torch's by float32 rounding (torch adds in another order and has another exp;
-in bfloat16 its attention rounds the weights too). A class is matched by a fingerprint of the source
-of its forward (and of the functions it calls); any other forward, and any call that these do not
-cover (gradients, tracing, many rows, masks, hooks on or replacements of what is passed over), runs
+At one token a step most of a small model's time is Python and dispatch, not arithmetic; at many
+rows, and in training, what lies between the products is a dozen passes over memory. The forwards
+below compute the same with fewer calls: gate and up, or q, k and v, come out of one product as one
+tensor (few rows without gradients); a rotation is one call; so is a norm, with the addition before
+it where there is one and no gradient is asked; and so are silu(gate) * up, and the attention of one
+token a sequence without a mask (csrc/decoder_ops). The gradients of norm, rotation and silu * up
+are one pass each (ops/_decoder_register.py). Rotated values are the same bit for bit; norms, silu
+and attention differ from torch's by float32 rounding (torch adds in another order and has another
+exp; in bfloat16 its attention rounds the weights too). A class is matched by a fingerprint of the
+source of its forward (and of the functions it calls); any other forward, and any call that these do
+not cover (tracing, other dtypes and devices, hooks on or replacements of what is passed over), runs
 the original.
 """
 
@@ -55,7 +57,9 @@ _ops = torch.ops.nibblock
 _norm = _ops._rms_norm.default
 _add_norm = _ops._add_rms_norm.default
 _rotate = _ops._rotate_.default
+_rotated = _ops._rotated.default
 _silu_mul = _ops._silu_mul.default
+_silu_product = _ops._silu_product.default
 _attend = _ops._attend.default
 
 # The modules that compute silu(x) and nothing else.
@@ -108,17 +112,29 @@ def is_linear(cls: type) -> bool:
     return _of_transformers(cls) and _fingerprint(cls.forward) in _LINEAR
 
 
-def _plain_step(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x is a few CPU rows of weight's dtype that nobody traces or differentiates."""
+def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x is CPU rows of weight's dtype that nobody traces."""
     return (
         x.dtype == weight.dtype
         and x.dtype in _FLOATS
-        and x.numel() <= _MAX_ROWS * weight.numel()
         and x.device.type == "cpu"
         and x.is_contiguous()
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
+
+
+def _by_itself(x: torch.Tensor) -> bool:
+    """Whether x is worth one-pass ops between products that are not shared: many rows, or rows
+    that are trained on."""
+    return (
+        not torch.compiler.is_compiling()
+        and (x.numel() > _MAX_ROWS * x.shape[-1] or _differentiated(x))
+        and not _torch_module._has_any_global_hook()
+    )
+
+
+def _differentiated(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _bare(module: nn.Module) -> bool:
@@ -162,13 +178,19 @@ def _shared_product(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) ->
 
 def _mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     shared = _shared_product(self, ("gate_proj", "up_proj"), x)
-    if shared is None:
+    if shared is None and not _by_itself(x):
         return self._int4_original_forward(x)
-    y, ((_, gate), (start, end)) = shared
     act = self._modules.get("act_fn")
-    if act is not None and _is_silu(type(act)) and _bare(act):
-        return self.down_proj(_silu_mul(y, gate, start))
-    return self.down_proj(self.act_fn(y[..., :gate]) * y[..., start:end])
+    known = act is not None and _is_silu(type(act)) and _bare(act)
+    if shared is not None:
+        y, ((_, gate), (start, end)) = shared
+        if known:
+            return self.down_proj(_silu_mul(y, gate, start))
+        return self.down_proj(self.act_fn(y[..., :gate]) * y[..., start:end])
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if known and _plain(gate, up) and up.is_contiguous() and up.shape == gate.shape:
+        return self.down_proj(_silu_product(gate, up))
+    return self.down_proj(self.act_fn(gate) * up)
 
 
 @functools.cache
@@ -180,6 +202,7 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
     implementations = names["ALL_ATTENTION_FUNCTIONS"]
     eager = names["eager_attention_forward"]
     sdpa = _known_sdpa()
+    rotate_both = names["apply_rotary_pos_emb"]
 
     def attention(
         self: nn.Module,
@@ -189,30 +212,15 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        shared = _shared_product(self, ("q_proj", "k_proj", "v_proj"), hidden_states)
-        # q, k and v are one run of heads, the first two rotated: no padding may lie between them.
-        if (
-            shared is None
-            or shared[1][0][1] != shared[1][1][0]
-            or shared[1][1][1] != shared[1][2][0]
-        ):
+        states = _shared_heads(self, hidden_states, position_embeddings)
+        if states is None and _by_itself(hidden_states) and hidden_states.dim() == 3:
+            states = _separate_heads(self, hidden_states, position_embeddings, rotate_both)
+        if states is None:
             return self._int4_original_forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
-        y, ((_, q_end), (_, k_end), (_, end)) = shared
+        query, key, value = states
         shape = hidden_states.shape[:-1]
-        dim = self.head_dim
-        cos, sin = position_embeddings
-        if not _rotates(y, cos) or cos.shape != sin.shape or sin.dtype != y.dtype:
-            return self._int4_original_forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-            )
-        # (only y, which nobody else has seen, is written)
-        _rotate(y, cos.contiguous(), sin.contiguous(), k_end // dim)
-        heads = y if y.shape[-1] == end else y[..., :end]
-        heads = heads.view(*shape, -1, dim).transpose(1, 2)
-        sizes = (q_end // dim, (k_end - q_end) // dim, (end - k_end) // dim)
-        query, key, value = heads.split(sizes, dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         interface = implementations.get_interface(self.config._attn_implementation, eager)
@@ -239,6 +247,45 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         return self.o_proj(out.reshape(*shape, -1).contiguous()), weights
 
     return attention
+
+
+def _shared_heads(self: nn.Module, x: torch.Tensor, tables: Any) -> Optional[tuple]:
+    """Rotated query and key, and value, [batch, heads, length, dim] of one product, or None."""
+    shared = _shared_product(self, ("q_proj", "k_proj", "v_proj"), x)
+    # q, k and v are one run of heads, the first two rotated: no padding may lie between them.
+    if shared is None or shared[1][0][1] != shared[1][1][0] or shared[1][1][1] != shared[1][2][0]:
+        return None
+    y, ((_, q_end), (_, k_end), (_, end)) = shared
+    dim = self.head_dim
+    cos, sin = tables
+    if not _rotates(y, cos) or cos.shape != sin.shape or sin.dtype != y.dtype:
+        return None
+    # (only y, which nobody else has seen, is written)
+    _rotate(y, cos.contiguous(), sin.contiguous(), k_end // dim)
+    heads = y if y.shape[-1] == end else y[..., :end]
+    heads = heads.view(*x.shape[:-1], -1, dim).transpose(1, 2)
+    return heads.split((q_end // dim, (k_end - q_end) // dim, (end - k_end) // dim), dim=1)
+
+
+def _separate_heads(self: nn.Module, x: torch.Tensor, tables: Any, rotate_both: Callable) -> tuple:
+    """The same of three products, for x [batch, length, width]; with gradients."""
+    q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    cos, sin = tables
+    dim = self.head_dim
+    turned = (
+        _plain(q, k)
+        and k.is_contiguous()
+        and cos.shape == sin.shape == (cos.shape[0], x.shape[1], dim)
+        and cos.shape[0] in (1, x.shape[0])
+        and cos.dtype == sin.dtype == q.dtype
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+        and not _differentiated(cos, sin)
+    )
+    if turned:
+        q, k = _rotated(q, cos, sin, False), _rotated(k, cos, sin, False)
+    q, k, v = (t.view(*x.shape[:-1], -1, dim).transpose(1, 2) for t in (q, k, v))
+    return (q, k, v) if turned else (*rotate_both(q, k, cos, sin), v)
 
 
 def _known_sdpa() -> Optional[Callable]:
@@ -276,7 +323,7 @@ def _rotates(y: torch.Tensor, cos: torch.Tensor) -> bool:
 
 def _rms_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight
-    if _plain_step(hidden_states, weight):
+    if _plain(hidden_states, weight):
         return _norm(hidden_states, weight, self.variance_epsilon)
     # One op, the same steps inside; in other dtypes the original rounds at another place.
     if hidden_states.dtype == torch.float32 and weight.dtype == torch.float32:
@@ -291,7 +338,8 @@ def _layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: A
     if (
         args
         or not (_is_lean_norm(first) and _is_lean_norm(second))
-        or not _plain_step(hidden_states, first.weight)
+        or not _plain(hidden_states, first.weight)
+        or _differentiated(hidden_states, first.weight)
         or not _joins(second.weight, hidden_states)
         or _torch_module._has_any_global_hook()
     ):

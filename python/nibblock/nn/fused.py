@@ -414,6 +414,18 @@ def fuse_where_possible(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     return out, refused
 
 
+def shorten_forwards(model: nn.Module) -> None:
+    """Gives norms, attention, MLPs and decoder layers whose forward is known their shorter one, in
+    place, whatever their linears are: what lies between the products takes one pass forward and
+    one backward (see `_lean`)."""
+    for module in model.modules():
+        cls = type(module)
+        if issubclass(cls, _Swapped):
+            continue
+        if _lean.lean_norm(cls) or _lean.lean_layer(cls) or _lean.lean_parent(cls):
+            _swap(module)  # (a class that refuses keeps its own: both run)
+
+
 def unfuse_linears(model: nn.Module) -> None:
     """Undoes `fuse_linears`, in place: every linear runs alone on its own storage."""
     for module in model.modules():

@@ -1,13 +1,30 @@
-"""Fakes of the private ops in csrc/decoder_ops, which nn/_lean.py calls in decode steps."""
+"""Fakes and gradients of the private ops in csrc/decoder_ops, which nn/_lean.py calls.
+
+    _rms_norm(x, weight)      y = x s weight,  s = rsqrt(mean(x^2) + eps)
+    _rotated(x, cos, sin)     (a, b) -> (a cos - b sin, b cos + a sin), a head's two halves
+    _silu_product(gate, up)   y = silu(gate) up
+
+Each has its gradient as one pass too. Where a gradient is to be differentiated again it is written
+in torch's own calls, which know how.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from nibblock.ops._autograd import register_autograd
+
+_ops = torch.ops.nibblock
+
 
 @torch.library.register_fake("nibblock::_rms_norm")
 def _(x, weight, eps):
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("nibblock::_rms_norm_grad")
+def _(grad, x, weight, eps, wants_weight):
+    return torch.empty_like(x), weight.new_empty(weight.shape if wants_weight else (0,))
 
 
 @torch.library.register_fake("nibblock::_add_rms_norm")
@@ -20,11 +37,77 @@ def _(y, cos, sin, heads):
     return None
 
 
+@torch.library.register_fake("nibblock::_rotated")
+def _(x, cos, sin, inverse):
+    return torch.empty_like(x)
+
+
 @torch.library.register_fake("nibblock::_silu_mul")
 def _(y, width, start):
     return y.new_empty((*y.shape[:-1], width))
 
 
+@torch.library.register_fake("nibblock::_silu_product")
+def _(gate, up):
+    return torch.empty_like(gate)
+
+
+@torch.library.register_fake("nibblock::_silu_product_grad")
+def _(grad, gate, up):
+    return torch.empty_like(gate), torch.empty_like(gate)
+
+
 @torch.library.register_fake("nibblock::_attend")
 def _(query, key, value, scale):
     return query.new_empty(query.shape)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def _norm_context(ctx, inputs, output):
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _norm_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled():
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + ctx.eps)
+        normed, outer = x * scale, grad * weight
+        dx = scale * (outer - normed * (outer * normed).mean(-1, keepdim=True))
+        dweight = (grad * normed).reshape(-1, len(weight)).sum(0)
+        dx, dweight = dx.to(x.dtype), dweight.to(weight.dtype)
+    else:
+        dx, dweight = _ops._rms_norm_grad(grad.contiguous(), x, weight, ctx.eps, wants_weight)
+    return dx if wants_x else None, dweight if wants_weight else None, None
+
+
+def _rotated_context(ctx, inputs, output):
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotated_backward(ctx, grad):
+    cos, sin = ctx.saved_tensors
+    # (linear in x, and an op with a gradient itself)
+    return _ops._rotated(grad.contiguous(), cos, sin, not ctx.inverse), None, None, None
+
+
+def _product_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx, grad):
+    gate, up = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        s = torch.sigmoid(gate)
+        return grad * up * (s * (1 + gate * (1 - s))), grad * gate * s
+    dgate, dup = _ops._silu_product_grad(grad.contiguous(), gate, up)
+    return tuple(g if wanted else None for g, wanted in zip((dgate, dup), ctx.needs_input_grad))
+
+
+register_autograd("_rms_norm", _norm_backward, _norm_context)
+register_autograd("_rotated", _rotated_backward, _rotated_context)
+register_autograd("_silu_product", _product_backward, _product_context)
