@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../common/parallel.h"
+#include "../common/task_runs.h"
 #include "../common/types.h"
 
 namespace nibblock {
@@ -147,8 +148,11 @@ inline Tensor empty_like_rows(const Tensor& x, int64_t last) {
 // region or with one thread, which is also what makes a forked worker with set_num_threads(1) safe.
 inline Parallel torch_parallel() {
   Parallel p;
-  p.run = [](const Parallel*, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* ctx) {
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t b, int64_t e) { body(ctx, b, e); });
+  p.run = [](const Parallel* self, int64_t tasks, void (*body)(void*, int64_t, int64_t),
+             void* ctx) {
+    TaskRuns runs(tasks, self->threads);
+    const int64_t threads = tasks < self->threads ? tasks : self->threads;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { runs.work(body, ctx); });
   };
   p.threads = static_cast<int>(torch::stable::get_num_threads());
   return p;

@@ -8,6 +8,8 @@
 #include <memory>
 #include <thread>
 
+#include "../common/task_runs.h"
+
 namespace nibblock {
 namespace native {
 
@@ -18,12 +20,13 @@ namespace {
 
 void run_std_threads(const Parallel* self, int64_t tasks, void (*body)(void*, int64_t, int64_t),
                      void* ctx) {
-  const int64_t parts = std::min<int64_t>(self->threads, tasks);
-  auto range = [&](int64_t i) { body(ctx, tasks * i / parts, tasks * (i + 1) / parts); };
+  TaskRuns runs(tasks, self->threads);
+  auto work = [&] { runs.work(body, ctx); };
+  const int64_t others = std::min<int64_t>(self->threads, tasks) - 1;
   std::vector<std::thread> threads;
-  threads.reserve(static_cast<size_t>(parts));
-  for (int64_t i = 1; i < parts; ++i) threads.emplace_back(range, i);
-  range(0);
+  threads.reserve(static_cast<size_t>(others));
+  for (int64_t i = 0; i < others; ++i) threads.emplace_back(work);
+  work();
   for (std::thread& t : threads) t.join();
 }
 

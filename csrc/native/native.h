@@ -19,9 +19,9 @@ namespace py = pybind11;
 
 // --- threads -------------------------------------------------------------------------------------
 
-// A Parallel that cuts [0, tasks) into `threads` contiguous ranges, one std::thread each, and
-// joins. No pool: the calls of this module are long, and nothing is left running in a process that
-// forks.
+// A Parallel of so many std::threads, which share the tasks as torch's do (common/task_runs.h), and
+// are joined. No pool: the calls of this module are long, and nothing is left running in a process
+// that forks.
 Parallel std_threads(int threads);
 
 // --- arrays --------------------------------------------------------------------------------------
