@@ -71,8 +71,8 @@ void add_rms_norm_as(const AddRmsNormParams& p) {
   });
 }
 
-// dx = s (w dy - x s^2 mean(w dy x)), s = rsqrt(mean(x^2) + eps), and in `sums` dy x s over the rows
-// of a chunk.
+// dx = s (w dy - x s^2 mean(w dy x)), s = rsqrt(mean(x^2) + eps), and in `sums` dy x s over the
+// rows of a chunk.
 template <class T>
 void rms_norm_grad_as(const RmsNormGradParams& p) {
   using S = typename T::Stored;
