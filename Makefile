@@ -29,9 +29,12 @@ PYTHON_FILES := python tests bench triton_kernels setup.py
 demo: $(STAMPS)/demo $(STAMPS)/build
 	$(PY) -m nibblock demo
 
+# Files of tests share the cores. Threads of one process that wait must then sleep, not spin: the
+# cores are the other's meanwhile.
+WORKERS ?= 2
 test: lint $(STAMPS)/build
 	$(PY) -m nibblock info
-	$(PY) -m pytest -q tests
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 build: $(STAMPS)/demo
 	$(PY) setup.py -q build_ext --inplace

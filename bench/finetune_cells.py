@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -300,25 +301,70 @@ def run(cell: Cell, threads: int = 0) -> dict[str, Any]:
     """Runs a cell in a child; a cell that fails is kept too, with its reason, and so never retried.
 
     Returns:
-        {"cell", "result" or {"error": text}, "seconds", "threads"}.
+        {"cell", "result" or {"error": text}, "wall_seconds"}.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nibblock-cell-") as folder:
-        task = {"cell": dataclasses.asdict(cell), "threads": threads}
-        (Path(folder) / "cell.json").write_text(json.dumps(task), encoding="utf-8")
-        command = [sys.executable, "-m", f"{__package__}.finetune_cells", folder]
-        done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-        file = Path(folder) / "result.json"
-        if done.returncode == 0 and file.is_file():
-            result = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            result = {"error": lines[-1]}
+        process = start(cell, threads, Path(folder))
+        process.wait()
+        return row_of(cell, process, Path(folder), began)
+
+
+def start(
+    cell: Cell, threads: int, folder: Path, turns: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Starts a cell's child, which works in `folder`; `turns`: as of `_in_turn`, or none."""
+    task = {"cell": dataclasses.asdict(cell), "threads": threads, "turns": list(turns)}
+    (folder / "cell.json").write_text(json.dumps(task), encoding="utf-8")
+    command = [sys.executable, "-m", f"{__package__}.finetune_cells", str(folder)]
+    with open(folder / "errors", "wb") as errors:
+        return subprocess.Popen(command, stderr=errors, pass_fds=turns)
+
+
+def row_of(cell: Cell, process: subprocess.Popen, folder: Path, began: float) -> dict[str, Any]:
+    """What a child that has ended leaves."""
+    file = folder / "result.json"
+    if process.returncode == 0 and file.is_file():
+        result = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        text = (folder / "errors").read_text(encoding="utf-8", errors="replace")
+        lines = text.strip().splitlines() or [f"exit status {process.returncode}"]
+        result = {"error": lines[-1]}
     return {
         "cell": dataclasses.asdict(cell),
         "result": result,
         "wall_seconds": round(time.monotonic() - began, 1),
     }
+
+
+@contextmanager
+def _in_turn(go: int, done: int) -> Iterator[None]:
+    """Takes turns with other cells: everything up to the end of a step is one.
+
+    Args:
+        go, done: ends of two pipes: a byte is read from the first at the start of a turn and
+            written to the second at its end.
+    """
+    from nibblock._finetune import loop
+
+    own = loop.one_step
+
+    def wait() -> None:
+        if not os.read(go, 1):
+            raise SystemExit("the bench that this cell was part of has ended")
+
+    def one_step(*args: Any, **options: Any) -> Any:
+        out = own(*args, **options)
+        os.write(done, b".")
+        wait()
+        return out
+
+    wait()
+    loop.one_step = one_step
+    try:
+        yield
+    finally:
+        loop.one_step = own
 
 
 def child(folder: str) -> int:
@@ -338,7 +384,8 @@ def child(folder: str) -> int:
     else:
         variant, bed = VARIANTS[cell.variant], BEDS[cell.bed]
         settings = variant.settings(bed, cell.lr, cell.seed)
-        result = worker.run(settings, place, False, progress=False, build=build)
+        with _in_turn(*task["turns"]) if task["turns"] else nullcontext():
+            result = worker.run(settings, place, False, progress=False, build=build)
         del result["losses"]
     result["threads"] = torch.get_num_threads()
     (place / "result.json").write_text(json.dumps(result), encoding="utf-8")

@@ -64,7 +64,7 @@ def bed_rows(cells: Cells, bed: Bed) -> list[dict[str, Any]]:
                 rows.append({"variant": name, "error": failed[0]["result"]["error"]})
             continue
         pairs = [(mine[s], full[s]) for s in mine if s in full]
-        times = [(seconds_to(bed, a, target_of(bed, f)), _own_time(bed, f)) for a, f in pairs]
+        times = [(seconds_to(bed, a, target_of(bed, f)), own_time(bed, f)) for a, f in pairs]
         reached = [(a, b) for a, b in times if a is not None]
         values = [best_value(bed, r) for r in mine.values()]
         first = next(iter(mine.values()))
@@ -83,7 +83,7 @@ def bed_rows(cells: Cells, bed: Bed) -> list[dict[str, Any]]:
                 "reached": len(reached),
                 "time": _median(a / b for a, b in reached) if len(reached) == len(times) else None,
                 "cost": _cost(reached, pairs) if len(reached) == len(times) else None,
-                "step": _median(_step_seconds(a) / _step_seconds(f) for a, f in pairs),
+                "step": _median(step_seconds(a) / step_seconds(f) for a, f in pairs),
                 "state": _median(a["state_bytes"] / f["state_bytes"] for a, f in pairs),
                 "peak": _median(a["peak_bytes"] / f["peak_bytes"] for a, f in pairs),
                 "file": _median(a["file_bytes"] / (4 * a["weights"]) for a in mine.values()),
@@ -107,12 +107,14 @@ def _by_seed(cells: Cells, bed: Bed, variant: str) -> dict[int, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
-def _own_time(bed: Bed, full: dict[str, Any]) -> float:
+def own_time(bed: Bed, full: dict[str, Any]) -> float:
+    """What full fine-tuning itself needed to its target."""
     found = seconds_to(bed, full, target_of(bed, full))
     return max(1e-9, found if found is not None else full["seconds"]["total"])
 
 
-def _step_seconds(result: dict[str, Any]) -> float:
+def step_seconds(result: dict[str, Any]) -> float:
+    """The mean of a run's steps."""
     return result["seconds"]["train"] / max(1, result["steps"])
 
 

@@ -13,7 +13,8 @@ import torch
 
 from . import finetune_report as report
 from .finetune_beds import BEDS
-from .finetune_cells import VARIANTS, Cells, due, run
+from .finetune_cells import VARIANTS, Cell, Cells, due, run
+from .finetune_together import due_together, run_together, show
 from .machine import OtherLoad, environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -31,7 +32,13 @@ def parser() -> argparse.ArgumentParser:
     names = "; ".join(VARIANTS).replace("%", "%%")  # argparse formats its help
     p.add_argument("--variants", nargs="+", metavar="V", help=f"of: {names}")
     p.add_argument("--rates", nargs="+", type=float, default=(), help="run these too, with --seeds")
-    p.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2, 3, 4), help="of --rates")
+    p.add_argument(
+        "--seeds", nargs="+", type=int, default=(0, 1, 2, 3, 4), help="of --rates and --together"
+    )
+    p.add_argument(
+        "--together", metavar="FILE", help="the cells of a seed a step each in turn, at the best "
+        "rates of the cells in FILE: ratios to the first of --variants from the same minutes",
+    )  # fmt: skip
     p.add_argument("--steps", action="store_true", help="time single steps, and no cells")
     p.add_argument("--rounds", type=int, default=5, help="of --steps")
     p.add_argument("--table", action="store_true", help="run nothing: tables, JSON and chart")
@@ -60,6 +67,8 @@ def main(argv: list[str]) -> int:
     if options.retry:
         cells.done = {k: r for k, r in cells.done.items() if "error" not in r["result"]}
     summary = Path(options.json) if options.json else cells.path.with_name("finetune.json")
+    if options.together:
+        return _together(cells, options, variants)
     steps = _steps_of(summary)
     more = list(itertools.product(options.rates, options.seeds))
     if options.list:
@@ -91,6 +100,31 @@ def _run(cells: Cells, options: argparse.Namespace, variants: list[str], more: M
         row.update(environment=facts, other_load=round(load.share(), 3))
         cells.add(row)
         print(f"            {_short(row)}", flush=True)
+
+
+def _together(cells: Cells, options: argparse.Namespace, variants: list[str]) -> int:
+    beds = [bed for bed in BEDS.values() if bed.name in options.beds]
+    if len(beds) != 1 or not options.variants or len(variants) < 2:
+        raise SystemExit(
+            f"bench: together must go with one of --beds and two --variants at least, got "
+            f"{len(beds)} and {len(options.variants or ())}"
+        )
+    like = Cells(Path(options.together))
+    facts = {k: environment()[k] for k in ("cpu", "isa", "torch", "date")}
+    began = time.monotonic()
+    for those in due_together(cells, like, beds[0], variants, options.seeds):
+        spent = (time.monotonic() - began) / 60
+        if options.minutes and spent >= options.minutes:
+            print(f"stopped after {spent:.0f} minutes; the same command goes on")
+            break
+        load = OtherLoad()
+        rows = run_together(those, options.threads)
+        for row in rows:
+            row.update(environment=facts, other_load=round(load.share(), 3))
+            cells.add(row)
+            print(f"[{spent:5.1f} min] {Cell(**row['cell']).key}: {_short(row)}", flush=True)
+    print(show(cells, beds[0], variants))
+    return 0
 
 
 def _short(row: dict[str, Any]) -> str:
