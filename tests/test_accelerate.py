@@ -401,8 +401,8 @@ def test_llama(tied, embeddings, tmp_path):
     nb.save(model, tmp_path / "m")
     other = tiny_llama(tied)
     nb.load(tmp_path / "m", other)
-    with torch.no_grad():
-        assert torch.allclose(other(TOKENS).logits, logits, atol=1e-5)
+    with torch.no_grad():  # (what is loaded is not fused: its norms and silu are torch's)
+        torch.testing.assert_close(other(TOKENS).logits, logits, atol=5e-5, rtol=1e-4)
 
 
 def test_falcon_writes_a_linear_in_other_words(tmp_path):
