@@ -90,7 +90,7 @@ def accelerate(
             or a callable (name, module) -> bool.
         skip: names or name patterns that are left alone ("lm_head", "*.router").
         fuse: True also lets sibling int4 linears that read the same input (q/k/v, gate/up) run as
-            one call, and norms, rotations and silu(gate) * up of models of transformers whose source
+            one call, and norms, rotations and silu(gate) * up of transformers' models whose source
             is known take one pass, forward and backward (equal to theirs up to float32 rounding);
             names and state dict stay as they are. A parent whose class refuses subclasses keeps its
             own forward; the report says so.
