@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -241,9 +242,10 @@ def test_accuracy_is_the_figure_of_the_encoder(tmp_path):
 
 def test_a_failing_child_is_a_cell_with_a_reason(monkeypatch):
     def broken(command, **more):
-        return subprocess.CompletedProcess(command, 1, stderr="Traceback\nValueError: no such bed")
+        return own([sys.executable, "-c", "raise ValueError('no such bed')"], **more)
 
-    monkeypatch.setattr(cells_of.subprocess, "run", broken)
+    own = subprocess.Popen
+    monkeypatch.setattr(cells_of.subprocess, "Popen", broken)
     row = cells_of.run(Cell("smollm2", "ours", 1e-3, 0))
     assert row["result"] == {"error": "ValueError: no such bed"}
 
