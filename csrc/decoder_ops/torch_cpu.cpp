@@ -29,6 +29,13 @@ void check_same(const char* op, const char* name, const Tensor& t, const Tensor&
   STD_TORCH_CHECK(same, op, ": ", name, " must be ", shape_text(x), ", got ", shape_text(t));
 }
 
+template <class Params>
+void on_torch_threads(void (*body)(const Params&), Params* p) {
+  const Parallel parallel = torch_parallel();
+  p->parallel = &parallel;
+  body(*p);
+}
+
 // Sets the dtype, rows and width of x, [..., width].
 template <class Params>
 void take_rows(const char* op, const char* name, const Tensor& x, Params* p) {
@@ -67,9 +74,7 @@ Tensor norm(const char* op, const Tensor& x, const Tensor* delta, const Tensor& 
   }
   Tensor y = empty_like_rows(x, p.width);
   p.y = y.mutable_data_ptr();
-  const Parallel parallel = torch_parallel();
-  p.parallel = &parallel;
-  add_rms_norm(p);
+  on_torch_threads(add_rms_norm, &p);
   return y;
 }
 
@@ -98,9 +103,7 @@ std::tuple<Tensor, Tensor> rms_norm_grad_op(const Tensor& grad, const Tensor& x,
   p.dx = dx.mutable_data_ptr();
   std::vector<float> sums(wants_weight ? p.chunks() * p.width : 0);
   p.sums = wants_weight ? sums.data() : nullptr;
-  const Parallel parallel = torch_parallel();
-  p.parallel = &parallel;
-  rms_norm_grad(p);
+  on_torch_threads(rms_norm_grad, &p);
   Tensor dweight = empty_like_rows(weight, wants_weight ? p.width : 0);
   if (wants_weight) {
     for (int64_t chunk = 1; chunk < p.chunks(); ++chunk)
@@ -111,61 +114,51 @@ std::tuple<Tensor, Tensor> rms_norm_grad_op(const Tensor& grad, const Tensor& x,
   return {dx, dweight};
 }
 
-// What both rotations check and know: p.rows, the tables and p.dim.
-void take_tables(const char* op, const Tensor& x, const Tensor& cos, const Tensor& sin,
-                 RotateParams* p) {
+// All of a rotation of x, [..., width], but the count of its heads and where the result goes.
+RotateParams rotation(const char* op, const char* name, const Tensor& x, const Tensor& cos,
+                      const Tensor& sin, bool inverse) {
+  RotateParams p;
+  p.type = check_float(op, name, x.scalar_type());
+  check_like(op, name, x, x);
   check_like(op, "cos", cos, x);
   check_like(op, "sin", sin, x);
-  STD_TORCH_CHECK(cos.dim() >= 1, op, ": cos must have at least 1 dimension, got a scalar");
-  p->dim = cos.size(cos.dim() - 1);
-  p->tables = p->dim > 0 ? cos.numel() / p->dim : 0;
-  STD_TORCH_CHECK(p->dim > 0 && p->dim % 2 == 0 && sin.numel() == cos.numel() &&
-                      (p->rows == 0 || (p->tables > 0 && p->rows % p->tables == 0)),
-                  op, ": cos and sin must be [a divisor of ", p->rows, ", even], got ",
+  STD_TORCH_CHECK(x.dim() >= 1 && cos.dim() >= 1, op, ": ", name,
+                  " and cos must have at least 1 dimension, got a scalar");
+  p.x_stride = p.y_stride = x.size(x.dim() - 1);
+  p.rows = p.x_stride > 0 ? x.numel() / p.x_stride : 0;
+  p.dim = cos.size(cos.dim() - 1);
+  p.tables = p.dim > 0 ? cos.numel() / p.dim : 0;
+  STD_TORCH_CHECK(p.dim > 0 && p.dim % 2 == 0 && sin.numel() == cos.numel() &&
+                      (p.rows == 0 || (p.tables > 0 && p.rows % p.tables == 0)),
+                  op, ": cos and sin must be [a divisor of ", p.rows, ", even], got ",
                   shape_text(cos), " and ", shape_text(sin));
-  p->cos = cos.const_data_ptr();
-  p->sin = sin.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.cos = cos.const_data_ptr();
+  p.sin = sin.const_data_ptr();
+  p.inverse = inverse;
+  return p;
 }
 
 void rotate_op(Tensor y, const Tensor& cos, const Tensor& sin, int64_t heads) {
   const char* op = "_rotate_";
-  RotateParams p;
-  p.type = check_float(op, "y", y.scalar_type());
-  check_like(op, "y", y, y);
-  STD_TORCH_CHECK(y.dim() >= 1, op, ": y must have at least 1 dimension, got a scalar");
-  p.x_stride = p.y_stride = y.size(y.dim() - 1);
-  p.rows = p.y_stride > 0 ? y.numel() / p.y_stride : 0;
-  take_tables(op, y, cos, sin, &p);
+  RotateParams p = rotation(op, "y", y, cos, sin, false);
   p.heads = heads;
   STD_TORCH_CHECK(heads >= 0 && heads * p.dim <= p.y_stride, op, ": y must hold ", heads,
                   " heads of ", p.dim, ", got ", shape_text(y));
-  p.inverse = false;
-  p.x = p.y = y.mutable_data_ptr();
-  const Parallel parallel = torch_parallel();
-  p.parallel = &parallel;
-  rotate(p);
+  p.y = y.mutable_data_ptr();
+  on_torch_threads(rotate, &p);
 }
 
 // x, whole heads, in a tensor of its own.
 Tensor rotated_op(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
   const char* op = "_rotated";
-  RotateParams p;
-  p.type = check_float(op, "x", x.scalar_type());
-  check_like(op, "x", x, x);
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  p.x_stride = p.y_stride = x.size(x.dim() - 1);
-  p.rows = p.x_stride > 0 ? x.numel() / p.x_stride : 0;
-  take_tables(op, x, cos, sin, &p);
+  RotateParams p = rotation(op, "x", x, cos, sin, inverse);
   p.heads = p.x_stride / p.dim;
   STD_TORCH_CHECK(p.heads * p.dim == p.x_stride, op, ": x must hold whole heads of ", p.dim,
                   ", got ", shape_text(x));
-  p.inverse = inverse;
   Tensor y = empty_like_rows(x, p.x_stride);
-  p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
-  const Parallel parallel = torch_parallel();
-  p.parallel = &parallel;
-  rotate(p);
+  on_torch_threads(rotate, &p);
   return y;
 }
 
@@ -183,9 +176,7 @@ Tensor silu_mul_op(const Tensor& y, int64_t width, int64_t start) {
   p.gate = data;
   p.up = data + start * dtype_size(p.type);
   p.y = out.mutable_data_ptr();
-  const Parallel parallel = torch_parallel();
-  p.parallel = &parallel;
-  silu_mul(p);
+  on_torch_threads(silu_mul, &p);
   return out;
 }
 
@@ -200,9 +191,7 @@ Tensor silu_product_op(const Tensor& gate, const Tensor& up) {
   p.gate = gate.const_data_ptr();
   p.up = up.const_data_ptr();
   p.y = y.mutable_data_ptr();
-  const Parallel parallel = torch_parallel();
-  p.parallel = &parallel;
-  silu_mul(p);
+  on_torch_threads(silu_mul, &p);
   return y;
 }
 
@@ -219,9 +208,7 @@ std::tuple<Tensor, Tensor> silu_product_grad_op(const Tensor& grad, const Tensor
   p.dy = grad.const_data_ptr();
   p.dgate = dgate.mutable_data_ptr();
   p.dup = dup.mutable_data_ptr();
-  const Parallel parallel = torch_parallel();
-  p.parallel = &parallel;
-  silu_mul_grad(p);
+  on_torch_threads(silu_mul_grad, &p);
   return {dgate, dup};
 }
 
