@@ -34,7 +34,9 @@ def test_norms(dtype, shape, width, seed):
     torch.manual_seed(seed)
     x, delta = (torch.randn(*shape, width).to(dtype) for _ in range(2))
     weight = torch.randn(width).to(dtype)
-    close(ops._rms_norm(x, weight, 1e-5), norm64(x, weight, 1e-5))
+    y = ops._rms_norm_forward(x, weight, 1e-5)
+    close(y, norm64(x, weight, 1e-5))
+    assert torch.equal(ops._rms_norm(x, weight, 1e-5), y)
     total, y = ops._add_rms_norm(x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
     close(y, norm64(x + delta, weight, 1e-5))
@@ -48,18 +50,18 @@ def test_rotation_is_bitwise_torchs(dtype, tables):
     cos, sin = torch.randn(2, rows if tables == "each" else 1, dim).to(dtype)
     q = y[:, : heads * dim].view(rows, heads, dim)
     turned = torch.cat((-q[..., dim // 2 :], q[..., : dim // 2]), -1)
-    expected = y.clone()
-    expected[:, : heads * dim] = (q * cos[:, None] + turned * sin[:, None]).flatten(1)
-    ops._rotate_(y, cos, sin, heads)
-    assert torch.equal(y, expected)  # the columns behind the heads too
+    expected = (q * cos[:, None] + turned * sin[:, None]).flatten(1)
+    x = y[:, : heads * dim].contiguous()
+    assert torch.equal(ops._rotated_forward(x, cos, sin, False), expected)
+    assert torch.equal(ops._rotated(x, cos, sin, False), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_mul(dtype):
-    width, start = 37, 48
+def test_silu_product(dtype):
     y = torch.cat([torch.linspace(-110, 110, 85 * 12), torch.randn(85 * 8)]).view(-1, 85).to(dtype)
-    gate, up = y[:, :width], y[:, start : start + width]
-    actual = ops._silu_mul(y, width, start)
+    gate, up = y[:, :37].contiguous(), y[:, 48:].contiguous()
+    actual = ops._silu_product_forward(gate, up)
+    assert torch.equal(ops._silu_product(gate, up), actual)
     exact = F.silu(gate.double()) * up.double()
     # Twice rounded, as torch's two calls.
     bound = 2 * ULP[dtype] * exact.abs() + (6e-8 if dtype == torch.float16 else 1e-33) * 110
@@ -135,7 +137,8 @@ def test_attention_keeps_what_is_not_finite():
 def test_nan_stays():
     y = torch.ones(1, 8)
     y[0, 1] = y[0, 6] = float("nan")
-    assert ops._silu_mul(y, 4, 4).isnan().tolist() == [[False, True, True, False]]
+    product = ops._silu_product_forward(y[:, :4].contiguous(), y[:, 4:].contiguous())
+    assert product.isnan().tolist() == [[False, True, True, False]]
     assert ops._rms_norm(y, torch.ones(8), 1e-5).isnan().all()
 
 
@@ -146,8 +149,9 @@ def leaf(*shape):
 CALLS = [
     ("_rms_norm", (torch.randn(2, 3, 20), torch.randn(20), 1e-6)),
     ("_add_rms_norm", (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-6)),
-    ("_rotate_", (torch.randn(3, 40), torch.randn(1, 8), torch.randn(1, 8), 5)),
-    ("_silu_mul", (torch.randn(3, 40), 20, 20)),
+    ("_rms_norm_forward", (torch.randn(2, 3, 20), torch.randn(20), 1e-6)),
+    ("_rotated_forward", (torch.randn(3, 40), torch.randn(1, 8), torch.randn(1, 8), False)),
+    ("_silu_product_forward", tuple(torch.randn(2, 3, 20))),
     ("_rms_norm", (leaf(2, 3, 20), leaf(20), 1e-6)),
     ("_rms_norm_grad", (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-6, True)),
     ("_rms_norm_grad", (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-6, False)),
@@ -174,9 +178,6 @@ def test_opcheck(op, arguments):
             (torch.randn(2, 5), torch.randn(1, 5), torch.randn(5), 0.0),
             "delta must be [2, 5], got [1, 5]",
         ),
-        ("_rotate_", (torch.randn(2, 8), torch.randn(3, 4), torch.randn(3, 4), 2), "cos and sin"),
-        ("_rotate_", (torch.randn(2, 8), torch.randn(1, 4), torch.randn(1, 4), 3), "3 heads of 4"),
-        ("_silu_mul", (torch.randn(2, 8), 5, 4), "y must have 9 columns, got [2, 8]"),
         ("_rotated", (torch.randn(2, 10), *torch.randn(2, 1, 4), False), "whole heads of 4"),
         ("_rotated", (torch.randn(4, 8), *torch.randn(2, 3, 4), False), "[a divisor of 4, even]"),
         ("_silu_product", (torch.randn(2, 8), torch.randn(8, 2)), "up must be [2, 8], got [8, 2]"),

@@ -382,7 +382,7 @@ def family(name):
 def test_known_forwards_are_shorter(name):
     """Fails when transformers rewrites these forwards: check nn/_lean.py against the new source."""
     model = family(name)
-    nb.accelerate(model, CONFIG, progress=False)
+    accelerated(model)
     layer = model.model.layers[0]
     position = model.model.rotary_emb(torch.zeros(1, 1, 64), torch.tensor([[3]]))
     runs = {
@@ -407,6 +407,12 @@ def test_known_forwards_are_shorter(name):
     assert {key: count_ops(run)[0] for key, run in runs.items()} == {
         k: v[0] for k, v in before.items()
     }
+
+
+def accelerated(model):
+    """Int4 layers between the forwards that transformers has."""
+    nb.accelerate(model, CONFIG, progress=False)
+    unfuse_linears(model)
 
 
 def near(actual, expected):
@@ -436,7 +442,7 @@ def count_ops(run):
 @pytest.mark.parametrize("shape", [(1, 1, 64), (2, 3, 64), (5, 64), (0, 64)])
 def test_short_forwards_at_many_shapes(shape, dtype):
     plain = family("Llama").to(dtype)
-    nb.accelerate(plain, CONFIG, progress=False)
+    accelerated(plain)
     fused = copy.deepcopy(plain)
     fuse_linears(fused)
     x = torch.randn(shape, dtype=dtype)
@@ -450,7 +456,7 @@ def test_short_forwards_at_many_shapes(shape, dtype):
 def test_an_adapter_inside_a_short_layer_trains():
     """Few rows, and a gradient that begins behind the layer's input."""
     plain = family("Llama")
-    nb.accelerate(plain, CONFIG, progress=False)
+    accelerated(plain)
     fused = copy.deepcopy(plain)
     fuse_linears(fused)
     grads = []
@@ -467,7 +473,7 @@ def test_an_adapter_inside_a_short_layer_trains():
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"])
 def test_transformers_models_give_the_same_tokens(name):
     plain = family(name)
-    nb.accelerate(plain, CONFIG, progress=False)
+    accelerated(plain)
     fused = copy.deepcopy(plain)
     assert len(fuse_linears(fused)) == 4
     tokens = torch.arange(12).reshape(1, 12)

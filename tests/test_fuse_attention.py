@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import nibblock as nb
 import pytest
 import torch
 from nibblock.nn import fuse_linears
-from test_fuse import CONFIG, family, near
+from test_fuse import accelerated, family, near
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -43,7 +42,7 @@ def transformers_cache():
 
 def pair_of_models(name="Llama", dtype=torch.float32):
     plain = family(name).to(dtype)
-    nb.accelerate(plain, CONFIG, progress=False)
+    accelerated(plain)
     fused = copy.deepcopy(plain)
     fuse_linears(fused)
     return plain, fused

@@ -10,7 +10,7 @@ import pytest
 import torch
 from nibblock.nn import fuse_linears
 from nibblock.nn.fused import shorten_forwards
-from test_fuse import CONFIG, family, near, near_in_norm
+from test_fuse import accelerated, family, near, near_in_norm
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,7 +90,7 @@ def test_what_is_frozen_gets_no_gradient():
 
 def test_adapters_on_an_int4_base():
     plain = family("Llama")
-    nb.accelerate(plain, CONFIG, progress=False)
+    accelerated(plain)
     fused = copy.deepcopy(plain)
     fuse_linears(fused)
     for model in (plain, fused):
@@ -123,13 +123,13 @@ def test_autocast():
 
 def test_prompts_of_a_fused_model():
     plain = family("Llama")
-    nb.accelerate(plain, CONFIG, progress=False)
+    accelerated(plain)
     fused = copy.deepcopy(plain)
     fuse_linears(fused)
     with torch.no_grad(), Names() as counter:
         got = fused(TOKENS).logits
-    assert counter.ours["_rotated"] == 4
-    assert counter.ours["_silu_product"] == 2
+    assert counter.ours["_rotated_forward"] == 4
+    assert counter.ours["_silu_product_forward"] == 2
     with torch.no_grad():
         near(got, plain(TOKENS).logits)
 

@@ -15,8 +15,9 @@ muon_direction = sys.modules["nibblock.ops.muon_direction"]  # the name is the f
 # The shorter forwards of nn/_lean.py and the look-ahead of optim/_plan.py: hints and calls that a
 # model on a GPU never meets.
 CPU_ONLY = {
-    *("_rms_norm", "_rms_norm_grad", "_add_rms_norm", "_rotate_", "_rotated", "_silu_mul"),
-    *("_silu_product", "_silu_product_grad", "_attend", "_fetch_lines"),
+    *("_rms_norm", "_rms_norm_forward", "_rms_norm_grad", "_add_rms_norm", "_attend"),
+    *("_rotated", "_rotated_forward", "_silu_product", "_silu_product_forward"),
+    *("_silu_product_grad", "_int4_siblings", "_int4_mlp", "_fetch_lines"),
 }
 BY_TORCH = {"muon_direction_"}  # its CUDA body is torch's batched products
 

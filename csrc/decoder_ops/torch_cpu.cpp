@@ -2,16 +2,19 @@
 // known, so they refuse what they do not cover. Stable ABI only.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../glue/check.h"
+#include "../glue/int4.h"
 #include "decoder_ops.h"
 
 namespace nibblock {
 namespace {
 
 using namespace glue;
+using Tensors = std::vector<Tensor>;
 
 // t is of x's dtype, on the CPU and contiguous.
 void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
@@ -139,16 +142,6 @@ RotateParams rotation(const char* op, const char* name, const Tensor& x, const T
   return p;
 }
 
-void rotate_op(Tensor y, const Tensor& cos, const Tensor& sin, int64_t heads) {
-  const char* op = "_rotate_";
-  RotateParams p = rotation(op, "y", y, cos, sin, false);
-  p.heads = heads;
-  STD_TORCH_CHECK(heads >= 0 && heads * p.dim <= p.y_stride, op, ": y must hold ", heads,
-                  " heads of ", p.dim, ", got ", shape_text(y));
-  p.y = y.mutable_data_ptr();
-  on_torch_threads(rotate, &p);
-}
-
 // x, whole heads, in a tensor of its own.
 Tensor rotated_op(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
   const char* op = "_rotated";
@@ -160,24 +153,6 @@ Tensor rotated_op(const Tensor& x, const Tensor& cos, const Tensor& sin, bool in
   p.y = y.mutable_data_ptr();
   on_torch_threads(rotate, &p);
   return y;
-}
-
-// silu(y[..., :width]) * y[..., start : start + width]
-Tensor silu_mul_op(const Tensor& y, int64_t width, int64_t start) {
-  const char* op = "_silu_mul";
-  SiluMulParams p;
-  take_rows(op, "y", y, &p);
-  p.stride = p.width;
-  STD_TORCH_CHECK(width >= 0 && start >= 0 && start + width <= p.stride && width <= p.stride, op,
-                  ": y must have ", start + width, " columns, got ", shape_text(y));
-  p.width = width;
-  Tensor out = empty_like_rows(y, width);
-  const char* data = static_cast<const char*>(y.const_data_ptr());
-  p.gate = data;
-  p.up = data + start * dtype_size(p.type);
-  p.y = out.mutable_data_ptr();
-  on_torch_threads(silu_mul, &p);
-  return out;
 }
 
 // silu(gate) * up of two tensors.
@@ -210,6 +185,92 @@ std::tuple<Tensor, Tensor> silu_product_grad_op(const Tensor& grad, const Tensor
   p.dup = dup.mutable_data_ptr();
   on_torch_threads(silu_mul_grad, &p);
   return {dgate, dup};
+}
+
+// --- products of a few rows with int4 weights, and what follows them, in one call: a call costs as
+// --- long as a small product
+
+using Formats = std::vector<int64_t>;
+
+// x times the weights [first, last) side by side, [..., columns of all]. Biases: one for each of
+// all weights, or none.
+Tensor side_by_side(const char* op, const Tensor& x, const Tensors& packed, const Tensors& biases,
+                    const Formats& formats, size_t first, size_t last) {
+  Int4LinearParams p;
+  p.xtype = check_float(op, "x", x.scalar_type());
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  check_like(op, "x", x, x);
+  STD_TORCH_CHECK(formats.size() == packed.size() && first < last && last <= packed.size(), op,
+                  ": formats must hold one for each of ", packed.size(), " weights, got ",
+                  formats.size());
+  STD_TORCH_CHECK(biases.empty() || biases.size() == packed.size(), op, ": biases must hold ",
+                  packed.size(), " as packed, or none, got ", biases.size());
+  int64_t columns = 0;
+  for (size_t i = first; i < last; ++i) columns += decode_format(formats[i]).out_features;
+  const int64_t k = x.size(x.dim() - 1);
+  Tensor y = empty_like_rows(x, columns);
+  const Parallel parallel = torch_parallel();
+  p.m = k > 0 ? x.numel() / k : 0;
+  p.x = x.const_data_ptr();
+  p.x_stride = k;
+  p.y_stride = columns;
+  p.parallel = &parallel;
+  p.add = nullptr;
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  for (size_t i = first; i < last; ++i) {
+    const FormatCode f = decode_format(formats[i]);
+    Tensor weight = packed[i], bias = weight;
+    p.w = check_format(op, weight, f.out_features, k, f.group_size, f.bits, f.affine,
+                       f.scale_dtype);
+    p.packed = static_cast<const uint8_t*>(weight.const_data_ptr());
+    p.compute = f.int8 ? Compute::kInt8 : Compute::kBF16;
+    p.bias = nullptr;
+    p.bias_type = Dtype::kF32;
+    if (!biases.empty()) take_bias(op, biases[i], f.out_features, &bias, &p);
+    p.y = to;
+    if (p.m * f.out_features > 0) run_product(op, int4_linear_table(), p);
+    to += f.out_features * dtype_size(p.xtype);
+  }
+  return y;
+}
+
+// The products of siblings; with cos and sin their first heads are rotated.
+Tensor int4_siblings_op(const Tensor& x, const Tensors& packed, const Tensors& biases,
+                        const Formats& formats, const std::optional<Tensor>& cos,
+                        const std::optional<Tensor>& sin, int64_t heads) {
+  const char* op = "_int4_siblings";
+  Tensor y = side_by_side(op, x, packed, biases, formats, 0, packed.size());
+  if (!cos || !sin) return y;
+  RotateParams p = rotation(op, "y", y, *cos, *sin, false);
+  p.heads = heads;
+  STD_TORCH_CHECK(heads >= 0 && heads * p.dim <= p.y_stride, op, ": y must hold ", heads,
+                  " heads of ", p.dim, ", got ", shape_text(y));
+  p.y = y.mutable_data_ptr();
+  on_torch_threads(rotate, &p);
+  return y;
+}
+
+// down(silu(t[..., :width]) * t[..., start : start + width]) of the products t of all weights but
+// the last, which is down's.
+Tensor int4_mlp_op(const Tensor& x, const Tensors& packed, const Tensors& biases,
+                   const Formats& formats, int64_t width, int64_t start) {
+  const char* op = "_int4_mlp";
+  STD_TORCH_CHECK(packed.size() >= 2, op, ": packed must hold 2 weights or more, got ",
+                  packed.size());
+  const Tensor t = side_by_side(op, x, packed, biases, formats, 0, packed.size() - 1);
+  SiluMulParams p;
+  take_rows(op, "x", t, &p);
+  p.stride = p.width;
+  STD_TORCH_CHECK(width >= 0 && start >= 0 && start + width <= p.stride && width <= p.stride, op,
+                  ": gate and up must have ", start + width, " columns, got ", p.stride);
+  p.width = width;
+  Tensor hidden = empty_like_rows(t, width);
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  p.gate = data;
+  p.up = data + start * dtype_size(p.type);
+  p.y = hidden.mutable_data_ptr();
+  on_torch_threads(silu_mul, &p);
+  return side_by_side(op, hidden, packed, biases, formats, packed.size() - 1, packed.size());
 }
 
 // softmax(scale * query key^T) value for one query a sequence. [batch, heads, 1, dim] contiguous,
@@ -266,12 +327,15 @@ Tensor attend_op(const Tensor& query, const Tensor& key, const Tensor& value, do
 
 STABLE_TORCH_LIBRARY_IMPL(nibblock, CPU, m) {
   m.impl("_rms_norm", TORCH_BOX(&nibblock::rms_norm_op));
-  m.impl("_add_rms_norm", TORCH_BOX(&nibblock::add_rms_norm_op));
-  m.impl("_rotate_", TORCH_BOX(&nibblock::rotate_op));
+  m.impl("_rms_norm_forward", TORCH_BOX(&nibblock::rms_norm_op));
   m.impl("_rms_norm_grad", TORCH_BOX(&nibblock::rms_norm_grad_op));
+  m.impl("_add_rms_norm", TORCH_BOX(&nibblock::add_rms_norm_op));
   m.impl("_rotated", TORCH_BOX(&nibblock::rotated_op));
-  m.impl("_silu_mul", TORCH_BOX(&nibblock::silu_mul_op));
+  m.impl("_rotated_forward", TORCH_BOX(&nibblock::rotated_op));
   m.impl("_silu_product", TORCH_BOX(&nibblock::silu_product_op));
+  m.impl("_silu_product_forward", TORCH_BOX(&nibblock::silu_product_op));
   m.impl("_silu_product_grad", TORCH_BOX(&nibblock::silu_product_grad_op));
+  m.impl("_int4_siblings", TORCH_BOX(&nibblock::int4_siblings_op));
+  m.impl("_int4_mlp", TORCH_BOX(&nibblock::int4_mlp_op));
   m.impl("_attend", TORCH_BOX(&nibblock::attend_op));
 }

@@ -146,7 +146,7 @@ inline Tensor empty_like_rows(const Tensor& x, int64_t last) {
 
 // torch's own pool. at::parallel_for runs the body inline when called from inside another parallel
 // region or with one thread, which is also what makes a forked worker with set_num_threads(1) safe.
-inline Parallel torch_parallel() {
+static inline Parallel torch_parallel() {  // (static as what it captures)
   Parallel p;
   p.run = [](const Parallel* self, int64_t tasks, void (*body)(void*, int64_t, int64_t),
              void* ctx) {

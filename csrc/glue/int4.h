@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "../common/cpu_features.h"
 #include "../int4_linear/int4_linear.h"
 #include "check.h"
 
@@ -67,6 +68,28 @@ inline FormatCode decode_format(int64_t code) {
   f.group_size = kGroups[(code >> 4) & 7];
   f.out_features = code >> 8;
   return f;
+}
+
+// A product's bias, [n], contiguous; `keep` must outlive the product.
+inline void take_bias(const char* op, const Tensor& bias, int64_t n, Tensor* keep,
+                      Int4LinearParams* p) {
+  p->bias_type = check_float(op, "bias", bias.scalar_type());
+  check_cpu(op, "bias", bias);
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == n, op, ": bias must be [", n, "], got ",
+                  shape_text(bias));
+  *keep = bias.is_contiguous() ? bias : torch::stable::contiguous(bias);
+  p->bias = keep->const_data_ptr();
+}
+
+// A product whose params are complete.
+inline void run_product(const char* op, const Int4LinearTable& table, const Int4LinearParams& p) {
+  const Status s = int4_linear_run(table, p, nullptr);
+  if (s == kOk) return;
+  if (s == kNoKernel && cpu_isa_error()) STD_TORCH_CHECK(false, cpu_isa_error());
+  STD_TORCH_CHECK(s != kOutOfMemory, op, ": out of memory for the workspace of [", p.m, ", ", p.w.k,
+                  "]");
+  STD_TORCH_CHECK(false, op, ": internal error ", static_cast<int>(s), " (m=", p.m, ", n=", p.w.n,
+                  ", k=", p.w.k, "); please report with python -m nibblock info --json");
 }
 
 inline Compute check_compute(const char* op, const std::string& compute) {

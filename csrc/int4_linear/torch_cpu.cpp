@@ -15,15 +15,6 @@ namespace {
 
 using namespace glue;
 
-void check_status(const char* op, Status s, const Int4LinearParams& p) {
-  if (s == kOk) return;
-  if (s == kNoKernel && cpu_isa_error()) STD_TORCH_CHECK(false, cpu_isa_error());
-  STD_TORCH_CHECK(s != kOutOfMemory, op, ": out of memory for the workspace of [", p.m, ", ", p.w.k,
-                  "]");
-  STD_TORCH_CHECK(false, op, ": internal error ", static_cast<int>(s), " (m=", p.m, ", n=", p.w.n,
-                  ", k=", p.w.k, "); please report with python -m nibblock info --json");
-}
-
 Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, const char* x_name,
               Tensor packed, const std::optional<Tensor>& bias, int64_t n, int64_t k, int64_t group,
               int64_t bits, bool affine, ScalarType scale_dtype, Compute compute, bool forward) {
@@ -36,14 +27,7 @@ Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, con
   p.bias = nullptr;
   p.bias_type = Dtype::kF32;
   Tensor keep_bias = packed;
-  if (bias) {
-    p.bias_type = check_float(op, "bias", bias->scalar_type());
-    check_cpu(op, "bias", *bias);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, op, ": bias must be [", n, "], got ",
-                    shape_text(*bias));
-    keep_bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
-    p.bias = keep_bias.const_data_ptr();
-  }
+  if (bias) take_bias(op, *bias, n, &keep_bias, &p);
   Tensor keep = packed;
   const Rows rows = as_rows(x, &keep);
   Tensor y = empty_like_rows(x, forward ? n : k);
@@ -56,7 +40,7 @@ Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, con
   p.y_stride = forward ? n : k;
   p.parallel = &parallel;
   p.add = nullptr;
-  if (y.numel() > 0) check_status(op, int4_linear_run(table, p, nullptr), p);
+  if (y.numel() > 0) run_product(op, table, p);
   return y;
 }
 

@@ -29,7 +29,7 @@ from nibblock.nn import (
 from nibblock.nn import _expert_form as _experts
 from nibblock.nn._conv1d import conv1d_class, is_conv1d, linear_shape
 from nibblock.nn._lean import is_linear
-from nibblock.nn.fused import fuse_where_possible
+from nibblock.nn.fused import fuse_where_possible, shorten_forwards
 from nibblock.ops import _checks
 
 Config = Union[Int4Config, BlockSparseConfig]
@@ -81,6 +81,11 @@ def accelerate(
     transformers' `Conv1D` (GPT-2 and its relatives) is a linear like the others: its weight
     [in, out] is transposed, and what replaces it is an `nn.Linear` with `weight` [out, in].
 
+    Around linears of 4 or 8 bits, decoder layers of transformers whose source is known (Llama,
+    Mistral, Qwen2 and their kin) compute norms, rotations, silu(gate) * up and single-token
+    attention in one pass each, forward and backward, equal to theirs up to float32 rounding, and
+    for few rows an MLP in one call: their class becomes a subclass with another forward.
+
     Args:
         model: any module tree. Not itself a linear: use `Int4Linear.from_linear` or
             `BlockSparseLinear.from_linear` for a single one.
@@ -89,11 +94,9 @@ def accelerate(
         where: None for every linear and experts module; a name pattern ("*.mlp.*"), a list of them,
             or a callable (name, module) -> bool.
         skip: names or name patterns that are left alone ("lm_head", "*.router").
-        fuse: True also lets sibling int4 linears that read the same input (q/k/v, gate/up) run as
-            one call, and norms, rotations and silu(gate) * up of transformers' models whose source
-            is known take one pass, forward and backward (equal to theirs up to float32 rounding);
-            names and state dict stay as they are. A parent whose class refuses subclasses keeps its
-            own forward; the report says so.
+        fuse: True also lets sibling int4 linears that read the same input (q/k/v, gate/up) share
+            storage and run as one product; names and state dict stay as they are. A parent whose
+            class refuses subclasses keeps its own forward; the report says so.
         progress: None for a bar on a terminal and one line elsewhere (standard error), False for
             silence, or a callable (layers done, layers).
     Returns:
@@ -150,6 +153,8 @@ def accelerate(
     rename_tied_keys(model)
     if fuse:
         report.fused, report.not_fused = fuse_where_possible(model)
+    if isinstance(config, Int4Config):
+        shorten_forwards(model, [layer.name for layer in chosen])
     report.model_bytes_after = model_bytes(model)
     report.rows = [_row(layer, before[id(layer)], replacements) for layer in layers]
     return report

@@ -30,6 +30,7 @@ from nibblock.nn import (
 )
 from nibblock.nn._conv1d import is_conv1d, linear_shape
 from nibblock.nn._expert_weight import ExpertWeight
+from nibblock.nn.fused import has_short_forwards, shorten_forwards
 from nibblock.ops import _checks, _storage
 
 # 2: some layer's columns are in an order of their own, which readers of version 1 would not see.
@@ -111,6 +112,8 @@ def save(model: nn.Module, path: Union[str, os.PathLike], adapter: Optional[str]
         version = 3
         _stored_parts.compact(tensors, layers)
     header = {"version": version, "layers": layers, "shared": shared, "tied": tied}
+    if has_short_forwards(model):
+        header["short_forwards"] = True
     _write(Path(path), _pack(safetensors, tensors, header))
 
 
@@ -165,9 +168,10 @@ def load(
     A model's file: layers that it holds in 4 or 8 bits or as blocks are replaced; everything else
     and their biases are copied into the model's tensors (and take the file's tensors where the
     model's are on the meta device). Hooks stay, what is one module or one Parameter in the model
-    stays one, and fused linears are fused again. An adapter's file: its layers become
-    `AdapterLinear`s, or get one more adapter (one of the same name is overwritten); it is active
-    afterwards, on these layers and on no other.
+    stays one, and fused linears are fused again. Where the saved model had shorter forwards
+    (`accelerate`, `load_gguf`) this one gets them, and computes the same bits. An adapter's file:
+    its layers become `AdapterLinear`s, or get one more adapter (one of the same name is
+    overwritten); it is active afterwards, on these layers and on no other.
     A sparse update's file: its layers become `MaskedLinear`s and hold the trained blocks; other
     `MaskedLinear`s are reverted. What was not trained is frozen, as `add_adapters` does.
 
@@ -229,6 +233,8 @@ def load(
     if any("_int4_groups" in module.__dict__ for module in model.modules()):
         unfuse_linears(model)  # the groups hold the layers that were replaced
         fuse_linears(model)
+    if header["short_forwards"]:
+        shorten_forwards(model)
     return model
 
 
@@ -251,7 +257,8 @@ def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
             raise ValueError(f"a file of kind {header['kind']!r}")
         version = header["version"]
         if version in _VERSIONS:
-            return {part: dict(header[part]) for part in ("layers", "shared", "tied")}
+            parts: dict[str, Any] = {p: dict(header[p]) for p in ("layers", "shared", "tied")}
+            return {**parts, "short_forwards": header.get("short_forwards") is True}
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"load: {path.name} must have whole metadata, got: {error!r}") from error
     raise ValueError(

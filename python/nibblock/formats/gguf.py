@@ -59,8 +59,9 @@ def load_gguf(
     Args:
         path: a GGUF file, version 2 or 3, of an architecture that the module's docstring lists.
         dtype: float32 | bfloat16 | float16, of the activations, norms, biases and dense weights.
-        fuse: run q/k/v and gate/up as one call each (see `accelerate`); in phi3 they are one
-            linear each already.
+        fuse: run q/k/v and gate/up as one product each (see `accelerate`, as for the shorter
+            forwards that known decoder layers get in any case); in phi3 they are one linear each
+            already.
         compute: "bf16" | "int8", the arithmetic of the Int4Linear layers.
         requantize: store linears, experts and embeddings that the file holds as floats (or in a
             type newer than the module's table) in 8 bits, group 32, symmetric, rounded to nearest,
@@ -86,10 +87,11 @@ def load_gguf(
         >>> model = nb.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", fuse=True)
         >>> print(model.nibblock_report)
     """
-    model, builder = _load(path, dtype, quantised=True, compute=compute, requantize=requantize)
-    if fuse:
-        from nibblock.nn.fused import fuse_where_possible
+    from nibblock.nn.fused import fuse_where_possible, shorten_forwards
 
+    model, builder = _load(path, dtype, quantised=True, compute=compute, requantize=requantize)
+    shorten_forwards(model)
+    if fuse:
         report = builder.report
         report.fused, report.not_fused = fuse_where_possible(model)
         if builder.layout.fused:

@@ -82,7 +82,8 @@ def load_quantized(
             `Conv1D`s (GPT-2), and its experts where transformers stacks them (Mixtral, Qwen-MoE,
             OLMoE, DeepSeek) or the file does (gpt-oss): these become `Int4Experts`.
         dtype: float32 | bfloat16 | float16, of the activations, norms, biases and dense weights.
-        fuse: run q/k/v and gate/up as one call each (see `accelerate`).
+        fuse: run q/k/v and gate/up as one product each (see `accelerate`, as for the shorter
+            forwards that known decoder layers get in any case).
         compute: "bf16" | "int8", the arithmetic of the Int4Linear layers.
     Returns:
         the model in eval mode on the CPU. `model.nibblock_report` prints what became of each layer.
@@ -113,10 +114,11 @@ def load_quantized(
         >>> model = nb.load_quantized("Qwen2.5-0.5B-Instruct-GPTQ-Int4", fuse=True)
         >>> print(model.nibblock_report)
     """
-    model = _load(path, dtype, compute, quantised=True)
-    if fuse:
-        from nibblock.nn.fused import fuse_where_possible
+    from nibblock.nn.fused import fuse_where_possible, shorten_forwards
 
+    model = _load(path, dtype, compute, quantised=True)
+    shorten_forwards(model)
+    if fuse:
         report = model.nibblock_report
         report.fused, report.not_fused = fuse_where_possible(model)
     return model

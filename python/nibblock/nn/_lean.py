@@ -2,16 +2,16 @@
 
 At one token a step most of a small model's time is Python and dispatch, not arithmetic; at many
 rows, and in training, what lies between the products is a dozen passes over memory. The forwards
-below compute the same with fewer calls: gate and up, or q, k and v, come out of one product as one
-tensor (few rows without gradients); a rotation is one call; so is a norm, with the addition before
-it where there is one and no gradient is asked; and so are silu(gate) * up, and the attention of one
-token a sequence without a mask (csrc/decoder_ops). The gradients of norm, rotation and silu * up
-are one pass each (ops/_decoder_register.py). Rotated values are the same bit for bit; norms, silu
-and attention differ from torch's by float32 rounding (torch adds in another order and has another
-exp; in bfloat16 its attention rounds the weights too). A class is matched by a fingerprint of the
-source of its forward (and of the functions it calls); any other forward, and any call that these do
-not cover (tracing, other dtypes and devices, hooks on or replacements of what is passed over), runs
-the original.
+below compute the same with fewer calls. For few rows of int4 layers without gradients an MLP is one
+call, and so are q, k and v with their rotation; everywhere else a rotation is one; so is a norm,
+with the addition before it where there is one and no gradient is asked; and so are silu(gate) * up,
+and the attention of one token a sequence without a mask (csrc/decoder_ops). The gradients of norm,
+rotation and silu * up are one pass each (ops/_decoder_register.py). Rotated values are the same bit
+for bit; norms, silu and attention differ from torch's by float32 rounding (torch adds in another
+order and has another exp; in bfloat16 its attention rounds the weights too). A class is matched by
+a fingerprint of the source of its forward (and of the functions it calls); any other forward, and
+any call that these do not cover (tracing, other dtypes and devices, hooks on or replacements of
+what is passed over), runs the original.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from typing import Any, Callable, Optional
 import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
+
+from nibblock.nn.int4_linear import Int4Linear
 
 # Fingerprints of transformers 5.x sources: Llama, Mistral, Qwen2 and the many models that repeat
 # theirs.
@@ -55,11 +57,14 @@ _ATTENDED = (torch.float32, torch.bfloat16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.nibblock
 _norm = _ops._rms_norm.default
+_norm_forward = _ops._rms_norm_forward.default
 _add_norm = _ops._add_rms_norm.default
-_rotate = _ops._rotate_.default
 _rotated = _ops._rotated.default
-_silu_mul = _ops._silu_mul.default
+_rotated_forward = _ops._rotated_forward.default
 _silu_product = _ops._silu_product.default
+_silu_product_forward = _ops._silu_product_forward.default
+_siblings = _ops._int4_siblings.default
+_whole_mlp = _ops._int4_mlp.default
 _attend = _ops._attend.default
 
 # The modules that compute silu(x) and nothing else.
@@ -123,12 +128,16 @@ def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _by_itself(x: torch.Tensor) -> bool:
-    """Whether x is worth one-pass ops between products that are not shared: many rows, or rows
-    that are trained on."""
+def _by_itself(self: nn.Module, x: torch.Tensor) -> bool:
+    """Whether one-pass ops go between products that are not shared. (Siblings that could share a
+    call, at few rows, still do in the original forward.)"""
     return (
         not torch.compiler.is_compiling()
-        and (x.numel() > _MAX_ROWS * x.shape[-1] or _differentiated(x))
+        and (
+            not self.__dict__.get("_int4_groups")
+            or x.numel() > _MAX_ROWS * x.shape[-1]
+            or _differentiated(x)
+        )
         and not _torch_module._has_any_global_hook()
     )
 
@@ -144,53 +153,94 @@ def _bare(module: nn.Module) -> bool:
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
-def _shared_product(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> Optional[tuple]:
-    """(y, spans) of the siblings called `names`, or None: run the original forward."""
-    if (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and x.requires_grad)
-        or _torch_module._has_any_global_hook()
-    ):
+def _few_rows(x: torch.Tensor) -> bool:
+    """Whether x is rows for which calls cost as much as products, and nobody looks inside."""
+    return (
+        x.numel() <= _MAX_ROWS * x.shape[-1]
+        and type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not _torch_module._has_any_global_hook()
+    )
+
+
+def _product_of(layer: Optional[nn.Module], columns: int) -> Optional[Int4Linear]:
+    """The layer, if calling it with so many columns is nothing but a product without a gradient."""
+    if type(layer) is not Int4Linear or layer.in_features != columns:
+        return None
+    own = layer.__dict__
+    # (_bare, without its call)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        return None
+    bias = own["_parameters"]["bias"]
+    return None if bias is not None and bias.requires_grad and torch.is_grad_enabled() else layer
+
+
+def _products(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> Optional[tuple]:
+    """(x, packed, biases, formats, column ranges) of the siblings called `names`, as one call takes
+    them, or None: they run alone. The lists have one entry for all of them if they share storage.
+    """
+    modules = self._modules
+    columns = x.shape[-1]
+    layers = [_product_of(modules.get(name), columns) for name in names]
+    if None in layers:
         return None
     groups = self.__dict__.get("_int4_groups")
-    if not groups:
+    if groups and groups[0].siblings == layers:
+        call = groups[0].shared(x)
+        if call is not None:
+            x, blob, bias, code, spans = call
+            return x, [blob], [] if bias is None else [bias], [code], spans
+    if any(layer._buffers.get("column_order") is not None for layer in layers):
         return None
-    group = groups[0]
-    siblings = group.siblings
-    if x.shape[-1] != siblings[0].in_features or x.numel() > _MAX_ROWS * siblings[0].in_features:
+    parameters = [layer._parameters for layer in layers]
+    biases = [p["bias"] for p in parameters if p["bias"] is not None]
+    if biases and len(biases) < len(layers):
         return None
-    modules = self._modules
-    if len(siblings) != len(names):
-        return None
-    for name, sibling in zip(names, siblings):
-        own = sibling.__dict__  # (_bare, without its call)
-        if (
-            modules[name] is not sibling
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or "forward" in own
-        ):
-            return None
-    if group.asks_gradient():
-        return None
-    return group.run(x)
+    spans, end = [], 0
+    for layer in layers:
+        spans.append((end, end + layer.out_features))
+        end += layer.out_features
+    return x, [p["packed"] for p in parameters], biases, [layer._code for layer in layers], spans
 
 
 def _mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    shared = _shared_product(self, ("gate_proj", "up_proj"), x)
-    if shared is None and not _by_itself(x):
+    if torch.compiler.is_compiling():
         return self._int4_original_forward(x)
     act = self._modules.get("act_fn")
     known = act is not None and _is_silu(type(act)) and _bare(act)
-    if shared is not None:
-        y, ((_, gate), (start, end)) = shared
-        if known:
-            return self.down_proj(_silu_mul(y, gate, start))
-        return self.down_proj(self.act_fn(y[..., :gate]) * y[..., start:end])
+    if known and _few_rows(x):
+        y = _mlp_in_one_call(self, x)
+        if y is not None:
+            return y
+    if not _by_itself(self, x):
+        return self._int4_original_forward(x)
     gate, up = self.gate_proj(x), self.up_proj(x)
     if known and _plain(gate, up) and up.is_contiguous() and up.shape == gate.shape:
-        return self.down_proj(_silu_product(gate, up))
+        product = _silu_product if _differentiated(gate, up) else _silu_product_forward
+        return self.down_proj(product(gate, up))
     return self.down_proj(self.act_fn(gate) * up)
+
+
+def _mlp_in_one_call(self: nn.Module, x: torch.Tensor) -> Optional[torch.Tensor]:
+    found = _products(self, ("gate_proj", "up_proj"), x)
+    if found is None:
+        return None
+    x, packed, biases, formats, ((_, width), (start, end)) = found
+    down = _product_of(self._modules.get("down_proj"), width)
+    if down is None or end - start != width or down._buffers.get("column_order") is not None:
+        return None
+    bias = down._parameters["bias"]
+    if (bias is None) == bool(biases):
+        return None
+    biases = [*biases, bias] if biases else biases
+    try:
+        packed, formats = [*packed, down._parameters["packed"]], [*formats, down._code]
+        return _whole_mlp(x, packed, biases, formats, width, start)
+    except RuntimeError:
+        return None  # a layer's own call says what is wrong, or mends it
 
 
 @functools.cache
@@ -212,8 +262,10 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        states = _shared_heads(self, hidden_states, position_embeddings)
-        if states is None and _by_itself(hidden_states) and hidden_states.dim() == 3:
+        states = None
+        if _few_rows(hidden_states):
+            states = _heads_in_one_call(self, hidden_states, position_embeddings)
+        if states is None and hidden_states.dim() == 3 and _by_itself(self, hidden_states):
             states = _separate_heads(self, hidden_states, position_embeddings, rotate_both)
         if states is None:
             return self._int4_original_forward(
@@ -249,19 +301,23 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
     return attention
 
 
-def _shared_heads(self: nn.Module, x: torch.Tensor, tables: Any) -> Optional[tuple]:
-    """Rotated query and key, and value, [batch, heads, length, dim] of one product, or None."""
-    shared = _shared_product(self, ("q_proj", "k_proj", "v_proj"), x)
-    # q, k and v are one run of heads, the first two rotated: no padding may lie between them.
-    if shared is None or shared[1][0][1] != shared[1][1][0] or shared[1][1][1] != shared[1][2][0]:
+def _heads_in_one_call(self: nn.Module, x: torch.Tensor, tables: Any) -> Optional[tuple]:
+    """Rotated query and key, and value, [batch, heads, length, dim], or None."""
+    found = _products(self, ("q_proj", "k_proj", "v_proj"), x)
+    if found is None:
         return None
-    y, ((_, q_end), (_, k_end), (_, end)) = shared
+    x, packed, biases, formats, ((_, q_end), (k_start, k_end), (v_start, end)) = found
+    # They are one run of heads, the first two rotated: no padding may lie between them.
+    if q_end != k_start or k_end != v_start:
+        return None
     dim = self.head_dim
     cos, sin = tables
-    if not _rotates(y, cos) or cos.shape != sin.shape or sin.dtype != y.dtype:
+    if not _rotates(x, cos) or cos.shape != sin.shape or sin.dtype != x.dtype:
         return None
-    # (only y, which nobody else has seen, is written)
-    _rotate(y, cos.contiguous(), sin.contiguous(), k_end // dim)
+    try:
+        y = _siblings(x, packed, biases, formats, cos.contiguous(), sin.contiguous(), k_end // dim)
+    except RuntimeError:
+        return None  # a layer's own call says what is wrong, or mends it
     heads = y if y.shape[-1] == end else y[..., :end]
     heads = heads.view(*x.shape[:-1], -1, dim).transpose(1, 2)
     return heads.split((q_end // dim, (k_end - q_end) // dim, (end - k_end) // dim), dim=1)
@@ -283,7 +339,8 @@ def _separate_heads(self: nn.Module, x: torch.Tensor, tables: Any, rotate_both: 
         and not _differentiated(cos, sin)
     )
     if turned:
-        q, k = _rotated(q, cos, sin, False), _rotated(k, cos, sin, False)
+        rotated = _rotated if _differentiated(q, k) else _rotated_forward
+        q, k = rotated(q, cos, sin, False), rotated(k, cos, sin, False)
     q, k, v = (t.view(*x.shape[:-1], -1, dim).transpose(1, 2) for t in (q, k, v))
     return (q, k, v) if turned else (*rotate_both(q, k, cos, sin), v)
 
@@ -314,17 +371,18 @@ def _attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
     )
 
 
-def _rotates(y: torch.Tensor, cos: torch.Tensor) -> bool:
-    """Whether the tables have one row for all rows of y, or one for each."""
+def _rotates(x: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether the tables have one row for all rows of x, or one for each."""
     tables = cos.numel() // max(1, cos.shape[-1])
-    rows = y.numel() // max(1, y.shape[-1])
-    return cos.dtype == y.dtype and (tables == 1 or tables == rows)
+    rows = x.numel() // max(1, x.shape[-1])
+    return cos.dtype == x.dtype and (tables == 1 or tables == rows)
 
 
 def _rms_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight
     if _plain(hidden_states, weight):
-        return _norm(hidden_states, weight, self.variance_epsilon)
+        norm = _norm if _differentiated(hidden_states, weight) else _norm_forward
+        return norm(hidden_states, weight, self.variance_epsilon)
     # One op, the same steps inside; in other dtypes the original rounds at another place.
     if hidden_states.dtype == torch.float32 and weight.dtype == torch.float32:
         return torch.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
@@ -344,7 +402,7 @@ def _layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: A
         or _torch_module._has_any_global_hook()
     ):
         return self._int4_original_forward(hidden_states, *args, **kwargs)
-    x = _norm(hidden_states, first.weight, first.variance_epsilon)
+    x = _norm_forward(hidden_states, first.weight, first.variance_epsilon)
     x, _ = self.self_attn(hidden_states=x, **kwargs)
     # An adapter inside may ask for gradients where the layer's input did not.
     if x.shape != hidden_states.shape or not x.is_contiguous() or not _joins(x, hidden_states):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copyreg
 import threading
+from collections.abc import Iterable
 from typing import Optional
 
 import torch
@@ -159,12 +160,11 @@ class FusedInt4Group:
 
     # --- running ---------------------------------------------------------------------------------
 
-    def run(self, x: torch.Tensor) -> Optional[tuple[torch.Tensor, list[tuple[int, int]]]]:
-        """One call for all siblings: y [..., padded N of all] and the siblings' column ranges in
-        it.
+    def shared(self, x: torch.Tensor) -> Optional[tuple]:
+        """The one call for all siblings: (x, blob, bias, format, column ranges of the siblings).
 
-        None where they cannot share a call. No gradient flows through it: the caller asks only
-        where none is needed.
+        Its result is y [..., padded N of all]. None where they cannot share a call. No gradient
+        flows through it: the caller asks only where none is needed.
         """
         bound = self._ready() if self.enabled else None
         if bound is None:
@@ -177,7 +177,7 @@ class FusedInt4Group:
             if sibling._parameters["bias"] is not None:
                 bias = self._concatenated_bias(padding)
                 break
-        return _forward(x, blob, bias, code), spans
+        return x, blob, bias, code, spans
 
     def _biases(self) -> list[Optional[torch.Tensor]]:
         return [s._parameters["bias"] for s in self.siblings]
@@ -221,10 +221,11 @@ class FusedInt4Group:
             own = sibling.__dict__
             if "forward" in own or own["_forward_pre_hooks"]:
                 return None
-        result = self.run(x)
-        if result is None:
+        call = self.shared(x)
+        if call is None:
             return None
-        y, spans = result
+        *arguments, spans = call
+        y = _forward(*arguments)
         outputs = [y[..., start:end] for start, end in spans]
         if rows > 1:
             outputs = [part.contiguous() for part in outputs]
@@ -355,8 +356,9 @@ def fuse_linears(model: nn.Module) -> list[str]:
     name (q_proj/k_proj/v_proj, gate_proj/up_proj, query/key/value, ...) within one parent; they
     must have one in_features, one format and one order of columns, and their weights must not be
     tied to anything else.
-    Attention, MLP, norm and decoder layer modules of transformers whose source is known also get a
-    shorter forward, with the same values up to float32 rounding in norms and silu.
+    Attention, MLP, norm and decoder layer modules of transformers whose source is known get a
+    shorter forward, if they have none yet, with the same values up to float32 rounding in norms and
+    silu.
 
     Args:
         model: any module tree.
@@ -405,29 +407,46 @@ def fuse_where_possible(model: nn.Module) -> tuple[list[str], dict[str, str]]:
         module.__dict__["_int4_groups"] = groups
         out.extend(names)
     if out:
-        for module in model.modules():
-            cls = type(module)
-            if issubclass(cls, _Swapped):
-                continue
-            if _lean.lean_norm(cls) or _lean.lean_layer(cls):
-                _swap(module)  # (shorter or as it was: both run)
+        shorten_forwards(model)
     return out, refused
 
 
-def shorten_forwards(model: nn.Module) -> None:
+def shorten_forwards(model: nn.Module, around: Optional[Iterable[str]] = None) -> int:
     """Gives norms, attention, MLPs and decoder layers whose forward is known their shorter one, in
-    place, whatever their linears are: what lies between the products takes one pass forward and
-    one backward (see `_lean`)."""
-    for module in model.modules():
+    place, whatever their linears are (see `_lean`).
+
+    Args:
+        model: any module tree.
+        around: names of modules; only what they lie in, and norms beside that, changes. None for
+            all of the model.
+    Returns:
+        how many modules have another forward now.
+    """
+    inside = None
+    if around is not None:
+        inside = {name[:at] for name in around for at in range(len(name)) if name[at] == "."}
+    count = 0
+    for name, module in model.named_modules():
         cls = type(module)
         if issubclass(cls, _Swapped):
             continue
-        if _lean.lean_norm(cls) or _lean.lean_layer(cls) or _lean.lean_parent(cls):
-            _swap(module)  # (a class that refuses keeps its own: both run)
+        norm = _lean.lean_norm(cls)
+        if inside is not None and (name.rpartition(".")[0] if norm else name) not in inside:
+            continue
+        if norm or _lean.lean_layer(cls) or _lean.lean_parent(cls):
+            count += not _swap(module)  # (a class that refuses keeps its own: both run)
+    return count
+
+
+def has_short_forwards(model: nn.Module) -> bool:
+    """Whether any module of a model has one."""
+    return any(isinstance(module, _Swapped) for module in model.modules())
 
 
 def unfuse_linears(model: nn.Module) -> None:
-    """Undoes `fuse_linears`, in place: every linear runs alone on its own storage."""
+    """Undoes `fuse_linears`, in place: every linear runs alone on its own storage, and every module
+    has the forward of its class again (also where `accelerate` or a loader gave it a shorter one).
+    """
     for module in model.modules():
         if isinstance(module, _Swapped):
             module.__class__ = type(module)._nibblock_original

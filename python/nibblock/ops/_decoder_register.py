@@ -4,8 +4,12 @@
     _rotated(x, cos, sin)     (a, b) -> (a cos - b sin, b cos + a sin), a head's two halves
     _silu_product(gate, up)   y = silu(gate) up
 
-Each has its gradient as one pass too. Where a gradient is to be differentiated again it is written
-in torch's own calls, which know how.
+Each has its gradient as one pass too, and a twin without one, `_..._forward`: at one token asking
+whether a gradient is wanted takes longer than the op. Where a gradient is to be differentiated
+again it is written in torch's own calls, which know how.
+
+    _int4_siblings(x, weights)   products side by side; the first heads of them rotated
+    _int4_mlp(x, weights)        down(silu(gate(x)) up(x))
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ from __future__ import annotations
 import torch
 
 from nibblock.ops._autograd import register_autograd
+from nibblock.ops._checks import decode_format
 
 _ops = torch.ops.nibblock
 
 
 @torch.library.register_fake("nibblock::_rms_norm")
+@torch.library.register_fake("nibblock::_rms_norm_forward")
 def _(x, weight, eps):
     return torch.empty_like(x)
 
@@ -32,22 +38,14 @@ def _(x, delta, weight, eps):
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.register_fake("nibblock::_rotate_")
-def _(y, cos, sin, heads):
-    return None
-
-
 @torch.library.register_fake("nibblock::_rotated")
+@torch.library.register_fake("nibblock::_rotated_forward")
 def _(x, cos, sin, inverse):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("nibblock::_silu_mul")
-def _(y, width, start):
-    return y.new_empty((*y.shape[:-1], width))
-
-
 @torch.library.register_fake("nibblock::_silu_product")
+@torch.library.register_fake("nibblock::_silu_product_forward")
 def _(gate, up):
     return torch.empty_like(gate)
 
@@ -55,6 +53,16 @@ def _(gate, up):
 @torch.library.register_fake("nibblock::_silu_product_grad")
 def _(grad, gate, up):
     return torch.empty_like(gate), torch.empty_like(gate)
+
+
+@torch.library.register_fake("nibblock::_int4_siblings")
+def _(x, packed, biases, formats, cos, sin, heads):
+    return x.new_empty((*x.shape[:-1], sum(decode_format(code)[0] for code in formats)))
+
+
+@torch.library.register_fake("nibblock::_int4_mlp")
+def _(x, packed, biases, formats, width, start):
+    return x.new_empty((*x.shape[:-1], decode_format(formats[-1])[0]))
 
 
 @torch.library.register_fake("nibblock::_attend")

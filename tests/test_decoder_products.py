@@ -1,0 +1,149 @@
+"""Products of a few rows with int4 siblings, and what follows them, in one op: as call by call."""
+
+from __future__ import annotations
+
+import nibblock as nb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ops = torch.ops.nibblock
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def layer(n, k, bias, **form):
+    linear = torch.nn.Linear(k, n, bias=bias)
+    return nb.Int4Linear.from_linear(linear, **{"group_size": 32, **form})
+
+
+def lists(layers):
+    """(packed, biases, formats) as the ops take them."""
+    biases = [m.bias.detach() for m in layers if m.bias is not None]
+    return [m.packed for m in layers], biases, [m._code for m in layers]
+
+
+FORMS = st.sampled_from(
+    (
+        {},
+        {"symmetric": True},
+        {"group_size": 64},
+        {"bits": 8},
+        {"scale_dtype": torch.float16},
+        {"compute": "int8"},
+        {"group_size": -1, "symmetric": True},
+    )
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.lists(st.integers(0, 3), max_size=2),
+    widths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    k=st.integers(1, 100),
+    bias=st.booleans(),
+    form=FORMS,
+    seed=st.integers(0, 9),
+)
+def test_siblings_are_their_products_side_by_side(dtype, rows, widths, k, bias, form, seed):
+    torch.manual_seed(seed)
+    layers = [layer(n, k, bias, **form) for n in widths]
+    x = torch.randn(*rows, k).to(dtype)
+    with torch.no_grad():
+        expected = torch.cat([m(x) for m in layers], -1)
+    assert torch.equal(ops._int4_siblings(x, *lists(layers), None, None, 0), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tables", [1, 4])
+def test_the_first_heads_are_rotated(dtype, tables):
+    torch.manual_seed(0)
+    # Formats may differ from sibling to sibling.
+    layers = [layer(48, 64, True), layer(32, 64, True, bits=8), layer(32, 64, True)]
+    x = torch.randn(4, 1, 64).to(dtype)
+    cos, sin = torch.randn(2, tables, 16).to(dtype)
+    with torch.no_grad():
+        q, k, v = (m(x) for m in layers)
+    q, k = (ops._rotated_forward(t, cos, sin, False) for t in (q, k))
+    got = ops._int4_siblings(x, *lists(layers), cos, sin, 5)
+    assert torch.equal(got, torch.cat((q, k, v), -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (0,), ()])
+def test_mlp(dtype, bias, rows):
+    torch.manual_seed(0)
+    gate, up, down = layer(80, 64, bias), layer(80, 64, bias, bits=8), layer(50, 80, bias)
+    x = torch.randn(*rows, 64).to(dtype)
+    with torch.no_grad():
+        expected = down(ops._silu_product_forward(gate(x), up(x)))
+    assert torch.equal(ops._int4_mlp(x, *lists([gate, up, down]), 80, 80), expected)
+
+
+def test_columns_between_gate_and_up():
+    """A blob of siblings has padding behind each."""
+    torch.manual_seed(0)
+    both, down = layer(48, 32, False), layer(10, 20, False)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        t = both(x)
+        hidden = ops._silu_product_forward(t[:, :20].contiguous(), t[:, 28:].contiguous())
+        expected = down(hidden)
+    assert torch.equal(ops._int4_mlp(x, *lists([both, down]), 20, 28), expected)
+
+
+def test_one_result_at_any_thread_count():
+    torch.manual_seed(0)
+    layers = [layer(1536, 576, False), layer(1536, 576, False), layer(576, 1536, False)]
+    x = torch.randn(1, 576)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(ops._int4_mlp(x, *lists(layers), 1536, 1536))
+    torch.set_num_threads(before)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_opcheck():
+    layers = [layer(32, 64, True), layer(32, 64, True), layer(64, 32, True)]
+    x = torch.randn(2, 64)
+    tables = torch.randn(1, 16), torch.randn(1, 16)
+    torch.library.opcheck(ops._int4_siblings.default, (x, *lists(layers[:2]), *tables, 3))
+    torch.library.opcheck(ops._int4_mlp.default, (x, *lists(layers), 32, 32))
+
+
+A, B, C = layer(32, 64, False), layer(16, 32, True), layer(16, 96, False)
+X = torch.randn(2, 64)
+
+
+@pytest.mark.parametrize(
+    "op,arguments,text",
+    [
+        ("siblings", (torch.randn(2, 96), *lists([A]), None, None, 0), "packed must be"),
+        ("siblings", (X.double(), *lists([A]), None, None, 0), "x must be float32"),
+        ("siblings", (torch.randn(64, 2).t(), *lists([A]), None, None, 0), "x must be contiguous"),
+        ("siblings", (torch.tensor(1.0), *lists([A]), None, None, 0), "at least 1 dimension"),
+        ("siblings", (X, [A.packed], [], [], None, None, 0), "one for each of 1 weights, got 0"),
+        ("siblings", (X, [], [], [], None, None, 0), "formats must hold"),
+        (
+            "siblings",
+            (X, [A.packed] * 2, [torch.ones(32)], [A._code] * 2, None, None, 0),
+            "biases must hold 2 as packed, or none, got 1",
+        ),
+        (
+            "siblings",
+            (X, *lists([A]), torch.randn(1, 16), torch.randn(1, 16), 3),
+            "y must hold 3 heads of 16, got [2, 32]",
+        ),
+        ("siblings", (X, *lists([A]), *torch.randn(2, 3, 16), 2), "[a divisor of 2, even]"),
+        ("mlp", (X, *lists([A]), 16, 16), "packed must hold 2 weights or more, got 1"),
+        ("mlp", (X, [A.packed, B.packed], [], [A._code, B._code], 20, 20), "must have 40 columns"),
+        ("mlp", (X, *lists([A, C]), 16, 16), "packed must be"),
+    ],
+)
+def test_refusals(op, arguments, text):
+    with pytest.raises(RuntimeError) as error:
+        getattr(ops, f"_int4_{op}")(*arguments)
+    assert text in str(error.value)
