@@ -184,7 +184,8 @@ def test_compiled_model():
     with torch.no_grad():
         expected = model(TOKENS).logits
         compiled = torch.compile(model, backend="aot_eager")
-        assert error(compiled(TOKENS).logits, expected) < 1e-5
+        # Compiled, the forwards between the products are transformers' own: other last places.
+        assert error(compiled(TOKENS).logits, expected) < 1e-4
 
 
 # --- report ---------------------------------------------------------------------------------------

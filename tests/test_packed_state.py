@@ -171,10 +171,10 @@ def test_fused_siblings_load_what_unfused_ones_load(assign):
         assert torch.equal(fused.k_proj(x), other.k_proj(x))
         plain = torch.cat([m(x) for m in (fused.q_proj, fused.k_proj, fused.v_proj)], -1)
         assert torch.equal(fused(x), plain)
-        assert group.run(x) is None
+        assert group.shared(x) is None
         fused.load_state_dict(other.state_dict(), assign=assign)
         assert torch.equal(fused(x), other(x))
-        assert group.run(x) is not None
+        assert group.shared(x) is not None
         assert fused.q_proj.scale_dtype == torch.float32
 
 
@@ -188,4 +188,4 @@ def test_a_refused_load_leaves_a_fused_sibling_as_it_was():
         with pytest.raises(RuntimeError, match="size mismatch for q_proj.qweight"):
             fused.load_state_dict({k: v for k, v in state.items() if "bias" not in k}, strict=False)
         assert torch.equal(fused(x), before)
-        assert fused._int4_groups[0].run(x) is not None
+        assert fused._int4_groups[0].shared(x) is not None
