@@ -134,6 +134,55 @@ def test_attention_keeps_what_is_not_finite():
     assert ops._attend(q, k, v, 0.25).isnan().all()
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(0, 5),
+    width=st.one_of(st.integers(1, 80), st.integers(20_000, 20_020)),
+    size=st.sampled_from((0.1, 5.0, 60.0)),
+    seed=st.integers(0, 99),
+)
+def test_softmax_gradient(rows, width, size, seed):
+    torch.manual_seed(seed)
+    scores = torch.randn(rows, width) * size
+    labels = torch.randint(width, (rows,))
+    exact = scores.double().requires_grad_()
+    losses64 = F.cross_entropy(exact, labels, reduction="none")
+    losses64.sum().backward()
+    got = scores.clone()
+    losses = ops._softmax_grad_(got, labels)
+    # A score's own last place is what its exponential can be wrong by.
+    bound = 2.0**-22 * (4 + 2 * scores.abs().amax(-1, keepdim=True)) if rows else torch.ones(0, 1)
+    assert ((losses.double() - losses64.detach()).abs() <= bound[:, 0] * (1 + losses64)).all()
+    chance = exact.grad + F.one_hot(labels, width)
+    assert ((got.double() - exact.grad).abs() <= bound * chance + 2.0**-23).all()
+
+
+def test_softmax_gradient_has_one_result_at_any_level_and_thread_count():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(70, 999) * 9, torch.randint(999, (70,))
+    results, before = [], torch.get_num_threads()
+    for level in ("scalar", native.cpu_isa()):
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with isa(level):
+                got = scores.clone()
+                results.append((ops._softmax_grad_(got, labels), got))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0]))
+
+
+def test_softmax_gradient_of_what_is_not_finite():
+    inf, nan = float("inf"), float("nan")
+    rows = torch.tensor([[0.0, nan, 1.0], [inf, 0.0, 1.0], [-inf] * 3, [-inf, 0.0, -inf]])
+    labels = torch.tensor([0, 1, 2, 1])
+    got = rows.clone()
+    losses = ops._softmax_grad_(got, labels)
+    assert losses[:3].isnan().all()
+    assert losses[3] == 0
+    assert got[:3].isnan().any(-1).all()
+    torch.testing.assert_close(got[3], torch.zeros(3))
+
+
 def test_nan_stays():
     y = torch.ones(1, 8)
     y[0, 1] = y[0, 6] = float("nan")
@@ -158,6 +207,7 @@ CALLS = [
     ("_rotated", (leaf(3, 40), torch.randn(1, 8), torch.randn(1, 8), False)),
     ("_silu_product", (leaf(3, 20), leaf(3, 20))),
     ("_silu_product_grad", tuple(torch.randn(3, 3, 20))),
+    ("_softmax_grad_", (torch.randn(3, 20), torch.tensor([0, 19, 4]))),
     ("_attend", (torch.randn(2, 6, 1, 16), *torch.randn(2, 2, 3, 7, 16), 0.25)),
 ]
 
@@ -178,6 +228,12 @@ def test_opcheck(op, arguments):
             (torch.randn(2, 5), torch.randn(1, 5), torch.randn(5), 0.0),
             "delta must be [2, 5], got [1, 5]",
         ),
+        ("_softmax_grad_", (torch.randn(2, 5).half(), torch.zeros(2).long()), "must be float32"),
+        ("_softmax_grad_", (torch.randn(5, 2).t(), torch.zeros(2).long()), "contiguous"),
+        ("_softmax_grad_", (torch.randn(2, 5), torch.zeros(3).long()), "int64 [2], got int64 [3]"),
+        ("_softmax_grad_", (torch.randn(2, 5), torch.zeros(2)), "int64 [2], got float32 [2]"),
+        ("_softmax_grad_", (torch.randn(2, 5), torch.tensor([0, 5])), "in [0, 5), got 5"),
+        ("_softmax_grad_", (torch.randn(2, 5), torch.tensor([-1, 0])), "in [0, 5), got -1"),
         ("_rotated", (torch.randn(2, 10), *torch.randn(2, 1, 4), False), "whole heads of 4"),
         ("_rotated", (torch.randn(4, 8), *torch.randn(2, 3, 4), False), "[a divisor of 4, even]"),
         ("_silu_product", (torch.randn(2, 8), torch.randn(8, 2)), "up must be [2, 8], got [8, 2]"),

@@ -106,6 +106,22 @@ def test_one_result_at_any_thread_count():
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_siblings_that_several_threads_share(dtype, rows):
+    torch.manual_seed(0)
+    layers = [layer(200, 576, True), layer(576, 576, True, bits=8), layer(33, 576, True)]
+    layers.append(layer(300, 576, True, group_size=64, symmetric=True, compute="int8"))
+    x = torch.randn(rows, 576).to(dtype)
+    with torch.no_grad():
+        expected = torch.cat([m(x) for m in layers], -1)
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(ops._int4_siblings(x, *lists(layers), None, None, 0), expected)
+    torch.set_num_threads(before)
+
+
 def test_opcheck():
     layers = [layer(32, 64, True), layer(32, 64, True), layer(64, 32, True)]
     x = torch.randn(2, 64)

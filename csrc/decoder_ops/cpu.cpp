@@ -17,6 +17,7 @@ void rms_norm_grad(const RmsNormGradParams& p) { chosen().rms_norm_grad(p); }
 void rotate(const RotateParams& p) { chosen().rotate(p); }
 void silu_mul(const SiluMulParams& p) { chosen().silu_mul(p); }
 void silu_mul_grad(const SiluMulGradParams& p) { chosen().silu_mul_grad(p); }
+void softmax_grad(const SoftmaxGradParams& p) { chosen().softmax_grad(p); }
 Status attend(const AttendParams& p) { return chosen().attend(p); }
 
 }  // namespace nibblock

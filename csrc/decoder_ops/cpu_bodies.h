@@ -3,6 +3,7 @@
 
 #include "cpu_attend.h"
 #include "cpu_layer.h"
+#include "cpu_loss.h"
 
 namespace nibblock {
 namespace {
@@ -22,6 +23,7 @@ DecoderBodies bodies() {
       [](const SiluMulGradParams& p) {
         by_type(p, silu_mul_grad_as<F32>, silu_mul_grad_as<BF16>, silu_mul_grad_as<F16>);
       },
+      softmax_grad_rows,
       attend_any,
   };
 }

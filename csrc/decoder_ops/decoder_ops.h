@@ -4,6 +4,7 @@
 //     y = x rotated by cos and sin, first half of a head against second half (rotate)
 //     y = silu(gate) * up,  silu(v) = v / (1 + exp(-v))                      (silu_mul)
 //     y[h] = softmax over t of scale * q[h] . k[h', t], times v[h', t]       (attend)
+//     y = softmax(x) - onehot(label)                                         (softmax_grad)
 //
 // At one token a step each of these is a few hundred numbers, and torch takes 3 to 7 calls of 2 to
 // 5 us for it: as long as the int4 products themselves. At many rows its calls are as many passes
@@ -87,6 +88,16 @@ struct SiluMulGradParams {
 };
 NB_API void silu_mul_grad(const SiluMulGradParams& p);
 
+// Scores of a head become the gradient of the summed cross-entropy, where they stand.
+struct SoftmaxGradParams {
+  int64_t rows, width;
+  float* scores;          // [rows, width] -> softmax, less 1 at the label
+  const int64_t* labels;  // [rows], each of 0 to width - 1
+  float* losses;          // [rows]: log(sum(exp(scores))) - scores[label]
+  const Parallel* parallel;
+};
+NB_API void softmax_grad(const SoftmaxGradParams& p);
+
 // One query a sequence against all keys of its cache, without a mask. Head h of q reads head
 // h * kv_heads / heads of k and v. Strides are in elements; the last dimension is contiguous.
 struct AttendParams {
@@ -111,6 +122,7 @@ struct DecoderBodies {
   void (*rotate)(const RotateParams& p);
   void (*silu_mul)(const SiluMulParams& p);
   void (*silu_mul_grad)(const SiluMulGradParams& p);
+  void (*softmax_grad)(const SoftmaxGradParams& p);
   Status (*attend)(const AttendParams& p);
 };
 DecoderBodies decoder_bodies_avx2();

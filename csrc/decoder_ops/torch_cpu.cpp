@@ -187,10 +187,77 @@ std::tuple<Tensor, Tensor> silu_product_grad_op(const Tensor& grad, const Tensor
   return {dgate, dup};
 }
 
+// Rows of scores become the gradient of their summed cross-entropy; returns the loss of each.
+Tensor softmax_grad_op(Tensor scores, const Tensor& labels) {
+  const char* op = "_softmax_grad_";
+  SoftmaxGradParams p;
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.dim() == 2, op,
+                  ": scores must be float32 [rows, width], got ", dtype_name(scores.scalar_type()),
+                  " ", shape_text(scores));
+  check_like(op, "scores", scores, scores);
+  check_cpu(op, "labels", labels);
+  p.rows = scores.size(0);
+  p.width = scores.size(1);
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 &&
+                      labels.size(0) == p.rows && labels.is_contiguous(),
+                  op, ": labels must be a contiguous int64 [", p.rows, "], got ",
+                  dtype_name(labels.scalar_type()), " ", shape_text(labels));
+  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  for (int64_t r = 0; r < p.rows; ++r) {
+    STD_TORCH_CHECK(p.labels[r] >= 0 && p.labels[r] < p.width, op, ": labels must be in [0, ",
+                    p.width, "), got ", p.labels[r]);
+  }
+  const int64_t shape[1] = {p.rows};
+  Tensor losses = torch::stable::new_empty(
+      scores, torch::headeronly::IntHeaderOnlyArrayRef(shape, 1), ScalarType::Float);
+  p.scores = static_cast<float*>(scores.mutable_data_ptr());
+  p.losses = static_cast<float*>(losses.mutable_data_ptr());
+  on_torch_threads(softmax_grad, &p);
+  return losses;
+}
+
 // --- products of a few rows with int4 weights, and what follows them, in one call: a call costs as
 // --- long as a small product
 
 using Formats = std::vector<int64_t>;
+
+// The products one after the other, or, of few rows, all in one parallel region: waking the threads
+// takes as long as a small layer. A task is some panels of one weight.
+void run_products(const char* op, const Int4LinearParams* products, size_t count,
+                  const Parallel& parallel) {
+  constexpr int64_t kMostRows = 4, kLeastColumns = 64, kWorthThreads = 131072;
+  int64_t columns = 0;
+  for (size_t i = 0; i < count; ++i) columns += products[i].w.n;
+  const Int4LinearParams& first = products[0];
+  if (count == 1 || parallel.threads == 1 || first.m > kMostRows ||
+      first.m * first.w.k * columns < kWorthThreads) {
+    for (size_t i = 0; i < count; ++i)
+      check_product(op, int4_linear_run(int4_linear_table(), products[i], nullptr), products[i]);
+    return;
+  }
+  const int64_t width = round_up(ceil_div(columns, 4 * parallel.threads), kLeastColumns);
+  std::vector<Int4LinearParams> parts;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t panel = int4_geometry(products[i].w).panel_stride, n = products[i].w.n;
+    for (int64_t at = 0; at < n; at += width) {
+      Int4LinearParams part = products[i];
+      part.w.n = n - at < width ? n - at : width;
+      part.packed += at / kPanelRows * panel;
+      if (part.bias)
+        part.bias = static_cast<const char*>(part.bias) + at * dtype_size(part.bias_type);
+      part.y = static_cast<char*>(part.y) + at * dtype_size(part.xtype);
+      part.parallel = &kSerial;
+      parts.push_back(part);
+    }
+  }
+  std::vector<Status> found(parts.size());
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      found[i] = int4_linear_run(int4_linear_table(), parts[i], nullptr);
+  };
+  parallel_for(parallel, static_cast<int64_t>(parts.size()), run);
+  for (size_t i = 0; i < parts.size(); ++i) check_product(op, found[i], parts[i]);
+}
 
 // x times the weights [first, last) side by side, [..., columns of all]. Biases: one for each of
 // all weights, or none.
@@ -217,20 +284,26 @@ Tensor side_by_side(const char* op, const Tensor& x, const Tensors& packed, cons
   p.parallel = &parallel;
   p.add = nullptr;
   char* to = static_cast<char*>(y.mutable_data_ptr());
+  std::vector<Int4LinearParams> products;
+  Tensors keep;
   for (size_t i = first; i < last; ++i) {
     const FormatCode f = decode_format(formats[i]);
+    if (f.out_features == 0) continue;
     Tensor weight = packed[i], bias = weight;
-    p.w = check_format(op, weight, f.out_features, k, f.group_size, f.bits, f.affine,
-                       f.scale_dtype);
+    p.w =
+        check_format(op, weight, f.out_features, k, f.group_size, f.bits, f.affine, f.scale_dtype);
     p.packed = static_cast<const uint8_t*>(weight.const_data_ptr());
     p.compute = f.int8 ? Compute::kInt8 : Compute::kBF16;
     p.bias = nullptr;
     p.bias_type = Dtype::kF32;
     if (!biases.empty()) take_bias(op, biases[i], f.out_features, &bias, &p);
     p.y = to;
-    if (p.m * f.out_features > 0) run_product(op, int4_linear_table(), p);
     to += f.out_features * dtype_size(p.xtype);
+    products.push_back(p);
+    keep.push_back(weight);
+    keep.push_back(bias);
   }
+  if (y.numel() > 0) run_products(op, products.data(), products.size(), parallel);
   return y;
 }
 
@@ -335,6 +408,7 @@ STABLE_TORCH_LIBRARY_IMPL(nibblock, CPU, m) {
   m.impl("_silu_product", TORCH_BOX(&nibblock::silu_product_op));
   m.impl("_silu_product_forward", TORCH_BOX(&nibblock::silu_product_op));
   m.impl("_silu_product_grad", TORCH_BOX(&nibblock::silu_product_grad_op));
+  m.impl("_softmax_grad_", TORCH_BOX(&nibblock::softmax_grad_op));
   m.impl("_int4_siblings", TORCH_BOX(&nibblock::int4_siblings_op));
   m.impl("_int4_mlp", TORCH_BOX(&nibblock::int4_mlp_op));
   m.impl("_attend", TORCH_BOX(&nibblock::attend_op));

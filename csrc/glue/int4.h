@@ -81,9 +81,8 @@ inline void take_bias(const char* op, const Tensor& bias, int64_t n, Tensor* kee
   p->bias = keep->const_data_ptr();
 }
 
-// A product whose params are complete.
-inline void run_product(const char* op, const Int4LinearTable& table, const Int4LinearParams& p) {
-  const Status s = int4_linear_run(table, p, nullptr);
+// What a product returned.
+inline void check_product(const char* op, Status s, const Int4LinearParams& p) {
   if (s == kOk) return;
   if (s == kNoKernel && cpu_isa_error()) STD_TORCH_CHECK(false, cpu_isa_error());
   STD_TORCH_CHECK(s != kOutOfMemory, op, ": out of memory for the workspace of [", p.m, ", ", p.w.k,

@@ -40,7 +40,7 @@ Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, con
   p.y_stride = forward ? n : k;
   p.parallel = &parallel;
   p.add = nullptr;
-  if (y.numel() > 0) run_product(op, table, p);
+  if (y.numel() > 0) check_product(op, int4_linear_run(table, p, nullptr), p);
   return y;
 }
 

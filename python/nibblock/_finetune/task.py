@@ -152,12 +152,10 @@ class _HeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 scores = head(part.requires_grad_(wanted)).float()
             # A chunk's logits are the largest tensor of a step, and memory is slower than their
-            # arithmetic: they become their log-softmax, then the sum's gradient, where they stand.
-            places, values = targets.unsqueeze(1), scores.detach()
-            torch.log_softmax(values, dim=-1, out=values)
-            total -= values.gather(1, places).sum()
+            # arithmetic: they become the sum's gradient where they stand.
+            values = scores.detach()
+            total += torch.ops.nibblock._softmax_grad_(values, targets).sum()
             if wanted:
-                values.exp_().scatter_(1, places, -1.0, reduce="add")
                 grads = torch.autograd.grad(scores, [part, *trained], values)
                 grad[first : first + chunk] = grads[0]
                 sums = [g if s is None else s.add_(g) for s, g in zip(sums, grads[1:])]

@@ -8,6 +8,8 @@ Each has its gradient as one pass too, and a twin without one, `_..._forward`: a
 whether a gradient is wanted takes longer than the op. Where a gradient is to be differentiated
 again it is written in torch's own calls, which know how.
 
+    _softmax_grad_(scores, labels)   cross-entropy of rows; the scores become its gradient
+
     _int4_siblings(x, weights)   products side by side; the first heads of them rotated
     _int4_mlp(x, weights)        down(silu(gate(x)) up(x))
 """
@@ -53,6 +55,11 @@ def _(gate, up):
 @torch.library.register_fake("nibblock::_silu_product_grad")
 def _(grad, gate, up):
     return torch.empty_like(gate), torch.empty_like(gate)
+
+
+@torch.library.register_fake("nibblock::_softmax_grad_")
+def _(scores, labels):
+    return scores.new_empty(len(labels))
 
 
 @torch.library.register_fake("nibblock::_int4_siblings")
