@@ -275,7 +275,7 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         shape = hidden_states.shape[:-1]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        interface = implementations.get_interface(self.config._attn_implementation, eager)
+        interface = implementations.get_interface(_implementation(self.config), eager)
         if (
             attention_mask is None
             and interface is sdpa
@@ -284,7 +284,8 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
             and not kwargs.get("output_attentions")
             and all(kwargs.get(name) is None for name in _SDPA_MORE)
         ):
-            return self.o_proj(_attend(query, key, value, self.scaling).view(*shape, -1)), None
+            out = _attend(query, key, value, self.scaling)
+            return self._modules["o_proj"](out.view(*shape, -1)), None
         out, weights = interface(
             self,
             query,
@@ -320,7 +321,8 @@ def _heads_in_one_call(self: nn.Module, x: torch.Tensor, tables: Any) -> Optiona
         return None  # a layer's own call says what is wrong, or mends it
     heads = y if y.shape[-1] == end else y[..., :end]
     heads = heads.view(*x.shape[:-1], -1, dim).transpose(1, 2)
-    return heads.split((q_end // dim, (k_end - q_end) // dim, (end - k_end) // dim), dim=1)
+    sizes = (q_end // dim, (k_end - q_end) // dim, (end - k_end) // dim)
+    return heads.split_with_sizes(sizes, 1)
 
 
 def _separate_heads(self: nn.Module, x: torch.Tensor, tables: Any, rotate_both: Callable) -> tuple:
@@ -345,6 +347,12 @@ def _separate_heads(self: nn.Module, x: torch.Tensor, tables: Any, rotate_both: 
     return (q, k, v) if turned else (*rotate_both(q, k, cos, sin), v)
 
 
+def _implementation(config: Any) -> Optional[str]:
+    """`config._attn_implementation`, without the three detours that its configurations take."""
+    held = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal")
+    return config._attn_implementation if held is None else held
+
+
 def _known_sdpa() -> Optional[Callable]:
     module = sys.modules.get("transformers.integrations.sdpa_attention")
     sdpa = getattr(module, "sdpa_attention_forward", None)
@@ -354,21 +362,20 @@ def _known_sdpa() -> Optional[Callable]:
 def _attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `_attend` computes what sdpa does of these: one query each, a cache of plain tensors
     that wants no gradient."""
-    dim = query.shape[-1]
-    return (
-        query.shape[2] == 1
-        and dim % 8 == 0
-        and query.dtype in _ATTENDED
-        and all(
-            type(t) is torch.Tensor
-            and t.dtype == query.dtype
-            and t.device.type == "cpu"
-            and t.shape[-1] == dim
-            and t.stride(-1) == 1
-            and not (t.requires_grad and torch.is_grad_enabled())
-            for t in (key, value)
-        )
-    )
+    shape, dtype = query.shape, query.dtype
+    if shape[2] != 1 or shape[3] % 8 or dtype not in _ATTENDED:
+        return False
+    for t in (key, value):
+        if (
+            type(t) is not torch.Tensor
+            or t.dtype != dtype
+            or t.device.type != "cpu"
+            or t.shape[-1] != shape[3]
+            or t.stride(-1) != 1
+            or (t.requires_grad and torch.is_grad_enabled())
+        ):
+            return False
+    return True
 
 
 def _rotates(x: torch.Tensor, cos: torch.Tensor) -> bool:
@@ -403,13 +410,13 @@ def _layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: A
     ):
         return self._int4_original_forward(hidden_states, *args, **kwargs)
     x = _norm_forward(hidden_states, first.weight, first.variance_epsilon)
-    x, _ = self.self_attn(hidden_states=x, **kwargs)
+    x, _ = modules["self_attn"](hidden_states=x, **kwargs)
     # An adapter inside may ask for gradients where the layer's input did not.
     if x.shape != hidden_states.shape or not x.is_contiguous() or not _joins(x, hidden_states):
         hidden_states = hidden_states + x
-        return hidden_states + self.mlp(second(hidden_states))
+        return hidden_states + modules["mlp"](second(hidden_states))
     hidden_states, x = _add_norm(hidden_states, x, second.weight, second.variance_epsilon)
-    return hidden_states + self.mlp(x)
+    return hidden_states + modules["mlp"](x)
 
 
 def _joins(t: torch.Tensor, x: torch.Tensor) -> bool:
