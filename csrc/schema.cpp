@@ -27,8 +27,9 @@ STABLE_TORCH_LIBRARY(nibblock, m) {
   m.def("_silu_product_forward(Tensor gate, Tensor up) -> Tensor");
   m.def("_silu_product_grad(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("_softmax_grad_(Tensor(a!) scores, Tensor labels) -> Tensor");
-  m.def("_int4_siblings(Tensor x, Tensor[] packed, Tensor[] biases, int[] formats, Tensor? cos, Tensor? sin, int heads) -> Tensor");
-  m.def("_int4_mlp(Tensor x, Tensor[] packed, Tensor[] biases, int[] formats, int width, int start) -> Tensor");
+  m.def("_int4_siblings(Tensor x, Tensor? norm_weight, float eps, Tensor[] packed, Tensor[] biases, int[] formats, Tensor? cos, Tensor? sin, int heads) -> Tensor");
+  m.def("_int4_mlp(Tensor x, Tensor[] packed, Tensor[] biases, int[] formats) -> Tensor");
+  m.def("_int4_layer_end(Tensor query, Tensor key, Tensor value, float scale, Tensor hidden, Tensor norm_weight, float eps, Tensor[] packed, Tensor[] biases, int[] formats) -> Tensor");
   m.def("_attend(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
   m.def("block_scores_(Tensor(a!) scores, Tensor(b!)? movement, Tensor grad, Tensor x, Tensor? weight, int block, int sketch, int seed) -> ()");
   m.def("block_gain_(Tensor(a!) gain, Tensor(b!) squares, Tensor grad, Tensor x, int block) -> ()");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import nibblock as nb
 import pytest
@@ -15,6 +16,7 @@ from test_fuse_rows import Names
 from torch import nn
 
 TOKEN = torch.tensor([[3]])
+CALLS = ("_int4_siblings", "_int4_mlp", "_int4_layer_end")
 
 
 def pair(name="Llama", dtype=torch.float32):
@@ -42,10 +44,26 @@ def test_one_call_for_an_mlp_and_one_for_heads(name, dtype):
     (expected, _), (got, ours) = logits(plain), logits(short)
     near(got, expected)
     # Qwen2 has biases in q, k and v alone.
-    assert (ours["_int4_mlp"], ours["_int4_siblings"], ours["_attend"]) == (2, 2, 2)
+    assert [ours[name] for name in CALLS] == [2, 0, 2]
+    assert sum(ours.values()) == 6  # and the last norm, and the head
+    tokens = torch.arange(6).reshape(2, 3)
+    (expected, _), (got, ours) = logits(plain, tokens), logits(short, tokens)
+    near(got, expected)
+    assert [ours[name] for name in CALLS] == [2, 2, 0]
     assert ours["_int4_linear_forward"] == 3  # o_proj of two layers, and the head
     tokens = torch.arange(24).reshape(2, 12)
     near(logits(short, tokens)[0], logits(plain, tokens)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
+def test_tokens_behind_a_cache(name, dtype):
+    models = pair(name, dtype)
+    tokens = torch.arange(12).reshape(2, 6)
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True)
+    found = [m.generate(tokens, return_dict_in_generate=True, **options) for m in models]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    near(torch.stack(found[1].logits), torch.stack(found[0].logits))
 
 
 @pytest.mark.parametrize("name", INSIDE)
@@ -71,7 +89,7 @@ def test_hooks_run(name, kind):
     got, ours = logits(short)
     near(got, expected)
     assert seen == [1]
-    assert ours["_int4_mlp"] + ours["_int4_siblings"] == 3  # of four
+    assert sum(ours[call] for call in CALLS) == 3  # of four
     handle.remove()
     assert torch.equal(logits(short)[0], expected)
 
@@ -85,7 +103,7 @@ def test_what_is_not_an_int4_layer_runs_by_itself():
         nn.init.normal_(model.model.layers[0].self_attn.v_proj.weight)
     (expected, _), (got, ours) = logits(plain), logits(short)
     near(got, expected)
-    assert (ours["_int4_mlp"], ours["_int4_siblings"]) == (1, 1)
+    assert [ours[name] for name in CALLS] == [1, 0, 1]
 
 
 def test_biases_of_some_and_trained_ones():
@@ -115,6 +133,86 @@ def test_storage_that_another_module_changed():
         gate._parameters["packed"] = other.packed
     (expected, _), (got, _) = logits(models[0]), logits(models[1])
     near(got, expected)
+
+
+def other_format(model):
+    model.model.layers[0].mlp.up_proj.compute = "int8"
+
+
+def other_linear(model):
+    torch.manual_seed(5)
+    linear = nb.Int4Linear.from_linear(nn.Linear(64, 32, bias=False), group_size=64)
+    model.model.layers[0].self_attn.v_proj = linear
+
+
+def other_state(model):
+    torch.manual_seed(5)
+    other = family("Llama")
+    nn.init.normal_(other.model.layers[0].mlp.down_proj.weight)
+    nb.accelerate(other, CONFIG, progress=False)
+    model.load_state_dict(other.state_dict())
+
+
+def other_bias(model):
+    model.model.layers[1].self_attn.o_proj.bias = nn.Parameter(torch.linspace(-1, 1, 64))
+
+
+def other_norm(model):
+    norm = model.model.layers[0].post_attention_layernorm
+    norm.weight = nn.Parameter(torch.linspace(0, 2, 64))
+    norm.variance_epsilon = 0.1
+
+
+def other_dtype(model):
+    model.bfloat16()
+
+
+def other_activation(model):
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def dropout(model):
+    model.train()
+
+
+def compiled(model):
+    model.model.layers[0].mlp.gate_proj.compile(backend="eager")
+
+
+def other_class(model):
+    class Twice(nb.Int4Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.model.layers[0].self_attn.o_proj.__class__ = Twice
+
+
+CHANGES = [other_format, other_linear, other_state, other_bias, other_norm, other_dtype]
+CHANGES += [other_activation, dropout, compiled, other_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_tokens_is_seen(change):
+    models = pair()
+    tokens = torch.tensor([[3], [50], [9], [7]])
+    before = logits(models[1], tokens)[0]
+    for model in models:
+        change(model)
+    expected, got = (logits(m, tokens)[0] for m in models)
+    near(got, expected)
+    if change is not other_format:  # (not every level has a kernel for int8)
+        assert torch.equal(got, before) == (change in (dropout, compiled))
+
+
+def test_a_copy_and_a_pickle_have_their_own(tmp_path):
+    _, short = pair()
+    expected = logits(short)[0]
+    other = copy.deepcopy(short)
+    again = pickle.loads(pickle.dumps(short))
+    other_norm(short)
+    assert not torch.equal(logits(short)[0], expected)
+    assert torch.equal(logits(other)[0], expected)
+    assert torch.equal(logits(again)[0], expected)
 
 
 def test_a_layer_of_another_width_is_refused_as_ever():

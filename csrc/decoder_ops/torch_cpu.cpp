@@ -216,136 +216,6 @@ Tensor softmax_grad_op(Tensor scores, const Tensor& labels) {
   return losses;
 }
 
-// --- products of a few rows with int4 weights, and what follows them, in one call: a call costs as
-// --- long as a small product
-
-using Formats = std::vector<int64_t>;
-
-// The products one after the other, or, of few rows, all in one parallel region: waking the threads
-// takes as long as a small layer. A task is some panels of one weight.
-void run_products(const char* op, const Int4LinearParams* products, size_t count,
-                  const Parallel& parallel) {
-  constexpr int64_t kMostRows = 4, kLeastColumns = 64, kWorthThreads = 131072;
-  int64_t columns = 0;
-  for (size_t i = 0; i < count; ++i) columns += products[i].w.n;
-  const Int4LinearParams& first = products[0];
-  if (count == 1 || parallel.threads == 1 || first.m > kMostRows ||
-      first.m * first.w.k * columns < kWorthThreads) {
-    for (size_t i = 0; i < count; ++i)
-      check_product(op, int4_linear_run(int4_linear_table(), products[i], nullptr), products[i]);
-    return;
-  }
-  const int64_t width = round_up(ceil_div(columns, 4 * parallel.threads), kLeastColumns);
-  std::vector<Int4LinearParams> parts;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t panel = int4_geometry(products[i].w).panel_stride, n = products[i].w.n;
-    for (int64_t at = 0; at < n; at += width) {
-      Int4LinearParams part = products[i];
-      part.w.n = n - at < width ? n - at : width;
-      part.packed += at / kPanelRows * panel;
-      if (part.bias)
-        part.bias = static_cast<const char*>(part.bias) + at * dtype_size(part.bias_type);
-      part.y = static_cast<char*>(part.y) + at * dtype_size(part.xtype);
-      part.parallel = &kSerial;
-      parts.push_back(part);
-    }
-  }
-  std::vector<Status> found(parts.size());
-  auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      found[i] = int4_linear_run(int4_linear_table(), parts[i], nullptr);
-  };
-  parallel_for(parallel, static_cast<int64_t>(parts.size()), run);
-  for (size_t i = 0; i < parts.size(); ++i) check_product(op, found[i], parts[i]);
-}
-
-// x times the weights [first, last) side by side, [..., columns of all]. Biases: one for each of
-// all weights, or none.
-Tensor side_by_side(const char* op, const Tensor& x, const Tensors& packed, const Tensors& biases,
-                    const Formats& formats, size_t first, size_t last) {
-  Int4LinearParams p;
-  p.xtype = check_float(op, "x", x.scalar_type());
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  check_like(op, "x", x, x);
-  STD_TORCH_CHECK(formats.size() == packed.size() && first < last && last <= packed.size(), op,
-                  ": formats must hold one for each of ", packed.size(), " weights, got ",
-                  formats.size());
-  STD_TORCH_CHECK(biases.empty() || biases.size() == packed.size(), op, ": biases must hold ",
-                  packed.size(), " as packed, or none, got ", biases.size());
-  int64_t columns = 0;
-  for (size_t i = first; i < last; ++i) columns += decode_format(formats[i]).out_features;
-  const int64_t k = x.size(x.dim() - 1);
-  Tensor y = empty_like_rows(x, columns);
-  const Parallel parallel = torch_parallel();
-  p.m = k > 0 ? x.numel() / k : 0;
-  p.x = x.const_data_ptr();
-  p.x_stride = k;
-  p.y_stride = columns;
-  p.parallel = &parallel;
-  p.add = nullptr;
-  char* to = static_cast<char*>(y.mutable_data_ptr());
-  std::vector<Int4LinearParams> products;
-  Tensors keep;
-  for (size_t i = first; i < last; ++i) {
-    const FormatCode f = decode_format(formats[i]);
-    if (f.out_features == 0) continue;
-    Tensor weight = packed[i], bias = weight;
-    p.w =
-        check_format(op, weight, f.out_features, k, f.group_size, f.bits, f.affine, f.scale_dtype);
-    p.packed = static_cast<const uint8_t*>(weight.const_data_ptr());
-    p.compute = f.int8 ? Compute::kInt8 : Compute::kBF16;
-    p.bias = nullptr;
-    p.bias_type = Dtype::kF32;
-    if (!biases.empty()) take_bias(op, biases[i], f.out_features, &bias, &p);
-    p.y = to;
-    to += f.out_features * dtype_size(p.xtype);
-    products.push_back(p);
-    keep.push_back(weight);
-    keep.push_back(bias);
-  }
-  if (y.numel() > 0) run_products(op, products.data(), products.size(), parallel);
-  return y;
-}
-
-// The products of siblings; with cos and sin their first heads are rotated.
-Tensor int4_siblings_op(const Tensor& x, const Tensors& packed, const Tensors& biases,
-                        const Formats& formats, const std::optional<Tensor>& cos,
-                        const std::optional<Tensor>& sin, int64_t heads) {
-  const char* op = "_int4_siblings";
-  Tensor y = side_by_side(op, x, packed, biases, formats, 0, packed.size());
-  if (!cos || !sin) return y;
-  RotateParams p = rotation(op, "y", y, *cos, *sin, false);
-  p.heads = heads;
-  STD_TORCH_CHECK(heads >= 0 && heads * p.dim <= p.y_stride, op, ": y must hold ", heads,
-                  " heads of ", p.dim, ", got ", shape_text(y));
-  p.y = y.mutable_data_ptr();
-  on_torch_threads(rotate, &p);
-  return y;
-}
-
-// down(silu(t[..., :width]) * t[..., start : start + width]) of the products t of all weights but
-// the last, which is down's.
-Tensor int4_mlp_op(const Tensor& x, const Tensors& packed, const Tensors& biases,
-                   const Formats& formats, int64_t width, int64_t start) {
-  const char* op = "_int4_mlp";
-  STD_TORCH_CHECK(packed.size() >= 2, op, ": packed must hold 2 weights or more, got ",
-                  packed.size());
-  const Tensor t = side_by_side(op, x, packed, biases, formats, 0, packed.size() - 1);
-  SiluMulParams p;
-  take_rows(op, "x", t, &p);
-  p.stride = p.width;
-  STD_TORCH_CHECK(width >= 0 && start >= 0 && start + width <= p.stride && width <= p.stride, op,
-                  ": gate and up must have ", start + width, " columns, got ", p.stride);
-  p.width = width;
-  Tensor hidden = empty_like_rows(t, width);
-  const char* data = static_cast<const char*>(t.const_data_ptr());
-  p.gate = data;
-  p.up = data + start * dtype_size(p.type);
-  p.y = hidden.mutable_data_ptr();
-  on_torch_threads(silu_mul, &p);
-  return side_by_side(op, hidden, packed, biases, formats, packed.size() - 1, packed.size());
-}
-
 // softmax(scale * query key^T) value for one query a sequence. [batch, heads, 1, dim] contiguous,
 // which is also [batch, 1, heads * dim].
 Tensor attend_op(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
@@ -395,6 +265,193 @@ Tensor attend_op(const Tensor& query, const Tensor& key, const Tensor& value, do
   return y;
 }
 
+// --- products of a few rows with int4 weights, and what follows them, in one call: a call costs as
+// --- long as a small product
+
+using Formats = std::vector<int64_t>;
+
+// The products one after the other, or, of few rows, all in one parallel region: waking the threads
+// takes as long as a small layer. A task is some panels of one weight.
+void run_products(const char* op, const Int4LinearParams* products, size_t count,
+                  const Parallel& parallel) {
+  constexpr int64_t kMostRows = 4, kLeastColumns = 64, kWorthThreads = 131072;
+  int64_t columns = 0;
+  for (size_t i = 0; i < count; ++i) columns += products[i].w.n;
+  const Int4LinearParams& first = products[0];
+  if (count == 1 || parallel.threads == 1 || first.m > kMostRows ||
+      first.m * first.w.k * columns < kWorthThreads) {
+    for (size_t i = 0; i < count; ++i)
+      check_product(op, int4_linear_run(int4_linear_table(), products[i], nullptr), products[i]);
+    return;
+  }
+  const int64_t width = round_up(ceil_div(columns, 4 * parallel.threads), kLeastColumns);
+  std::vector<Int4LinearParams> parts;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t panel = int4_geometry(products[i].w).panel_stride, n = products[i].w.n;
+    for (int64_t at = 0; at < n; at += width) {
+      Int4LinearParams part = products[i];
+      part.w.n = n - at < width ? n - at : width;
+      part.packed += at / kPanelRows * panel;
+      if (part.bias)
+        part.bias = static_cast<const char*>(part.bias) + at * dtype_size(part.bias_type);
+      part.y = static_cast<char*>(part.y) + at * dtype_size(part.xtype);
+      part.parallel = &kSerial;
+      parts.push_back(part);
+    }
+  }
+  std::vector<Status> found(parts.size());
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      found[i] = int4_linear_run(int4_linear_table(), parts[i], nullptr);
+  };
+  parallel_for(parallel, static_cast<int64_t>(parts.size()), run);
+  for (size_t i = 0; i < parts.size(); ++i) check_product(op, found[i], parts[i]);
+}
+
+// Weights of some layers: packed, biases (one for each, or none) and formats.
+struct Weights {
+  const char* op;
+  const Tensors &packed, &biases;
+  const Formats& formats;
+
+  void check() const {
+    STD_TORCH_CHECK(formats.size() == packed.size(), op, ": formats must hold ", packed.size(),
+                    " as packed, got ", formats.size());
+    STD_TORCH_CHECK(biases.empty() || biases.size() == packed.size(), op, ": biases must hold ",
+                    packed.size(), " as packed, or none, got ", biases.size());
+  }
+  int64_t columns(size_t first, size_t last) const {
+    int64_t n = 0;
+    for (size_t i = first; i < last; ++i) n += decode_format(formats[i]).out_features;
+    return n;
+  }
+};
+
+// x [m, k] times the weights [first, last), side by side in a tensor like `like` but for its last
+// dimension.
+Tensor side_by_side(const Weights& w, size_t first, size_t last, const Tensor& like, const void* x,
+                    int64_t m, int64_t k) {
+  const int64_t columns = w.columns(first, last);
+  Tensor y = empty_like_rows(like, columns);
+  const Parallel parallel = torch_parallel();
+  Int4LinearParams p;
+  p.xtype = check_float(w.op, "x", like.scalar_type());
+  p.m = m;
+  p.x = x;
+  p.x_stride = k;
+  p.y_stride = columns;
+  p.parallel = &parallel;
+  p.add = nullptr;
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  std::vector<Int4LinearParams> products;
+  Tensors keep;
+  for (size_t i = first; i < last; ++i) {
+    const FormatCode f = decode_format(w.formats[i]);
+    if (f.out_features == 0) continue;
+    Tensor weight = w.packed[i], bias = weight;
+    p.w = check_format(w.op, weight, f.out_features, k, f.group_size, f.bits, f.affine,
+                       f.scale_dtype);
+    p.packed = static_cast<const uint8_t*>(weight.const_data_ptr());
+    p.compute = f.int8 ? Compute::kInt8 : Compute::kBF16;
+    p.bias = nullptr;
+    p.bias_type = Dtype::kF32;
+    if (!w.biases.empty()) take_bias(w.op, w.biases[i], f.out_features, &bias, &p);
+    p.y = to;
+    to += f.out_features * dtype_size(p.xtype);
+    products.push_back(p);
+    keep.push_back(weight);
+    keep.push_back(bias);
+  }
+  if (y.numel() > 0) run_products(w.op, products.data(), products.size(), parallel);
+  return y;
+}
+
+// The same of x [..., k].
+Tensor side_by_side(const Weights& w, size_t first, size_t last, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 1, w.op, ": x must have at least 1 dimension, got a scalar");
+  check_float(w.op, "x", x.scalar_type());
+  check_like(w.op, "x", x, x);
+  const int64_t k = x.size(x.dim() - 1);
+  return side_by_side(w, first, last, x, x.const_data_ptr(), k > 0 ? x.numel() / k : 0, k);
+}
+
+// The products of siblings with x, or with its norm; with cos and sin their first heads are
+// rotated.
+Tensor int4_siblings_op(const Tensor& x, const std::optional<Tensor>& norm_weight, double eps,
+                        const Tensors& packed, const Tensors& biases, const Formats& formats,
+                        const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                        int64_t heads) {
+  const Weights w = {"_int4_siblings", packed, biases, formats};
+  w.check();
+  STD_TORCH_CHECK(!packed.empty(), w.op, ": packed must hold 1 weight or more, got none");
+  const Tensor normed = norm_weight ? norm(w.op, x, nullptr, *norm_weight, eps, nullptr) : x;
+  Tensor y = side_by_side(w, 0, packed.size(), normed);
+  if (!cos || !sin) return y;
+  RotateParams p = rotation(w.op, "y", y, *cos, *sin, false);
+  p.heads = heads;
+  STD_TORCH_CHECK(heads >= 0 && heads * p.dim <= p.y_stride, w.op, ": y must hold ", heads,
+                  " heads of ", p.dim, ", got ", shape_text(y));
+  p.y = y.mutable_data_ptr();
+  on_torch_threads(rotate, &p);
+  return y;
+}
+
+// down(silu(gate(x)) * up(x)) of the weights [first, first + 3).
+Tensor mlp(const Weights& w, size_t first, const Tensor& x) {
+  const Tensor t = side_by_side(w, first, first + 2, x);
+  SiluMulParams p;
+  take_rows(w.op, "x", t, &p);
+  p.stride = p.width;
+  p.width = w.columns(first, first + 1);
+  STD_TORCH_CHECK(2 * p.width == p.stride, w.op, ": gate and up must have as many columns, got ",
+                  p.width, " and ", p.stride - p.width);
+  Tensor hidden = empty_like_rows(t, p.width);
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  p.gate = data;
+  p.up = data + p.width * dtype_size(p.type);
+  p.y = hidden.mutable_data_ptr();
+  on_torch_threads(silu_mul, &p);
+  return side_by_side(w, first + 2, first + 3, hidden);
+}
+
+Tensor int4_mlp_op(const Tensor& x, const Tensors& packed, const Tensors& biases,
+                   const Formats& formats) {
+  const Weights w = {"_int4_mlp", packed, biases, formats};
+  w.check();
+  STD_TORCH_CHECK(packed.size() == 3, w.op, ": packed must hold gate, up and down, got ",
+                  packed.size(), " weights");
+  return mlp(w, 0, x);
+}
+
+// All of a decoder layer behind its rotated heads, for one token a sequence: h = hidden +
+// o(attend(query, key, value)), then h + mlp(norm(h)). Weights: o, gate, up, down.
+Tensor int4_layer_end_op(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+                         const Tensor& hidden, const Tensor& norm_weight, double eps,
+                         const Tensors& packed, const Tensors& biases, const Formats& formats) {
+  const Weights w = {"_int4_layer_end", packed, biases, formats};
+  w.check();
+  STD_TORCH_CHECK(packed.size() == 4, w.op, ": packed must hold o, gate, up and down, got ",
+                  packed.size(), " weights");
+  const Tensor heads = attend_op(query, key, value, scale);
+  const int64_t m = heads.size(0), k = heads.size(1) * heads.size(3);
+  check_like(w.op, "hidden", hidden, heads);
+  const int64_t width = hidden.dim() > 0 ? hidden.size(hidden.dim() - 1) : 0;
+  STD_TORCH_CHECK(hidden.numel() == m * width && w.columns(0, 1) == width &&
+                      w.columns(3, 4) == width,
+                  w.op, ": hidden must be ", m, " rows of the ", w.columns(0, 1), " and ",
+                  w.columns(3, 4), " columns of o and down, got ", shape_text(hidden));
+  const Tensor delta = side_by_side(w, 0, 1, hidden, heads.const_data_ptr(), m, k);
+  Tensor sum = hidden;
+  const Tensor normed = norm(w.op, hidden, &delta, norm_weight, eps, &sum);
+  Tensor out = mlp(w, 1, normed);
+  const Dtype type = check_float(w.op, "hidden", hidden.scalar_type());
+  const void* from = sum.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  for (int64_t i = 0; i < m * width; ++i)
+    store_f32_as(to, type, i, load_as_f32(from, type, i) + load_as_f32(to, type, i));
+  return out;
+}
+
 }  // namespace
 }  // namespace nibblock
 
@@ -410,6 +467,7 @@ STABLE_TORCH_LIBRARY_IMPL(nibblock, CPU, m) {
   m.impl("_silu_product_grad", TORCH_BOX(&nibblock::silu_product_grad_op));
   m.impl("_softmax_grad_", TORCH_BOX(&nibblock::softmax_grad_op));
   m.impl("_int4_siblings", TORCH_BOX(&nibblock::int4_siblings_op));
+  m.impl("_int4_layer_end", TORCH_BOX(&nibblock::int4_layer_end_op));
   m.impl("_int4_mlp", TORCH_BOX(&nibblock::int4_mlp_op));
   m.impl("_attend", TORCH_BOX(&nibblock::attend_op));
 }

@@ -4,7 +4,8 @@
 // while 15 products of 65 kFLOP run on them, and only the gradient, the momentum and the direction
 // touch memory. So the fused multiply-adds are all that counts. Each product is C = P Q or P^T Q
 // with rows of Q and C as vectors and elements of P broadcast, which needs no transposition: A and
-// its polynomial are symmetric, and X stands on the left only as itself.
+// its polynomial are symmetric (five eighths of them are multiplied out), and X stands on the left
+// only as itself.
 #pragma once
 
 #include <string.h>
@@ -59,12 +60,46 @@ NB_INLINE void muon_tile(const float* P, int64_t pk, int64_t pi, const float* Q,
   }
 }
 
-template <class O>
+typedef float Eight __attribute__((vector_size(32)));
+
+// 8 x 8 of a matrix with rows of B as the transpose of 8 x 8 others.
+NB_INLINE void muon_mirror(const float* from, float* to, int64_t B) {
+  Eight rows[8], pairs[8], quads[8];
+  NB_UNROLL
+  for (int i = 0; i < 8; ++i) memcpy(&rows[i], from + i * B, sizeof rows[i]);
+  NB_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    const Eight a = rows[i], b = rows[i + 1];
+    pairs[i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  NB_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    NB_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const Eight a = pairs[i + h], b = pairs[i + 2 + h];
+      quads[i + 2 * h] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+      quads[i + 2 * h + 1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  NB_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const Eight a = quads[i], b = quads[i + 4];
+    const Eight low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    const Eight high = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    memcpy(to + i * B, &low, sizeof low);
+    memcpy(to + (i + 4) * B, &high, sizeof high);
+  }
+}
+
+// SYMMETRIC: C is, bit for bit (its products commute, its sums run in one order): what lies left of
+// the diagonal is copied.
+template <class O, bool SYMMETRIC>
 static void muon_product(const float* P, int64_t pk, int64_t pi, const float* Q, float* C,
                          int64_t B, const MuonEnd* end) {
   // B is a multiple of 16: of two vectors but for AVX-512 at 16.
   for (int64_t i = 0; i < B; i += 8) {
-    int64_t j = 0;
+    int64_t j = SYMMETRIC ? i / O::kLanes * O::kLanes : 0;
     for (; j + 2 * O::kLanes <= B; j += 2 * O::kLanes) {
       if (O::kLanes == 16) {
         muon_tile<O, 8, 2>(P, pk, pi, Q, C, B, i, j, end);
@@ -74,6 +109,9 @@ static void muon_product(const float* P, int64_t pk, int64_t pi, const float* Q,
       }
     }
     if (j < B) muon_tile<O, 8, 1>(P, pk, pi, Q, C, B, i, j, end);
+  }
+  for (int64_t i = 0; SYMMETRIC && i < B; i += 8) {
+    for (int64_t j = i + 8; j < B; j += 8) muon_mirror(C + i * B + j, C + j * B + i, B);
   }
   if (!end) return;
   for (int64_t i = 0; i < B; ++i) C[i * B + i] += end->diagonal;
@@ -109,7 +147,7 @@ template <class O>
 static const float* muon_iterate(float* X, float* next, float* A, float* S, int64_t B,
                                  int64_t steps) {
   for (int64_t step = 0; step < steps; ++step) {
-    muon_product<O>(X, B, 1, X, A, B, nullptr);
+    muon_product<O, true>(X, B, 1, X, A, B, nullptr);
     float a = kMuonA, b = kMuonB, c = kMuonC;
     if (step == 0) {  // the norm, from the diagonal: X / ||X|| without a pass over X
       float squares = 0.0f;
@@ -120,8 +158,8 @@ static const float* muon_iterate(float* X, float* next, float* A, float* S, int6
       c *= r * r2 * r2;
     }
     const MuonEnd end = {c, b, a, A};
-    muon_product<O>(A, B, 1, A, S, B, &end);
-    muon_product<O>(X, 1, B, S, next, B, nullptr);
+    muon_product<O, true>(A, B, 1, A, S, B, &end);
+    muon_product<O, false>(X, 1, B, S, next, B, nullptr);
     std::swap(X, next);
   }
   return X;

@@ -27,7 +27,17 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
-from nibblock.nn.int4_linear import Int4Linear
+from nibblock.nn._lean_calls import (
+    MAX_ROWS,
+    attends,
+    bare,
+    few_rows,
+    is_silu,
+    product_of,
+    rotates,
+    weights_of,
+)
+from nibblock.nn._one_token import one_token
 
 # Fingerprints of transformers 5.x sources: Llama, Mistral, Qwen2 and the many models that repeat
 # theirs.
@@ -50,10 +60,6 @@ _SDPA_MORE = ("softcap", "position_bias", "cache")  # what else it may be asked 
 # Linears that write F.linear in other words (Falcon's).
 _LINEAR = {"6b8b3b5430e88ef6"}
 
-# As FusedInt4Group's: above this many rows the saved calls no longer matter.
-_MAX_ROWS = 8
-
-_ATTENDED = (torch.float32, torch.bfloat16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.nibblock
 _norm = _ops._rms_norm.default
@@ -66,9 +72,6 @@ _silu_product_forward = _ops._silu_product_forward.default
 _siblings = _ops._int4_siblings.default
 _whole_mlp = _ops._int4_mlp.default
 _attend = _ops._attend.default
-
-# The modules that compute silu(x) and nothing else.
-_SILU = {"torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"}
 
 
 def _fingerprint(function: Any) -> str:
@@ -135,7 +138,7 @@ def _by_itself(self: nn.Module, x: torch.Tensor) -> bool:
         not torch.compiler.is_compiling()
         and (
             not self.__dict__.get("_int4_groups")
-            or x.numel() > _MAX_ROWS * x.shape[-1]
+            or x.numel() > MAX_ROWS * x.shape[-1]
             or _differentiated(x)
         )
         and not _torch_module._has_any_global_hook()
@@ -146,72 +149,20 @@ def _differentiated(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _bare(module: nn.Module) -> bool:
-    """Whether calling the module is calling its class's forward."""
-    own = module.__dict__
-    # (a forward of its own: wrappers put one on the instance)
-    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
-
-
-def _few_rows(x: torch.Tensor) -> bool:
-    """Whether x is rows for which calls cost as much as products, and nobody looks inside."""
-    return (
-        x.numel() <= _MAX_ROWS * x.shape[-1]
-        and type(x) is torch.Tensor
-        and x.device.type == "cpu"
-        and x.is_contiguous()
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not _torch_module._has_any_global_hook()
-    )
-
-
-def _product_of(layer: Optional[nn.Module], columns: int) -> Optional[Int4Linear]:
-    """The layer, if calling it with so many columns is nothing but a product without a gradient."""
-    if type(layer) is not Int4Linear or layer.in_features != columns:
-        return None
-    own = layer.__dict__
-    # (_bare, without its call)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-        return None
-    bias = own["_parameters"]["bias"]
-    return None if bias is not None and bias.requires_grad and torch.is_grad_enabled() else layer
-
-
 def _products(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> Optional[tuple]:
-    """(x, packed, biases, formats, column ranges) of the siblings called `names`, as one call takes
-    them, or None: they run alone. The lists have one entry for all of them if they share storage.
-    """
-    modules = self._modules
-    columns = x.shape[-1]
-    layers = [_product_of(modules.get(name), columns) for name in names]
-    if None in layers:
-        return None
-    groups = self.__dict__.get("_int4_groups")
-    if groups and groups[0].siblings == layers:
-        call = groups[0].shared(x)
-        if call is not None:
-            x, blob, bias, code, spans = call
-            return x, [blob], [] if bias is None else [bias], [code], spans
-    if any(layer._buffers.get("column_order") is not None for layer in layers):
-        return None
-    parameters = [layer._parameters for layer in layers]
-    biases = [p["bias"] for p in parameters if p["bias"] is not None]
-    if biases and len(biases) < len(layers):
-        return None
-    spans, end = [], 0
-    for layer in layers:
-        spans.append((end, end + layer.out_features))
-        end += layer.out_features
-    return x, [p["packed"] for p in parameters], biases, [layer._code for layer in layers], spans
+    """(packed, biases, formats, widths) of the siblings called `names`, as one call takes them, or
+    None: they run alone. (Where siblings share storage, each still has its part of it.)"""
+    modules, columns = self._modules, x.shape[-1]
+    layers = [product_of(modules.get(name), columns) for name in names]
+    return None if None in layers else weights_of(layers)
 
 
 def _mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return self._int4_original_forward(x)
     act = self._modules.get("act_fn")
-    known = act is not None and _is_silu(type(act)) and _bare(act)
-    if known and _few_rows(x):
+    known = act is not None and is_silu(type(act)) and bare(act)
+    if known and few_rows(x):
         y = _mlp_in_one_call(self, x)
         if y is not None:
             return y
@@ -225,27 +176,21 @@ def _mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp_in_one_call(self: nn.Module, x: torch.Tensor) -> Optional[torch.Tensor]:
-    found = _products(self, ("gate_proj", "up_proj"), x)
+    modules = self._modules
+    layers = [product_of(modules.get(name), x.shape[-1]) for name in ("gate_proj", "up_proj")]
+    if None in layers:
+        return None
+    down = product_of(modules.get("down_proj"), layers[0].out_features)
+    found = weights_of([*layers, down]) if down is not None else None
     if found is None:
         return None
-    x, packed, biases, formats, ((_, width), (start, end)) = found
-    down = _product_of(self._modules.get("down_proj"), width)
-    if down is None or end - start != width or down._buffers.get("column_order") is not None:
+    packed, biases, formats, widths = found
+    if widths[0] != widths[1]:
         return None
-    bias = down._parameters["bias"]
-    if (bias is None) == bool(biases):
-        return None
-    biases = [*biases, bias] if biases else biases
     try:
-        packed, formats = [*packed, down._parameters["packed"]], [*formats, down._code]
-        return _whole_mlp(x, packed, biases, formats, width, start)
+        return _whole_mlp(x, packed, biases, formats)
     except RuntimeError:
         return None  # a layer's own call says what is wrong, or mends it
-
-
-@functools.cache
-def _is_silu(cls: type) -> bool:
-    return f"{cls.__module__}.{cls.__qualname__}" in _SILU
 
 
 def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
@@ -263,7 +208,7 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         states = None
-        if _few_rows(hidden_states):
+        if few_rows(hidden_states):
             states = _heads_in_one_call(self, hidden_states, position_embeddings)
         if states is None and hidden_states.dim() == 3 and _by_itself(self, hidden_states):
             states = _separate_heads(self, hidden_states, position_embeddings, rotate_both)
@@ -272,21 +217,37 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
         query, key, value = states
-        shape = hidden_states.shape[:-1]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        interface = implementations.get_interface(_implementation(self.config), eager)
-        if (
+        return attended(self, query, key, value, attention_mask, kwargs)
+
+    def attends_by_op(
+        self: nn.Module, attention_mask: Optional[torch.Tensor], kwargs: dict
+    ) -> bool:
+        return (
             attention_mask is None
-            and interface is sdpa
+            and interface_of(self) is sdpa
             and not self.training
-            and _attends(query, key, value)
             and not kwargs.get("output_attentions")
             and all(kwargs.get(name) is None for name in _SDPA_MORE)
-        ):
-            out = _attend(query, key, value, self.scaling)
-            return self._modules["o_proj"](out.view(*shape, -1)), None
-        out, weights = interface(
+        )
+
+    def interface_of(self: nn.Module) -> Callable:
+        return implementations.get_interface(_implementation(self.config), eager)
+
+    def attended(
+        self: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Optional[torch.Tensor],
+        kwargs: dict,
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        shape = (query.shape[0], query.shape[2])
+        o_proj = self._modules["o_proj"]
+        if attends(query, key, value) and attends_by_op(self, attention_mask, kwargs):
+            return o_proj(_attend(query, key, value, self.scaling).view(*shape, -1)), None
+        out, weights = interface_of(self)(
             self,
             query,
             key,
@@ -297,32 +258,26 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
             **extra(self),
             **kwargs,
         )
-        return self.o_proj(out.reshape(*shape, -1).contiguous()), weights
+        return o_proj(out.reshape(*shape, -1).contiguous()), weights
 
+    attention.attends_by_op, attention.attended = attends_by_op, attended  # for _one_token.py
     return attention
 
 
 def _heads_in_one_call(self: nn.Module, x: torch.Tensor, tables: Any) -> Optional[tuple]:
     """Rotated query and key, and value, [batch, heads, length, dim], or None."""
     found = _products(self, ("q_proj", "k_proj", "v_proj"), x)
-    if found is None:
-        return None
-    x, packed, biases, formats, ((_, q_end), (k_start, k_end), (v_start, end)) = found
-    # They are one run of heads, the first two rotated: no padding may lie between them.
-    if q_end != k_start or k_end != v_start:
-        return None
-    dim = self.head_dim
     cos, sin = tables
-    if not _rotates(x, cos) or cos.shape != sin.shape or sin.dtype != x.dtype:
+    if found is None or not rotates(x, cos) or cos.shape != sin.shape or sin.dtype != x.dtype:
         return None
+    *weights, widths = found
+    dim = self.head_dim
+    heads = [width // dim for width in widths]
     try:
-        y = _siblings(x, packed, biases, formats, cos.contiguous(), sin.contiguous(), k_end // dim)
+        y = _siblings(x, None, 0.0, *weights, cos.contiguous(), sin.contiguous(), sum(heads[:2]))
     except RuntimeError:
         return None  # a layer's own call says what is wrong, or mends it
-    heads = y if y.shape[-1] == end else y[..., :end]
-    heads = heads.view(*x.shape[:-1], -1, dim).transpose(1, 2)
-    sizes = (q_end // dim, (k_end - q_end) // dim, (end - k_end) // dim)
-    return heads.split_with_sizes(sizes, 1)
+    return y.view(*x.shape[:-1], -1, dim).transpose(1, 2).split_with_sizes(heads, 1)
 
 
 def _separate_heads(self: nn.Module, x: torch.Tensor, tables: Any, rotate_both: Callable) -> tuple:
@@ -359,32 +314,6 @@ def _known_sdpa() -> Optional[Callable]:
     return sdpa if sdpa is not None and _fingerprint(sdpa) in _SDPA else None
 
 
-def _attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `_attend` computes what sdpa does of these: one query each, a cache of plain tensors
-    that wants no gradient."""
-    shape, dtype = query.shape, query.dtype
-    if shape[2] != 1 or shape[3] % 8 or dtype not in _ATTENDED:
-        return False
-    for t in (key, value):
-        if (
-            type(t) is not torch.Tensor
-            or t.dtype != dtype
-            or t.device.type != "cpu"
-            or t.shape[-1] != shape[3]
-            or t.stride(-1) != 1
-            or (t.requires_grad and torch.is_grad_enabled())
-        ):
-            return False
-    return True
-
-
-def _rotates(x: torch.Tensor, cos: torch.Tensor) -> bool:
-    """Whether the tables have one row for all rows of x, or one for each."""
-    tables = cos.numel() // max(1, cos.shape[-1])
-    rows = x.numel() // max(1, x.shape[-1])
-    return cos.dtype == x.dtype and (tables == 1 or tables == rows)
-
-
 def _rms_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight
     if _plain(hidden_states, weight):
@@ -397,9 +326,13 @@ def _rms_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    # Everything is a keyword in the calls of transformers 5.
+    if not args and few_rows(hidden_states):
+        out = one_token(self, hidden_states, kwargs, _is_lean_norm, _mlp)
+        if out is not None:
+            return out
     modules = self._modules
     first, second = modules["input_layernorm"], modules["post_attention_layernorm"]
-    # Everything is a keyword in the calls of transformers 5.
     if (
         args
         or not (_is_lean_norm(first) and _is_lean_norm(second))
@@ -427,4 +360,4 @@ def _joins(t: torch.Tensor, x: torch.Tensor) -> bool:
 
 
 def _is_lean_norm(module: nn.Module) -> bool:
-    return type(module).forward is _rms_norm and _bare(module)
+    return type(module).forward is _rms_norm and bare(module)

@@ -10,8 +10,9 @@ again it is written in torch's own calls, which know how.
 
     _softmax_grad_(scores, labels)   cross-entropy of rows; the scores become its gradient
 
-    _int4_siblings(x, weights)   products side by side; the first heads of them rotated
+    _int4_siblings(x, weights)   products side by side, of x or its norm; the first heads rotated
     _int4_mlp(x, weights)        down(silu(gate(x)) up(x))
+    _int4_layer_end(heads, hidden, weights)   h = hidden + o(attention), then h + mlp(norm(h))
 """
 
 from __future__ import annotations
@@ -63,13 +64,18 @@ def _(scores, labels):
 
 
 @torch.library.register_fake("nibblock::_int4_siblings")
-def _(x, packed, biases, formats, cos, sin, heads):
+def _(x, norm_weight, eps, packed, biases, formats, cos, sin, heads):
     return x.new_empty((*x.shape[:-1], sum(decode_format(code)[0] for code in formats)))
 
 
 @torch.library.register_fake("nibblock::_int4_mlp")
-def _(x, packed, biases, formats, width, start):
+def _(x, packed, biases, formats):
     return x.new_empty((*x.shape[:-1], decode_format(formats[-1])[0]))
+
+
+@torch.library.register_fake("nibblock::_int4_layer_end")
+def _(query, key, value, scale, hidden, norm_weight, eps, packed, biases, formats):
+    return torch.empty_like(hidden)
 
 
 @torch.library.register_fake("nibblock::_attend")

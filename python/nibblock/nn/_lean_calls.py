@@ -1,0 +1,102 @@
+"""What the shorter forwards may pass over: when a module's call is its class's forward and nothing
+else, and which rows, weights and heads a private op takes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _torch_module
+
+from nibblock.nn.int4_linear import Int4Linear
+
+# As FusedInt4Group's: above this many rows the saved calls no longer matter.
+MAX_ROWS = 8
+
+ATTENDED = (torch.float32, torch.bfloat16)
+# The modules that compute silu(x) and nothing else.
+SILU = {"torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"}
+
+
+def bare(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's forward."""
+    own = module.__dict__
+    # (a forward of its own: wrappers put one on the instance)
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_compiled_call_impl" in own  # module.compile()
+    )
+
+
+def few_rows(x: torch.Tensor) -> bool:
+    """Whether x is rows for which calls cost as much as products, and nobody looks inside."""
+    return (
+        x.numel() <= MAX_ROWS * x.shape[-1]
+        and type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not _torch_module._has_any_global_hook()
+    )
+
+
+def product_of(layer: Optional[nn.Module], columns: int) -> Optional[Int4Linear]:
+    """The layer, if calling it with so many columns is nothing but a product without a gradient."""
+    if type(layer) is not Int4Linear or layer.in_features != columns:
+        return None
+    if not bare(layer):
+        return None
+    bias = layer._parameters["bias"]
+    return None if bias is not None and bias.requires_grad and torch.is_grad_enabled() else layer
+
+
+def weights_of(layers: list[Int4Linear]) -> Optional[tuple]:
+    """(packed, biases or none, formats, widths) of layers; None where some have a bias, and where
+    columns stand in another order than x's."""
+    parameters = [layer._parameters for layer in layers]
+    biases = [p["bias"] for p in parameters if p["bias"] is not None]
+    if biases and len(biases) < len(layers):
+        return None
+    if any(layer._buffers.get("column_order") is not None for layer in layers):
+        return None
+    packed, formats = [p["packed"] for p in parameters], [layer._code for layer in layers]
+    return packed, biases, formats, [layer.out_features for layer in layers]
+
+
+@functools.cache
+def is_silu(cls: type) -> bool:
+    return f"{cls.__module__}.{cls.__qualname__}" in SILU
+
+
+def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `_attend` computes what sdpa does of these: one query each, a cache of plain tensors
+    that wants no gradient."""
+    shape, dtype = query.shape, query.dtype
+    if shape[2] != 1 or shape[3] % 8 or dtype not in ATTENDED:
+        return False
+    for t in (key, value):
+        if (
+            type(t) is not torch.Tensor
+            or t.dtype != dtype
+            or t.device.type != "cpu"
+            or t.shape[-1] != shape[3]
+            or t.stride(-1) != 1
+            or (t.requires_grad and torch.is_grad_enabled())
+        ):
+            return False
+    return True
+
+
+def rotates(x: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether row r of x, [batch, length, width], is rotated by row r % tables of the tables: they
+    have one for all rows, one for each, or one for each of a sequence."""
+    tables = cos.numel() // max(1, cos.shape[-1])
+    rows = x.numel() // max(1, x.shape[-1])
+    if tables == 1 or tables == rows:
+        return cos.dtype == x.dtype
+    return cos.dtype == x.dtype and tables == cos.shape[-2] == x.shape[-2]
