@@ -14,14 +14,6 @@
 namespace nibblock {
 namespace {
 
-// A vector of scales (or offsets) at `at`; `unit` is what int8 ones are parts of.
-template <class O, Dtype TYPE>
-NB_INLINE typename O::F scale_at(const uint8_t* at, typename O::F unit) {
-  if (TYPE == Dtype::kF32) return O::loadf(at);
-  if (TYPE == Dtype::kF16) return O::load_half(at);
-  return O::mulf(O::load_int8(at), unit);
-}
-
 // Vectors of rows [v0, v0 + C), whole panels, times R quantised rows into acc [R][C * kLanes].
 //
 // A group of 32 is 16 instructions of products for each vector: what is done once a block must be
@@ -36,7 +28,7 @@ static void decode_as(const Int4LinearParams& p, const Int4Geometry& g, const Qu
   static_assert(C % kPerPanel == 0, "whole panels");
   constexpr int kSteps = ACT == 16 ? 4 : 2;
   constexpr int64_t kLineBytes = line_bytes(BITS);
-  constexpr int64_t kScaleBytes = TYPE == Dtype::kF32 ? 4 : TYPE == Dtype::kF16 ? 2 : 1;
+  constexpr int64_t kScaleBytes = scale_bytes(TYPE);
   // Enough independent sums to cover the latency of the dot product (5 cycles, two a cycle).
   // Stepwise it ends in an addition, one cycle.
   constexpr int kSets = O::kStepwise || R * C >= 8 ? 1 : R * C >= 4 || kSteps == 2 ? 2 : 4;

@@ -96,33 +96,28 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   t.ahead_step = kLineBytes;
   t.x_block = a.block_stride;
   t.rows = a.rows;
-  const int64_t scale_bytes = kPanelRows * dtype_size(p.w.scale_type);
+  const int64_t group_bytes = kPanelRows * dtype_size(p.w.scale_type);
   constexpr int64_t acc_stride = C * O::kLanes;
   memset(acc, 0, static_cast<size_t>(a.rows * acc_stride) * 4);
-  const uint8_t *codes[C], *scales[C], *offsets[C];
-  int64_t lanes[C];
+  const uint8_t *codes[C], *scales[kPanels], *offsets[kPanels];
   NB_UNROLL
   for (int c = 0; c < C; ++c) {
-    const int64_t v = v0 + c;
-    const uint8_t* at = p.packed + (v / kPerPanel) * g.panel_stride;
-    codes[c] = at + (v % kPerPanel) * O::kBytes;
-    scales[c] = at + g.scales_at;
-    offsets[c] = at + g.offsets_at;
+    const uint8_t* at = p.packed + (v0 / kPerPanel + c / kPerPanel) * g.panel_stride;
+    codes[c] = at + c % kPerPanel * O::kBytes;
+    scales[c / kPerPanel] = at + g.scales_at;
+    offsets[c / kPerPanel] = at + g.offsets_at;
     t.palette[c] = at + g.palette_at;
-    lanes[c] = (v % kPerPanel) * O::kLanes;
   }
-  RunningScales<O, C> running_scale, running_offset;
   if (a.rows == 1) decode<O, BITS, ACT, 1, C>(p, g, a, v0, acc);
   if (a.rows == 2) decode<O, BITS, ACT, 2, C>(p, g, a, v0, acc);
   for (int64_t b = 0; b < a.blocks && a.rows > 2; b += stretch) {
     t.blocks = a.blocks - b < stretch ? a.blocks - b : stretch;
     const int64_t k0 = b * a.block, end = k0 + t.blocks * a.block;
     const int64_t k1 = end < a.k_pad ? end : a.k_pad;
-    for (int64_t i = 0; i < t.blocks; ++i) {
-      const int64_t group = (k0 + i * a.block) / g.group, at = i * C * O::kLanes;
-      running_scale.load(p.w, g, scales, lanes, group, scale + at);
-      if (p.w.affine) running_offset.load(p.w, g, offsets, lanes, group, offset + at);
-    }
+    // A block is a group, or the only one of its stretch.
+    const int64_t group = a.block == g.group ? b : k0 / g.group;
+    scales_of<O, C>(p.w.scale_type, g, scales, group, t.blocks, scale);
+    if (p.w.affine) scales_of<O, C>(p.w.scale_type, g, offsets, group, t.blocks, offset);
     const int64_t lines = (k1 - k0) / 8;
     t.lines = lines / t.blocks;
     NB_UNROLL
@@ -141,7 +136,7 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
       }
       t.w[0] = panel;
       for (int64_t s = 0; s < kPanels; ++s) {
-        const uint8_t* at = codes[0] + s * g.panel_stride + (k1 / g.group) * scale_bytes;
+        const uint8_t* at = codes[0] + s * g.panel_stride + (k1 / g.group) * group_bytes;
         O::prefetch(at + g.scales_at);
         if (p.w.affine) O::prefetch(at + g.offsets_at);
       }

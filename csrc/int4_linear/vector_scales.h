@@ -18,37 +18,53 @@ static inline typename O::F group_scales(const Int4Format& f, const Int4Geometry
   return O::mulf(O::load_int8(section + at), O::load_half(section + g.units_at + unit * 2));
 }
 
-// The same for kernels that walk along k group by group, for C vectors of rows of W: the units of
-// int8 scales are converted once in a run of groups.
-template <class O, int C>
-struct RunningScales {
-  alignas(64) float units[C * O::kLanes] = {};
+// A vector of scales (or offsets) at `at`; `unit` is what int8 ones are parts of.
+template <class O, Dtype TYPE>
+NB_INLINE typename O::F scale_at(const uint8_t* at, typename O::F unit) {
+  if (TYPE == Dtype::kF32) return O::loadf(at);
+  if (TYPE == Dtype::kF16) return O::load_half(at);
+  return O::mulf(O::load_int8(at), unit);
+}
 
-  // Comes before the first `of` of a group.
-  inline void enter(const Int4Format& f, const Int4Geometry& g, const uint8_t* const* sections,
-                    const int64_t* lanes, int64_t group) {
-    if (f.scale_type != Dtype::kI8 || (group & ((int64_t{1} << g.run_shift) - 1))) return;
-    for (int c = 0; c < C; ++c) {
-      const int64_t unit = (group >> g.run_shift) * kPanelRows + lanes[c];
-      O::storef(units + c * O::kLanes, O::load_half(sections[c] + g.units_at + unit * 2));
+constexpr int64_t scale_bytes(Dtype type) {
+  return type == Dtype::kF32 ? 4 : type == Dtype::kF16 ? 2 : 1;
+}
+
+// Those of `count` groups, at most kFlushK wide together, for C vectors of rows of W, whole panels:
+// out [count][C * kLanes]. `sections` are where the panels' scales start. Nothing is divided, and
+// the type is asked for once: with groups of 32 this comes every 128 k of a tile.
+template <class O, int C, Dtype TYPE>
+static inline void scales_of(const Int4Geometry& g, const uint8_t* const* sections, int64_t group,
+                             int64_t count, float* out) {
+  constexpr int kPerPanel = kPanelRows / O::kLanes;
+  constexpr int64_t kBytes = scale_bytes(TYPE);
+  for (int c = 0; c < C; ++c) {
+    const uint8_t* section = sections[c / kPerPanel];
+    const int64_t lane = c % kPerPanel * O::kLanes;
+    typename O::F unit = O::set1f(0.0f);
+    if (TYPE == Dtype::kI8) {  // a run of groups is no shorter than kFlushK
+      const int64_t run = (group >> g.run_shift) * kPanelRows + lane;
+      unit = O::load_half(section + g.units_at + run * 2);
+    }
+    const uint8_t* at = section + (group * kPanelRows + lane) * kBytes;
+    for (int64_t i = 0; i < count; ++i) {
+      O::storef(out + (i * C + c) * O::kLanes,
+                scale_at<O, TYPE>(at + i * kPanelRows * kBytes, unit));
     }
   }
-  inline typename O::F of(const Int4Format& f, const uint8_t* section, int64_t lane, int64_t group,
-                          int c) const {
-    const int64_t at = group * kPanelRows + lane;
-    if (f.scale_type == Dtype::kF32) return O::loadf(section + at * 4);
-    if (f.scale_type == Dtype::kF16) return O::load_half(section + at * 2);
-    return O::mulf(O::load_int8(section + at), O::loadf(units + c * O::kLanes));
+}
+
+template <class O, int C>
+static inline void scales_of(Dtype type, const Int4Geometry& g, const uint8_t* const* sections,
+                             int64_t group, int64_t count, float* out) {
+  if (type == Dtype::kF16) {
+    scales_of<O, C, Dtype::kF16>(g, sections, group, count, out);
+  } else if (type == Dtype::kF32) {
+    scales_of<O, C, Dtype::kF32>(g, sections, group, count, out);
+  } else {
+    scales_of<O, C, Dtype::kI8>(g, sections, group, count, out);
   }
-  // Both, for all C.
-  inline void load(const Int4Format& f, const Int4Geometry& g, const uint8_t* const* sections,
-                   const int64_t* lanes, int64_t group, float* out) {
-    enter(f, g, sections, lanes, group);
-    for (int c = 0; c < C; ++c) {
-      O::storef(out + c * O::kLanes, of(f, sections[c], lanes[c], group, c));
-    }
-  }
-};
+}
 
 }  // namespace
 }  // namespace nibblock
