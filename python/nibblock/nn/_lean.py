@@ -33,8 +33,9 @@ from nibblock.nn._lean_calls import (
     bare,
     few_rows,
     is_silu,
-    product_of,
+    mlp_of,
     rotates,
+    siblings_of,
     weights_of,
 )
 from nibblock.nn._one_token import one_token
@@ -149,14 +150,6 @@ def _differentiated(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _products(self: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> Optional[tuple]:
-    """(packed, biases, formats, widths) of the siblings called `names`, as one call takes them, or
-    None: they run alone. (Where siblings share storage, each still has its part of it.)"""
-    modules, columns = self._modules, x.shape[-1]
-    layers = [product_of(modules.get(name), columns) for name in names]
-    return None if None in layers else weights_of(layers)
-
-
 def _mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return self._int4_original_forward(x)
@@ -176,17 +169,11 @@ def _mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp_in_one_call(self: nn.Module, x: torch.Tensor) -> Optional[torch.Tensor]:
-    modules = self._modules
-    layers = [product_of(modules.get(name), x.shape[-1]) for name in ("gate_proj", "up_proj")]
-    if None in layers:
-        return None
-    down = product_of(modules.get("down_proj"), layers[0].out_features)
-    found = weights_of([*layers, down]) if down is not None else None
+    layers = mlp_of(self, x.shape[-1])
+    found = None if layers is None else weights_of(layers)
     if found is None:
         return None
-    packed, biases, formats, widths = found
-    if widths[0] != widths[1]:
-        return None
+    packed, biases, formats, _ = found
     try:
         return _whole_mlp(x, packed, biases, formats)
     except RuntimeError:
@@ -266,9 +253,10 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
 
 def _heads_in_one_call(self: nn.Module, x: torch.Tensor, tables: Any) -> Optional[tuple]:
     """Rotated query and key, and value, [batch, heads, length, dim], or None."""
-    found = _products(self, ("q_proj", "k_proj", "v_proj"), x)
+    layers = siblings_of(self, ("q_proj", "k_proj", "v_proj"), x.shape[-1])
+    found = None if layers is None else weights_of(layers)
     cos, sin = tables
-    if found is None or not rotates(x, cos) or cos.shape != sin.shape or sin.dtype != x.dtype:
+    if found is None or not rotates(x, cos, sin):
         return None
     *weights, widths = found
     dim = self.head_dim

@@ -55,6 +55,23 @@ def product_of(layer: Optional[nn.Module], columns: int) -> Optional[Int4Linear]
     return None if bias is not None and bias.requires_grad and torch.is_grad_enabled() else layer
 
 
+def siblings_of(
+    parent: nn.Module, names: tuple[str, ...], columns: int
+) -> Optional[list[Int4Linear]]:
+    """The layers of a module called `names`, all of them products of as many columns, or None."""
+    layers = [product_of(parent._modules.get(name), columns) for name in names]
+    return None if None in layers else layers
+
+
+def mlp_of(mlp: nn.Module, columns: int) -> Optional[list[Int4Linear]]:
+    """Gate, up and down of a known MLP, if they are products that fit each other, or None."""
+    both = siblings_of(mlp, ("gate_proj", "up_proj"), columns)
+    if both is None or both[0].out_features != both[1].out_features:
+        return None
+    down = product_of(mlp._modules.get("down_proj"), both[0].out_features)
+    return None if down is None else [*both, down]
+
+
 def weights_of(layers: list[Int4Linear]) -> Optional[tuple]:
     """(packed, biases or none, formats, widths) of layers; None where some have a bias, and where
     columns stand in another order than x's."""
@@ -92,11 +109,11 @@ def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool
     return True
 
 
-def rotates(x: torch.Tensor, cos: torch.Tensor) -> bool:
+def rotates(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     """Whether row r of x, [batch, length, width], is rotated by row r % tables of the tables: they
     have one for all rows, one for each, or one for each of a sequence."""
+    if not (cos.dtype == sin.dtype == x.dtype and cos.shape == sin.shape):
+        return False
     tables = cos.numel() // max(1, cos.shape[-1])
     rows = x.numel() // max(1, x.shape[-1])
-    if tables == 1 or tables == rows:
-        return cos.dtype == x.dtype
-    return cos.dtype == x.dtype and tables == cos.shape[-2] == x.shape[-2]
+    return tables in (1, rows) or tables == cos.shape[-2] == x.shape[-2]

@@ -24,8 +24,10 @@ from nibblock.nn._lean_calls import (
     attends,
     bare,
     is_silu,
+    mlp_of,
     product_of,
     rotates,
+    siblings_of,
     weights_of,
 )
 
@@ -34,6 +36,7 @@ _layer_end = torch.ops.nibblock._int4_layer_end.default
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_OF_ATTENTION = ("position_embeddings", "attention_mask", "past_key_values")  # its own arguments
 
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
 
@@ -60,20 +63,16 @@ class _Plan:
         ):
             raise LookupError
         width, heads, rows = first.weight.numel(), attention._modules, mlp._modules
-        layers = [product_of(heads[name], width) for name in _ATTENTION[:3]]
-        layers += [product_of(heads["o_proj"], layers[0].out_features if layers[0] else 0)]
-        layers += [product_of(rows[name], width) for name in _MLP[:2]]
-        layers += [product_of(rows["down_proj"], layers[4].out_features if layers[4] else 0)]
-        if None in layers:
+        states, behind = siblings_of(attention, _ATTENTION[:3], width), mlp_of(mlp, width)
+        if states is None or behind is None:
             raise LookupError
-        self.start, self.end = weights_of(layers[:3]), weights_of(layers[3:])
+        o_proj = product_of(heads["o_proj"], states[0].out_features)
+        if o_proj is None or o_proj.out_features != width or behind[2].out_features != width:
+            raise LookupError
+        layers = [*states, o_proj, *behind]
+        self.start, self.end = weights_of(states), weights_of([o_proj, *behind])
         dim = attention.head_dim
-        if (
-            self.start is None
-            or self.end is None
-            or self.end[3] != [width, self.end[3][1], self.end[3][1], width]
-            or any(n % dim for n in self.start[3])
-        ):
+        if self.start is None or self.end is None or any(n % dim for n in self.start[3]):
             raise LookupError
         self.heads = [n // dim for n in self.start[3]]
         self.attention, self.mlp, self.norms, self.forward = attention, mlp, (first, second), short
@@ -143,9 +142,7 @@ def one_token(
     if (
         not plan.forward.attends_by_op(attention, mask, others)
         or any(weight.dtype != dtype for weight in plan.weights)
-        or not rotates(x, cos)
-        or cos.shape != sin.shape
-        or sin.dtype != dtype
+        or not rotates(x, cos, sin)
         or (torch.is_grad_enabled() and plan.asks_gradient())
     ):
         return None
@@ -172,6 +169,3 @@ def one_token(
     # be of another kind, or ask for a gradient.)
     x = x + plan.forward.attended(attention, query, key, value, mask, others)[0]
     return x + plan.mlp(second(x))
-
-
-_OF_ATTENTION = ("position_embeddings", "attention_mask", "past_key_values")
