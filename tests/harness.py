@@ -17,6 +17,7 @@ from reference import (
     dx_roundings,
     f32_to_bf16_bits,
     pack,
+    stretch_rounding,
 )
 from torch import nn
 
@@ -103,8 +104,10 @@ def operand_of(x_dtype: str) -> str:
 
 
 def loss_of_single_weights(which: str, kernel_id: str, weight: Weight) -> np.ndarray:
-    """How far integer kernels of dx, which round scales, may be from a weight that one-hot rows of
-    dy ask for, [N, K]; 0 for all others."""
+    """How far integer kernels that round scales may be from a weight that a one-hot row asks for,
+    [N, K]; 0 for all others."""
+    if which == "forward" and kernel_id.endswith(".avx2.int8"):
+        return stretch_rounding(weight)
     if which == "forward" or ".int" not in kernel_id:
         return np.zeros((weight.out_features, weight.in_features))
     compute = "int8" if kernel_id.endswith("int8") else "bf16"

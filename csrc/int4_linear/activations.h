@@ -7,6 +7,9 @@
 // and float16 x, and for bfloat16 x wherever VPDPWSSD or VPMADDWD is faster than bfloat16 (on every
 // x86 CPU without AMX: VDPBF16PS runs at a quarter of VPDPWSSD's rate here).
 //
+// For tiles that scale in integers (cpu_integer_stretch.h) the scales of the blocks in a stretch of
+// kFlushK are held as 16-bit parts of their largest.
+//
 // Included by files compiled for one ISA each, hence static and in an anonymous namespace.
 #pragma once
 
@@ -26,10 +29,13 @@ struct QuantizedRows {
   int64_t stride;        // bytes between rows of a block
   int64_t block_stride;  // bytes between blocks
   uint8_t* q;     // int16 in the order of k, or int8 in the order k0 k4 k1 k5 k2 k6 k3 k7 of each 8
-  float* scale;   // [blocks][rows]
-  int32_t* init;  // [blocks][rows] what the integer sum starts from: -zero * sum(q), 0 when affine
+  float* scale;   // [blocks][rows]; in stretches [stretches][rows], the largest of its blocks
+  int32_t* init;  // [blocks][rows] what the integer sum starts from: -zero * sum(q), 0 when affine;
+                  // in stretches two int16, -8 * sum(q) of the even k and of the odd
   float* sum;     // [blocks][rows] scale * sum(q): what the offset multiplies when affine
+  int32_t* part;  // in stretches [blocks][rows], twice the int16 that is a block's part of scale
   uint8_t* nonfinite;  // [rows]
+  bool stretches;      // see cpu_integer_stretch.h
   void* memory;
 };
 
@@ -38,8 +44,9 @@ static inline int64_t flush_block(const Int4Geometry& g) {
 }
 
 static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_t k, int64_t rows,
-                                 int act_bits) {
+                                 int act_bits, bool stretches = false) {
   a->rows = rows;
+  a->stretches = stretches;
   a->k_pad = g.k_pad;
   a->block = flush_block(g);
   a->blocks = a->block > 0 ? ceil_div(k, a->block) : 0;
@@ -50,7 +57,7 @@ static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_
   const int64_t row_k = a->blocks * a->block > g.k_pad ? a->blocks * a->block : g.k_pad;
   const int64_t bytes = round_up(rows * row_k * act_bits / 8, 64);
   const int64_t meta = round_up(rows * a->blocks * 4, 64);
-  char* mem = static_cast<char*>(aligned_malloc(bytes + 3 * meta + rows));
+  char* mem = static_cast<char*>(aligned_malloc(bytes + 4 * meta + rows));
   a->memory = mem;
   if (!mem) return false;
   a->q = reinterpret_cast<uint8_t*>(mem);
@@ -58,7 +65,8 @@ static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_
   a->scale = reinterpret_cast<float*>(mem);
   a->init = reinterpret_cast<int32_t*>(mem + meta);
   a->sum = reinterpret_cast<float*>(mem + 2 * meta);
-  a->nonfinite = reinterpret_cast<uint8_t*>(mem + 3 * meta);
+  a->part = reinterpret_cast<int32_t*>(mem + 3 * meta);
+  a->nonfinite = reinterpret_cast<uint8_t*>(mem + 4 * meta);
   return true;
 }
 
@@ -100,9 +108,12 @@ static inline uint32_t largest_bits(const float* v, int64_t n) {
 }
 
 // v[0 .. n) * inverse as int16 in the order of k, or int8 in that of a packed line (int4_linear.h);
-// n a multiple of 16. Returns their sum.
+// n a multiple of 16. Returns their sums over even and over odd k.
+struct RoundedSums {
+  int32_t even, odd;
+};
 template <int ACT>
-static inline int32_t round_block(const float* v, int64_t n, float inverse, uint8_t* out) {
+static inline RoundedSums round_block(const float* v, int64_t n, float inverse, uint8_t* out) {
   const __m256 factor = _mm256_set1_ps(inverse), magic = _mm256_set1_ps(12582912.0f);
   const __m256i bias = _mm256_set1_epi32(0x4b400000);
   // Adding 1.5 * 2^23 rounds to an integer (ties to even) and leaves it in the low mantissa bits.
@@ -127,7 +138,36 @@ static inline int32_t round_block(const float* v, int64_t n, float inverse, uint
   }
   __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+  return {_mm_cvtsi128_si32(half), _mm_extract_epi32(half, 1)};
+}
+
+// -8 * sum of the even k and of the odd as two int16; a block of 32 is small enough for them.
+static inline int32_t paired_init(RoundedSums s) {
+  const uint32_t even = static_cast<uint16_t>(-8 * s.even);
+  const uint32_t odd = static_cast<uint16_t>(-8 * s.odd);
+  return static_cast<int32_t>(even | odd << 16);
+}
+
+// Turns the scales of a row's blocks into parts of the largest in each stretch.
+static inline void scales_to_parts(const QuantizedRows& a, int64_t row) {
+  const int64_t each = kFlushK / a.block;
+  for (int64_t b = 0, stretch = 0; b < a.blocks; b += each, ++stretch) {
+    const int64_t end = min64(b + each, a.blocks);
+    float top = 0.0f;
+    for (int64_t i = b; i < end; ++i) {
+      const float scale = a.scale[i * a.rows + row];
+      top = scale > top ? scale : top;
+    }
+    // Where 1 / top would overflow.
+    const float up = top < 1e-30f ? 1.8446744073709552e19f : 1.0f;
+    const float inverse = top > 0.0f ? 32767.0f / (top * up) : 0.0f;
+    for (int64_t i = b; i < end; ++i) {
+      const uint32_t part =
+          static_cast<uint32_t>(a.scale[i * a.rows + row] * up * inverse + 0.5f) & 0x7fffu;
+      a.part[i * a.rows + row] = static_cast<int32_t>(part | part << 16);
+    }
+    a.scale[stretch * a.rows + row] = top;  // of a block that was read already
+  }
 }
 
 // One row of x into row `m` of `a`. ACT is 16 or 8. Padded elements become 0. In AVX2 at every
@@ -168,11 +208,13 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row,
       v = buf;
     }
     uint8_t* out = a.q + b * a.block_stride + row * a.stride;
-    const int32_t sum = round_block<ACT>(v, padded, inverse, out);
+    const RoundedSums sums = round_block<ACT>(v, padded, inverse, out);
+    const int32_t sum = sums.even + sums.odd;
     a.scale[b * a.rows + row] = scale;
-    a.init[b * a.rows + row] = p.w.affine ? 0 : -zero * sum;
+    a.init[b * a.rows + row] = a.stretches ? paired_init(sums) : p.w.affine ? 0 : -zero * sum;
     a.sum[b * a.rows + row] = scale * static_cast<float>(sum);
   }
+  if (a.stretches) scales_to_parts(a, row);
   a.nonfinite[row] = worst >= 0x7f800000u;
 }
 
@@ -189,14 +231,14 @@ struct QuantizedChunks {
   }
   // Up to kChunks * most rows from row `first` on, chunks of at most `most`.
   template <class O, int ACT>
-  bool make(const Int4LinearParams& p, int64_t first, int64_t most) {
+  bool make(const Int4LinearParams& p, int64_t first, int64_t most, bool stretches = false) {
     m0 = first;
     rows = min64(p.m - first, kChunks * most);
     count = ceil_div(rows, most);
     chunk = ceil_div(rows, count);
     const Int4Geometry g = int4_geometry(p.w);
     for (int64_t c = 0; c < count; ++c) {
-      if (!quantized_rows_alloc(&at[c], g, p.w.k, min64(rows - c * chunk, chunk), ACT))
+      if (!quantized_rows_alloc(&at[c], g, p.w.k, min64(rows - c * chunk, chunk), ACT, stretches))
         return false;
     }
     auto quantize = [&](int64_t begin, int64_t end) {

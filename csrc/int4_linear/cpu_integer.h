@@ -34,6 +34,7 @@
 #pragma once
 
 #include "cpu_decode.h"
+#include "cpu_integer_stretch.h"
 
 namespace nibblock {
 namespace {
@@ -78,6 +79,7 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   constexpr int kSteps = ACT == 16 ? 4 : 2;
   constexpr int64_t kLineBytes = line_bytes(BITS);
   constexpr int64_t kPanels = C < kPerPanel ? 1 : C / kPerPanel;
+  constexpr bool kInStretches = can_stretch<O, BITS, ACT>() && C <= O::kCols;
   const bool unpacked = a.rows > O::kDirectRows;
   const int64_t tiles = unpacked ? ceil_div(a.rows, O::kRows) : 1;
   const int64_t n0 = v0 * O::kLanes;
@@ -89,10 +91,12 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
   constexpr int64_t kMostBlocks = kFlushK / 16;
   const int64_t stretch = a.block > 0 ? kFlushK / a.block : 1;
   alignas(64) float scale[kMostBlocks * C * O::kLanes], offset[kMostBlocks * C * O::kLanes];
+  StretchScales<O, C> in_parts;
   TileArgs t;
   t.x_stride = a.stride;
-  t.scale = scale;
-  t.offset = p.w.affine ? offset : nullptr;
+  t.scale = a.stretches ? in_parts.unit : scale;
+  t.offset = !p.w.affine ? nullptr : a.stretches ? in_parts.offset : offset;
+  t.parts = in_parts.part;
   t.ahead_step = kLineBytes;
   t.x_block = a.block_stride;
   t.rows = a.rows;
@@ -118,6 +122,9 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
     const int64_t group = a.block == g.group ? b : k0 / g.group;
     scales_of<O, C>(p.w.scale_type, g, scales, group, t.blocks, scale);
     if (p.w.affine) scales_of<O, C>(p.w.scale_type, g, offsets, group, t.blocks, offset);
+    if constexpr (kInStretches) {
+      if (a.stretches) in_parts.set(scale, p.w.affine ? offset : nullptr, t.blocks);
+    }
     const int64_t lines = (k1 - k0) / 8;
     t.lines = lines / t.blocks;
     NB_UNROLL
@@ -153,7 +160,8 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
       // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
       const int64_t r0 = a.rows * i / tiles, r1 = a.rows * (i + 1) / tiles;
       t.x = a.q + b * a.block_stride + r0 * a.stride;
-      t.xscale = a.scale + b * a.rows + r0;
+      t.xscale = a.scale + (a.stretches ? b / stretch : b) * a.rows + r0;
+      t.part = a.part + b * a.rows + r0;
       t.init = a.init + b * a.rows + r0;
       t.xsum = a.sum + b * a.rows + r0;
       t.acc = acc + r0 * acc_stride;
@@ -162,6 +170,9 @@ static void column_tile(const Int4LinearParams& p, const Int4Geometry& g, const 
       if (!unpacked) fn = tile_for<O, BITS, ACT, false, C>(rows);
       if constexpr (C <= O::kCols) {
         if (unpacked) fn = tile_for<O, 8, ACT, true, C>(rows);
+        if constexpr (kInStretches) {
+          if (a.stretches) fn = stretch_tile_for<O, C>(rows);
+        }
       }
       fn(t);
     }
@@ -193,7 +204,9 @@ static Status forward(const Int4LinearParams& p) {
   const Parallel& parallel = p.m * p.w.n * p.w.k < 131072 ? kSerial : *p.parallel;
   for (int64_t m0 = 0; m0 < p.m; m0 += kChunks * kRowChunk) {
     QuantizedChunks a;
-    if (!a.make<O, ACT>(p, m0, kRowChunk)) return kOutOfMemory;
+    const bool stretches = can_stretch<O, BITS, ACT>() && flush_block(g) == O::kPairLines * 8 &&
+                           p.m - m0 > O::kDirectRows;
+    if (!a.make<O, ACT>(p, m0, kRowChunk, stretches)) return kOutOfMemory;
     bool failed = false;
     auto multiply = [&](int64_t begin, int64_t end) {
       float* acc = static_cast<float*>(

@@ -71,6 +71,9 @@ struct TileArgs {
   int64_t blocks;
   int64_t x_block;  // bytes from a block of x to the next
   int64_t rows;     // floats from one block's xscale, init and xsum to the next
+  // In stretches (cpu_integer_stretch.h): the parts that blocks have of xscale and of scale.
+  const int32_t* part;   // [R], of the first block
+  const uint8_t* parts;  // [blocks][C] vectors
   // Panel: what to fetch meanwhile, a cache line of each stream for every 8 k.
   const uint8_t* ahead[4];
   int streams;
@@ -107,16 +110,20 @@ NB_INLINE void flush_any(const TileArgs& a, int64_t b, typename O::I (&sum)[R][C
   }
 }
 
-// kPairLines lines of unpacked operands: pairs of products, added in 16 bits, which is as many as
-// fit.
-template <class O, int R, int C>
-NB_INLINE void pair_lines(const uint8_t* w, const uint8_t* x, int64_t x_stride,
-                          typename O::I (&pairs)[R][C]) {
+template <class I, int R, int C>
+NB_INLINE void set_all(I (&tile)[R][C], I value) {
   NB_UNROLL
   for (int r = 0; r < R; ++r) {
     NB_UNROLL
-    for (int c = 0; c < C; ++c) pairs[r][c] = O::set1(0);
+    for (int c = 0; c < C; ++c) tile[r][c] = value;
   }
+}
+
+// Adds kPairLines lines of unpacked operands to `pairs`: pairs of products, added in 16 bits, which
+// is as many as fit.
+template <class O, int R, int C>
+NB_INLINE void pair_lines(const uint8_t* w, const uint8_t* x, int64_t x_stride,
+                          typename O::I (&pairs)[R][C]) {
   NB_UNROLL
   for (int step = 0; step < O::kPairLines * 2; ++step) {
     typename O::I wv[C];
@@ -146,6 +153,7 @@ NB_INLINE void pair_tile(const TileArgs& a) {
       }
     }
     if constexpr (LINES > 0) {
+      set_all(pairs, O::set1(0));
       pair_lines<O, R, C>(w, x, a.x_stride, pairs);
       w += kBytes;
       // Nothing that the flush needs is loaded before this: it would push the sums out.
@@ -163,6 +171,7 @@ NB_INLINE void pair_tile(const TileArgs& a) {
         for (int c = 0; c < C; ++c) sum[r][c] = O::set1(a.init[b * a.rows + r]);
       }
       for (int64_t first = 0; first < a.lines; first += O::kPairLines) {
+        set_all(pairs, O::set1(0));
         pair_lines<O, R, C>(w, x, a.x_stride, pairs);
         w += kBytes;
         x += O::kPairLines * 2 * 4;

@@ -101,6 +101,21 @@ struct Avx2 {
     return acc;
   }
   static inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static inline I to_integer(F v) { return _mm256_cvtps_epi32(v); }
+  static inline F as_float(I v) { return _mm256_castsi256_ps(v); }
+  static inline I max(I a, I b) { return _mm256_max_epi32(a, b); }
+  // The low 16 bits of each lane in both its halves.
+  static inline I twice16(I v) {
+    return _mm256_or_si256(_mm256_and_si256(v, set1(0xffff)), _mm256_slli_epi32(v, 16));
+  }
+  // In each lane `below` where v < limit, else `other`.
+  static inline F select_below(F v, float limit, float below, float other) {
+    return _mm256_blendv_ps(set1f(other), set1f(below), _mm256_cmp_ps(v, set1f(limit), _CMP_LT_OQ));
+  }
+  static inline F quotient_or_zero(float a, F b) {
+    const F quotient = _mm256_div_ps(set1f(a), b);
+    return _mm256_andnot_ps(_mm256_cmp_ps(b, _mm256_setzero_ps(), _CMP_EQ_OQ), quotient);
+  }
   static inline F set1f(float v) { return _mm256_set1_ps(v); }
   static inline F loadf(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
   static inline void storef(void* p, F v) { _mm256_storeu_ps(static_cast<float*>(p), v); }
