@@ -57,7 +57,7 @@ static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_
   const int64_t row_k = a->blocks * a->block > g.k_pad ? a->blocks * a->block : g.k_pad;
   const int64_t bytes = round_up(rows * row_k * act_bits / 8, 64);
   const int64_t meta = round_up(rows * a->blocks * 4, 64);
-  char* mem = static_cast<char*>(aligned_malloc(bytes + 4 * meta + rows));
+  char* mem = static_cast<char*>(workspace_take(bytes + 4 * meta + rows));
   a->memory = mem;
   if (!mem) return false;
   a->q = reinterpret_cast<uint8_t*>(mem);
@@ -108,17 +108,14 @@ static inline uint32_t largest_bits(const float* v, int64_t n) {
 }
 
 // v[0 .. n) * inverse as int16 in the order of k, or int8 in that of a packed line (int4_linear.h);
-// n a multiple of 16. Returns their sums over even and over odd k.
-struct RoundedSums {
-  int32_t even, odd;
-};
+// n a multiple of 16. Returns their sums over k % 8.
 template <int ACT>
-static inline RoundedSums round_block(const float* v, int64_t n, float inverse, uint8_t* out) {
-  const __m256 factor = _mm256_set1_ps(inverse), magic = _mm256_set1_ps(12582912.0f);
+static inline __m256i round_block(const float* v, int64_t n, __m256 inverse, uint8_t* out) {
+  const __m256 magic = _mm256_set1_ps(12582912.0f);
   const __m256i bias = _mm256_set1_epi32(0x4b400000);
   // Adding 1.5 * 2^23 rounds to an integer (ties to even) and leaves it in the low mantissa bits.
   auto rounded = [&](const float* at) {
-    const __m256 x = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(at), factor), magic);
+    const __m256 x = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(at), inverse), magic);
     return _mm256_sub_epi32(_mm256_castps_si256(x), bias);
   };
   __m256i sums = _mm256_setzero_si256();
@@ -136,38 +133,13 @@ static inline RoundedSums round_block(const float* v, int64_t n, float inverse, 
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_unpacklo_epi8(first, second));
     }
   }
-  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  return sums;
+}
+
+static inline int32_t lane_sum(__m256i v) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return {_mm_cvtsi128_si32(half), _mm_extract_epi32(half, 1)};
-}
-
-// -8 * sum of the even k and of the odd as two int16; a block of 32 is small enough for them.
-static inline int32_t paired_init(RoundedSums s) {
-  const uint32_t even = static_cast<uint16_t>(-8 * s.even);
-  const uint32_t odd = static_cast<uint16_t>(-8 * s.odd);
-  return static_cast<int32_t>(even | odd << 16);
-}
-
-// Turns the scales of a row's blocks into parts of the largest in each stretch.
-static inline void scales_to_parts(const QuantizedRows& a, int64_t row) {
-  const int64_t each = kFlushK / a.block;
-  for (int64_t b = 0, stretch = 0; b < a.blocks; b += each, ++stretch) {
-    const int64_t end = min64(b + each, a.blocks);
-    float top = 0.0f;
-    for (int64_t i = b; i < end; ++i) {
-      const float scale = a.scale[i * a.rows + row];
-      top = scale > top ? scale : top;
-    }
-    // Where 1 / top would overflow.
-    const float up = top < 1e-30f ? 1.8446744073709552e19f : 1.0f;
-    const float inverse = top > 0.0f ? 32767.0f / (top * up) : 0.0f;
-    for (int64_t i = b; i < end; ++i) {
-      const uint32_t part =
-          static_cast<uint32_t>(a.scale[i * a.rows + row] * up * inverse + 0.5f) & 0x7fffu;
-      a.part[i * a.rows + row] = static_cast<int32_t>(part | part << 16);
-    }
-    a.scale[stretch * a.rows + row] = top;  // of a block that was read already
-  }
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
 
 // One row of x into row `m` of `a`. ACT is 16 or 8. Padded elements become 0. In AVX2 at every
@@ -208,14 +180,114 @@ static void quantize_row(const Int4LinearParams& p, int64_t m, int64_t row,
       v = buf;
     }
     uint8_t* out = a.q + b * a.block_stride + row * a.stride;
-    const RoundedSums sums = round_block<ACT>(v, padded, inverse, out);
-    const int32_t sum = sums.even + sums.odd;
+    const int32_t sum = lane_sum(round_block<ACT>(v, padded, _mm256_set1_ps(inverse), out));
     a.scale[b * a.rows + row] = scale;
-    a.init[b * a.rows + row] = a.stretches ? paired_init(sums) : p.w.affine ? 0 : -zero * sum;
+    a.init[b * a.rows + row] = p.w.affine ? 0 : -zero * sum;
     a.sum[b * a.rows + row] = scale * static_cast<float>(sum);
   }
-  if (a.stretches) scales_to_parts(a, row);
   a.nonfinite[row] = worst >= 0x7f800000u;
+}
+
+// The largest of each of four vectors.
+static inline __m128i largest_lanes(const __m256i* v) {
+  __m128i half[4];
+  for (int i = 0; i < 4; ++i) {
+    half[i] = _mm_max_epi32(_mm256_castsi256_si128(v[i]), _mm256_extracti128_si256(v[i], 1));
+  }
+  const __m128i a = _mm_max_epi32(_mm_unpacklo_epi32(half[0], half[1]),
+                                  _mm_unpackhi_epi32(half[0], half[1]));
+  const __m128i b = _mm_max_epi32(_mm_unpacklo_epi32(half[2], half[3]),
+                                  _mm_unpackhi_epi32(half[2], half[3]));
+  return _mm_max_epi32(_mm_unpacklo_epi64(a, b), _mm_unpackhi_epi64(a, b));
+}
+
+// quantize_row for the form in parts: blocks of 32, a stretch of four at a time, because what is
+// done once a block (the largest, two quotients, the sums) takes longer than its elements. A last
+// stretch may have fewer blocks: the others are zeros that are not written.
+template <class O>
+static void quantize_parts(const Int4LinearParams& p, int64_t m, int64_t row,
+                           const QuantizedRows& a) {
+  constexpr int64_t kBlock = 32, kBlocks = kFlushK / kBlock;
+  const __m128i infinity = _mm_set1_epi32(0x7f800000);
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  bool nonfinite = false;
+  for (int64_t b0 = 0, stretch = 0; b0 < a.blocks; b0 += kBlocks, ++stretch) {
+    const int64_t k0 = b0 * kBlock, len = min64(kFlushK, p.w.k - k0);
+    alignas(64) float buf[kFlushK];
+    const float* v = buf;
+    if (p.xtype == Dtype::kF32 && len == kFlushK) {
+      v = static_cast<const float*>(p.x) + m * p.x_stride + k0;
+    } else {
+      load_block<O>(p.x, p.xtype, m * p.x_stride + k0, len, kFlushK, buf);
+    }
+    __m256i tops[kBlocks];
+    for (int64_t b = 0; b < kBlocks; ++b) {
+      tops[b] = _mm256_setzero_si256();
+      for (int64_t i = 0; i < kBlock; i += 8) {
+        const __m256i bits =
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + b * kBlock + i));
+        tops[b] = _mm256_max_epi32(tops[b], _mm256_and_si256(bits, magnitude));
+      }
+    }
+    const __m128i top = largest_lanes(tops);
+    const __m128 max = _mm_castsi128_ps(top);
+    const __m128 scale = _mm_div_ps(max, _mm_set1_ps(127.0f));
+    const bool lost = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmplt_epi32(top, infinity))) != 15;
+    const __m128 zero = _mm_cmpeq_ps(max, _mm_setzero_ps());
+    const __m128 tiny = _mm_andnot_ps(zero, _mm_cmplt_ps(max, _mm_set1_ps(1e-30f)));
+    __m128 up = _mm_set1_ps(1.0f);
+    if (lost || _mm_movemask_ps(tiny)) {  // elements change first: NaN to 0, and up where 127 / max
+      nonfinite |= lost;                  // would overflow
+      up = _mm_blendv_ps(up, _mm_set1_ps(1.8446744073709552e19f), tiny);
+      alignas(16) float factor[kBlocks];
+      _mm_store_ps(factor, up);
+      for (int64_t i = 0; i < kFlushK; ++i) buf[i] = lost ? 0.0f : v[i] * factor[i / kBlock];
+      v = buf;
+    }
+    alignas(16) float inverse[kBlocks];
+    _mm_store_ps(inverse, _mm_andnot_ps(zero, _mm_div_ps(_mm_set1_ps(127.0f), _mm_mul_ps(max, up))));
+    __m128i sums[kBlocks];  // over k % 4
+    for (int64_t b = 0; b < kBlocks; ++b) {
+      alignas(32) uint8_t nowhere[kBlock];
+      uint8_t* out =
+          b0 + b < a.blocks ? a.q + (b0 + b) * a.block_stride + row * a.stride : nowhere;
+      const __m256i sum =
+          round_block<8>(v + b * kBlock, kBlock, _mm256_set1_ps(inverse[b]), out);
+      sums[b] = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    }
+    const __m128 ab = _mm_castsi128_ps(_mm_add_epi32(_mm_unpacklo_epi64(sums[0], sums[1]),
+                                                     _mm_unpackhi_epi64(sums[0], sums[1])));
+    const __m128 cd = _mm_castsi128_ps(_mm_add_epi32(_mm_unpacklo_epi64(sums[2], sums[3]),
+                                                     _mm_unpackhi_epi64(sums[2], sums[3])));
+    const __m128i even = _mm_castps_si128(_mm_shuffle_ps(ab, cd, 0x88));
+    const __m128i odd = _mm_castps_si128(_mm_shuffle_ps(ab, cd, 0xdd));
+    // -8 * sum: 16 bits hold it, for a lane of a block of 32.
+    const __m128i low = _mm_and_si128(_mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), even), 3),
+                                      _mm_set1_epi32(0xffff));
+    const __m128i high = _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), odd), 19);
+    // The largest scale, and each as a part of it.
+    __m128 most = _mm_max_ps(scale, _mm_movehl_ps(scale, scale));
+    most = _mm_max_ss(most, _mm_movehdup_ps(most));
+    const float largest = lost ? 0.0f : _mm_cvtss_f32(most);
+    const float lift = largest < 1e-30f ? 1.8446744073709552e19f : 1.0f;
+    const float share = largest > 0.0f ? 32767.0f / (largest * lift) : 0.0f;
+    const __m128 lifted = _mm_mul_ps(scale, _mm_set1_ps(lift));
+    const __m128i part = lost ? _mm_setzero_si128()
+                              : _mm_cvtps_epi32(_mm_mul_ps(lifted, _mm_set1_ps(share)));
+    alignas(16) int32_t inits[kBlocks], parts[kBlocks];
+    alignas(16) float xsums[kBlocks];
+    _mm_store_si128(reinterpret_cast<__m128i*>(inits), _mm_or_si128(low, high));
+    _mm_store_si128(reinterpret_cast<__m128i*>(parts),
+                    _mm_or_si128(part, _mm_slli_epi32(part, 16)));
+    _mm_store_ps(xsums, _mm_mul_ps(scale, _mm_cvtepi32_ps(_mm_add_epi32(even, odd))));
+    for (int64_t b = b0; b < min64(b0 + kBlocks, a.blocks); ++b) {
+      a.init[b * a.rows + row] = inits[b - b0];
+      a.part[b * a.rows + row] = parts[b - b0];
+      a.sum[b * a.rows + row] = lost ? 0.0f : xsums[b - b0];
+    }
+    a.scale[stretch * a.rows + row] = largest;
+  }
+  a.nonfinite[row] = nonfinite;
 }
 
 constexpr int64_t kChunks = 8;  // held at a time: bounds the workspace
@@ -227,7 +299,7 @@ struct QuantizedChunks {
   int64_t m0, rows, count, chunk;
 
   ~QuantizedChunks() {
-    for (const QuantizedRows& a : at) free(a.memory);
+    for (const QuantizedRows& a : at) workspace_give(a.memory);
   }
   // Up to kChunks * most rows from row `first` on, chunks of at most `most`.
   template <class O, int ACT>
@@ -242,8 +314,13 @@ struct QuantizedChunks {
         return false;
     }
     auto quantize = [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        quantize_row<O, ACT>(p, m0 + r, r % chunk, at[r / chunk]);
+      for (int64_t r = begin; r < end; ++r) {
+        if (ACT == 8 && stretches) {
+          quantize_parts<O>(p, m0 + r, r % chunk, at[r / chunk]);
+        } else {
+          quantize_row<O, ACT>(p, m0 + r, r % chunk, at[r / chunk]);
+        }
+      }
     };
     // Below this waking the other threads costs more than they save.
     parallel_for(rows * p.w.k < 65536 ? kSerial : *p.parallel, rows, quantize);
