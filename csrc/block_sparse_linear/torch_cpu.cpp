@@ -224,7 +224,7 @@ Tensor fused(const char* op, const Tensor& x, const char* x_name, Tensor packed,
 
 Tensor int4_block_sparse_linear_op(const Tensor& x, const Tensor& packed, const OptTensor& bias,
                                    int64_t out_features, int64_t group_size, int64_t bits,
-                                   bool affine, ScalarType scale_dtype, const std::string& compute,
+                                   bool affine, ScalarType scale_dtype, const Text& compute,
                                    const Tensor& values, const Tensor& layout, int64_t block,
                                    const OptTensor& lora_a, const OptTensor& lora_c) {
   return fused("int4_block_sparse_linear", x, "x", packed, bias, out_features, last_size(x),
@@ -234,7 +234,7 @@ Tensor int4_block_sparse_linear_op(const Tensor& x, const Tensor& packed, const 
 
 Tensor int4_block_sparse_linear_dx_op(const Tensor& grad, const Tensor& packed, int64_t in_features,
                                       int64_t group_size, int64_t bits, bool affine,
-                                      ScalarType scale_dtype, const std::string& compute,
+                                      ScalarType scale_dtype, const Text& compute,
                                       const Tensor& values, const Tensor& layout, int64_t block,
                                       const OptTensor& lora_a, const OptTensor& lora_c) {
   return fused("int4_block_sparse_linear_dx", grad, "grad", packed, std::nullopt, last_size(grad),

@@ -33,7 +33,7 @@ void check_status(Status s, const WeightGradCudaParams& p, const WeightGradCudaP
 }
 
 Tensor block_weight_grad_cuda_op(const Tensor& grad, const Tensor& x, Tensor layout, int64_t block,
-                                 ScalarType dtype, const std::string& kernel) {
+                                 ScalarType dtype, const Text& kernel) {
   WeightGradCudaParams p = {};
   STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x must have at least 1 dimension, got a scalar");
   p.gtype = check_float(kOp, "x", x.scalar_type());

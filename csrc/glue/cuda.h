@@ -13,6 +13,7 @@
 
 #include "../common/status.h"
 #include "check.h"
+#include "text.h"
 
 namespace nibblock {
 namespace glue {

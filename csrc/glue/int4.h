@@ -6,6 +6,7 @@
 #include "../common/cpu_features.h"
 #include "../int4_linear/int4_linear.h"
 #include "check.h"
+#include "text.h"
 
 namespace nibblock {
 namespace glue {

@@ -12,7 +12,7 @@ Status int4_linear_dx_avx2_int16(const Int4LinearParams& p) {
   return integer_gradient_any_bits<Avx2, 16>(p);
 }
 Status int4_linear_dx_avx2_int8(const Int4LinearParams& p) {
-  return integer_gradient<Avx2Bytes, 4, 8>(p);
+  return integer_gradient<Avx2Turned, 4, 8>(p);
 }
 Status int4_linear_dx_avx2(const Int4LinearParams& p) { return input_gradient_any_bits<Avx2>(p); }
 

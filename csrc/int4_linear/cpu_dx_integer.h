@@ -89,19 +89,30 @@ static void block_scales(const Int4LinearParams& p, const Int4Geometry& g, int64
 }
 
 // Rows n0 .. n0 + depth and columns k0 .. k0 + C * kLanes of the codes as operands of the tiles:
-// [depth / 4][1 or 2][C] vectors. int16 operands have the zero point taken off; bytes are unsigned.
+// [depth / 4][1 or 2][C] vectors. int16 operands have the zero point taken off; bytes are unsigned,
+// or signed, and then `init` [C] gets what takes off that rows are 128 too large.
 template <class O, int BITS, int ACT, int C>
 static void turn_codes(const Int4LinearParams& p, const Int4Geometry& g, int64_t n0, int64_t depth,
-                       int64_t k0, uint8_t* out) {
+                       int64_t k0, uint8_t* start, uint8_t* init) {
   using I = typename O::I;
   constexpr int kPerPanel = 16 / O::kLanes, kQuads = O::kLanes / 4;
   constexpr int kSteps = ACT == 16 ? 2 : 1;  // of a quad of n
+  constexpr int64_t kVectorBytes = kQuads * kSteps * C * O::kBytes;  // of the operands, for kLanes n
   const I zero = O::set1(p.w.bits == 8 ? 0x00800080 : 0x00080008), even = O::set1(0x00ff00ff);
-  for (int64_t v = n0 / O::kLanes; v < (n0 + depth) / O::kLanes; ++v) {
+  [[maybe_unused]] const I bytes_zero = O::set1(0x08080808), ones = O::set1(0x01010101);
+  [[maybe_unused]] I sums[C];
+  NB_UNROLL
+  for (int c = 0; c < C; ++c) sums[c] = O::set1(0);
+  const int64_t first = n0 / O::kLanes, last = (n0 + depth) / O::kLanes;
+  for (int64_t v = first; v < last; ++v) {
+    // Signed: in the order of pack8.
+    const int64_t eight = v - first, low = eight & 3;
+    const int64_t to_place =
+        O::kSignedCodes && (low == 1 || low == 2) ? eight ^ 3 : eight;
+    uint8_t* out = start + to_place * kVectorBytes;
     if (v >= g.panels * kPerPanel) {
-      const int64_t bytes = (n0 + depth - v * O::kLanes) / 4 * kSteps * C * O::kBytes;
-      memset(out, 0, static_cast<size_t>(bytes));
-      return;
+      memset(out, 0, static_cast<size_t>(kVectorBytes));
+      continue;
     }
     const uint8_t* panel = p.packed + v / kPerPanel * g.panel_stride;
     const uint8_t* at = panel + k0 / 8 * line_bytes(BITS) + v % kPerPanel * O::kBytes;
@@ -116,7 +127,11 @@ static void turn_codes(const Int4LinearParams& p, const Int4Geometry& g, int64_t
       NB_UNROLL
       for (int i = 0; i < kQuads; ++i) {
         uint8_t* to = out + (i * kSteps * C + c) * O::kBytes;
-        if (ACT == 8) {
+        if constexpr (O::kSignedCodes) {
+          const I codes = O::sub8(quads[i], bytes_zero);
+          O::store(to, codes);
+          sums[c] = O::template dot<ACT>(sums[c], ones, codes);
+        } else if (ACT == 8) {
           O::store(to, quads[i]);
         } else {
           O::store(to, O::sub16(O::and_(quads[i], even), zero));
@@ -124,7 +139,12 @@ static void turn_codes(const Int4LinearParams& p, const Int4Geometry& g, int64_t
         }
       }
     }
-    out += kQuads * kSteps * C * O::kBytes;
+  }
+  if constexpr (O::kSignedCodes) {
+    NB_UNROLL
+    for (int c = 0; c < C; ++c) {
+      O::store(init + c * O::kBytes, O::sub(O::set1(0), O::template shl32<7>(sums[c])));
+    }
   }
 }
 
@@ -176,6 +196,49 @@ static void scale_rows(const QuantizedRows& a, int64_t block, int64_t row, int64
   }
 }
 
+// scale_rows for signed codes, R rows, four at most: e is 128 too large, and nothing is summed for
+// the zero point. Scales are loaded once for all rows, whose sums are added up together.
+template <class O, bool AFFINE, int R>
+static void scale_signed(const QuantizedRows& a, int64_t block, int64_t row, int64_t depth,
+                         const BlockScales& s, uint8_t* e, float* out) {
+  using I = typename O::I;
+  const I top_bits = O::set1(static_cast<int32_t>(0x80808080u));
+  const uint8_t* d = a.q + block * a.block_stride + row * a.stride;
+  I rest[4];
+  NB_UNROLL
+  for (int r = 0; r < 4; ++r) rest[r] = O::set1(0);
+  for (int64_t n = 0; n < depth; n += 32) {
+    const I scale = O::load(s.scale + n), scale2 = O::load(s.scale + n + 16);
+    NB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const I low = O::load(d + r * a.stride + n * 2), high = O::load(d + r * a.stride + n * 2 + 32);
+      const I bytes = O::pack8(O::mulhrs(low, scale), O::mulhrs(high, scale2));
+      O::store(e + r * kFlushK + n, O::xor_(bytes, top_bits));
+      if (AFFINE) {
+        rest[r] = O::add(rest[r], O::add(O::madd(low, O::load(s.rest + n)),
+                                         O::madd(high, O::load(s.rest + n + 16))));
+      }
+    }
+  }
+  alignas(16) float sums[4] = {};
+  if (AFFINE) O::sums_of_four(rest, sums);
+  const float* unit = a.scale + block * a.rows + row;
+  NB_UNROLL
+  for (int r = 0; r < R; ++r) out[r] = AFFINE ? sums[r] * s.rest_unit * unit[r] : 0.0f;
+}
+
+template <class O, bool AFFINE, int R = 4>
+static void scale_signed_rows(const QuantizedRows& a, int64_t block, int64_t row, int64_t rows,
+                              int64_t depth, const BlockScales& s, ScaledRows* out) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    scale_signed<O, AFFINE, R>(a, block, row + r, depth, s, out->e + r * kFlushK, out->rest + r);
+  }
+  for (; r < rows; ++r) {
+    scale_signed<O, AFFINE, 1>(a, block, row + r, depth, s, out->e + r * kFlushK, out->rest + r);
+  }
+}
+
 alignas(64) constexpr float kOnes[kDxUnit] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                               1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
@@ -184,7 +247,8 @@ template <class O, int BITS, int ACT>
 struct DxTask {
   static constexpr int C = O::kDxCols;
   static constexpr int64_t kWidth = C * O::kLanes, kTiles = kDxUnit / kWidth;
-  static constexpr int64_t kOperand = kFlushK * kWidth * (ACT / 8);  // bytes
+  static constexpr int64_t kInit = O::kSignedCodes ? C * O::kBytes : 0;
+  static constexpr int64_t kOperand = kFlushK * kWidth * (ACT / 8) + kInit;  // bytes
 
   const Int4LinearParams& p;
   const Int4Geometry& g;
@@ -206,8 +270,9 @@ struct DxTask {
         block_scales<O, ACT>(p, g, n0, group_of(unit0 + u), scales + u);
       }
       for (int64_t t = 0; t < kTiles; ++t) {
+        uint8_t* operand = operands + (u * kTiles + t) * kOperand;
         turn_codes<O, BITS, ACT, C>(p, g, n0, depth, (unit0 + u) * kDxUnit + t * kWidth,
-                                    operands + (u * kTiles + t) * kOperand);
+                                    operand + kInit, operand);
       }
     }
     const int32_t zero = p.w.bits == 8 ? 128 : 8;
@@ -218,8 +283,13 @@ struct DxTask {
       for (int64_t u = 0; u < units; ++u) {
         if (u == 0 || group_of(unit0 + u) != group_of(unit0 + u - 1)) {
           s = scales + u;
-          (p.w.affine ? scale_rows<O, ACT, true>
-                      : scale_rows<O, ACT, false>)(a, block, m0, rows, depth, *s, zero, scaled);
+          if constexpr (O::kSignedCodes) {
+            (p.w.affine ? scale_signed_rows<O, true>
+                        : scale_signed_rows<O, false>)(a, block, m0, rows, depth, *s, scaled);
+          } else {
+            (p.w.affine ? scale_rows<O, ACT, true>
+                        : scale_rows<O, ACT, false>)(a, block, m0, rows, depth, *s, zero, scaled);
+          }
         }
         for (int64_t t = 0; t < kTiles; ++t) {
           tiles(u * kTiles + t, *s, block, m0, rows, depth);
@@ -231,7 +301,8 @@ struct DxTask {
   void tiles(int64_t tile, const BlockScales& s, int64_t block, int64_t m0, int64_t rows,
              int64_t depth) {
     TileArgs args;
-    args.w[0] = operands + tile * kOperand;
+    args.w[0] = operands + tile * kOperand + kInit;
+    args.column_init = operands + tile * kOperand;
     args.x_stride = kFlushK * (ACT / 8);
     args.lines = depth / 8;
     args.scale = s.unit;

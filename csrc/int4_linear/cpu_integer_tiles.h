@@ -64,6 +64,7 @@ struct TileArgs {
   int64_t lines;              // of a block, 8 k each
   const float* xscale;        // [R], of the first block
   const int32_t* init;
+  const uint8_t* column_init;  // [C] vectors, with signed codes instead of init
   const float* xsum;
   const float* scale;   // [blocks][C * kLanes] of the blocks' groups
   const float* offset;  // the same, or null
@@ -158,27 +159,34 @@ NB_INLINE void pair_tile(const TileArgs& a) {
       w += kBytes;
       // Nothing that the flush needs is loaded before this: it would push the sums out.
       __asm__ volatile("" ::: "memory");
+      const typename O::I ones = O::ones_here();
       NB_UNROLL
       for (int r = 0; r < R; ++r) {
         const typename O::I init = O::set1(a.init[b * a.rows + r]);
         NB_UNROLL
-        for (int c = 0; c < C; ++c) sum[r][c] = O::add(init, O::sum_pairs(pairs[r][c]));
+        for (int c = 0; c < C; ++c) sum[r][c] = O::add(init, O::sum_pairs(pairs[r][c], ones));
       }
     } else {
       NB_UNROLL
       for (int r = 0; r < R; ++r) {
         NB_UNROLL
-        for (int c = 0; c < C; ++c) sum[r][c] = O::set1(a.init[b * a.rows + r]);
+        for (int c = 0; c < C; ++c) {
+          sum[r][c] = O::kSignedCodes ? O::load(a.column_init + c * O::kBytes)
+                                      : O::set1(a.init[b * a.rows + r]);
+        }
       }
       for (int64_t first = 0; first < a.lines; first += O::kPairLines) {
         set_all(pairs, O::set1(0));
         pair_lines<O, R, C>(w, x, a.x_stride, pairs);
         w += kBytes;
         x += O::kPairLines * 2 * 4;
+        const typename O::I ones = O::ones_here();
         NB_UNROLL
         for (int r = 0; r < R; ++r) {
           NB_UNROLL
-          for (int c = 0; c < C; ++c) sum[r][c] = O::add(sum[r][c], O::sum_pairs(pairs[r][c]));
+          for (int c = 0; c < C; ++c) {
+            sum[r][c] = O::add(sum[r][c], O::sum_pairs(pairs[r][c], ones));
+          }
         }
       }
     }
@@ -191,7 +199,7 @@ template <class O, int BITS, int ACT, bool PANEL, int R, int C>
 static void tile(const TileArgs& a) {
   constexpr int kSteps = ACT == 16 ? 4 : 2;  // broadcasts of 4 bytes for each 8 k
   if constexpr (PANEL && ACT == 8 && O::kPairLines > 0) {
-    if (a.lines == O::kPairLines) return pair_tile<O, O::kPairLines, R, C>(a);
+    if (!O::kSignedCodes && a.lines == O::kPairLines) return pair_tile<O, O::kPairLines, R, C>(a);
     return pair_tile<O, 0, R, C>(a);
   } else {
     constexpr int64_t kLineBytes = line_bytes(BITS);

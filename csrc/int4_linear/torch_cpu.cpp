@@ -46,7 +46,7 @@ Tensor linear(const char* op, const Int4LinearTable& table, const Tensor& x, con
 
 Tensor int4_linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                       int64_t out_features, int64_t group_size, int64_t bits, bool affine,
-                      ScalarType scale_dtype, const std::string& compute) {
+                      ScalarType scale_dtype, const Text& compute) {
   const int64_t k = x.dim() >= 1 ? x.size(x.dim() - 1) : 0;
   const char* op = "int4_linear";
   return linear(op, int4_linear_table(), x, "x", packed, bias, out_features, k, group_size, bits,
@@ -64,7 +64,7 @@ Tensor int4_linear_forward_op(const Tensor& x, const Tensor& packed,
 
 Tensor int4_linear_dx_op(const Tensor& grad, const Tensor& packed, int64_t in_features,
                          int64_t group_size, int64_t bits, bool affine, ScalarType scale_dtype,
-                         const std::string& compute) {
+                         const Text& compute) {
   const int64_t n = grad.dim() >= 1 ? grad.size(grad.dim() - 1) : 0;
   const char* op = "int4_linear_dx";
   return linear(op, int4_linear_dx_table(), grad, "grad", packed, std::nullopt, n, in_features,

@@ -48,7 +48,7 @@ void check_status(Status s, const Int4CudaParams& p, const Int4CudaPlan& plan,
 
 Tensor int4_linear_cuda_op(const Tensor& x, Tensor packed, const std::optional<Tensor>& bias,
                            int64_t format, std::optional<Tensor> values,
-                           std::optional<Tensor> layout, int64_t block, const std::string& kernel) {
+                           std::optional<Tensor> layout, int64_t block, const Text& kernel) {
   Int4CudaParams p = {};
   STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x must have at least 1 dimension, got a scalar");
   p.xtype = check_float(kOp, "x", x.scalar_type());

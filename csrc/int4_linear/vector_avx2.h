@@ -22,6 +22,7 @@ struct Avx2 {
   static constexpr int64_t kDxUnits = 3;
   static constexpr int64_t kPrefetch = 1024;
   static constexpr int kPairLines = 0;  // Avx2Bytes
+  static constexpr bool kSignedCodes = false;  // Avx2Turned
   using I = __m256i;
   using F = __m256;
 
@@ -175,7 +176,7 @@ struct Avx2Bytes : Avx2 {
   template <int ACT>
   static inline __attribute__((always_inline)) I dot(I acc, I w, I x) {
     static_assert(ACT == 8, "int16 activations are Avx2's");
-    return _mm256_add_epi32(acc, sum_pairs(_mm256_maddubs_epi16(w, x)));
+    return _mm256_add_epi32(acc, sum_pairs(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
   }
   // In assembly for the same reason as Avx2::dot.
   static inline __attribute__((always_inline)) I add_pairs(I pairs, I w, I x) {
@@ -185,7 +186,39 @@ struct Avx2Bytes : Avx2 {
             : "x"(w), "x"(x));
     return pairs;
   }
-  static inline I sum_pairs(I pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+  static inline I sum_pairs(I pairs, I ones) { return _mm256_madd_epi16(pairs, ones); }
+  // 1 in 16 bits, made where it stands: held over a tile's products, it would push one of their
+  // operands out of the registers.
+  static inline I ones_here() {
+    I ones;
+    __asm__ volatile("vpcmpeqw %0, %0, %0\n\tvpsrlw $15, %0, %0" : "=x"(ones));
+    return ones;
+  }
+};
+
+// For dx. There scaled rows are made anew for every group, and what codes need can be done once: the
+// zero point is off the codes, which are signed, and rows are unsigned, 128 too large, which the
+// sums take off by column. A pair is at most 2 * 255 * 8 = 4080, and eight of them 32640.
+struct Avx2Turned : Avx2Bytes {
+  static constexpr bool kSignedCodes = true;
+  static inline __attribute__((always_inline)) I add_pairs(I pairs, I w, I x) {
+    return Avx2Bytes::add_pairs(pairs, x, w);
+  }
+  static inline I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
+  template <int S>
+  static inline I shl32(I a) {
+    return _mm256_slli_epi32(a, S);
+  }
+  static inline I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static inline I sub8(I a, I b) { return _mm256_sub_epi8(a, b); }
+  // The words of a, then those of b, as bytes, with the eights 1 and 2 exchanged.
+  static inline I pack8(I a, I b) { return _mm256_packs_epi16(a, b); }
+  // The sums of the lanes of four vectors, as floats: they may exceed 32 bits.
+  static inline void sums_of_four(const I* v, float* out) {
+    const F all = _mm256_hadd_ps(_mm256_hadd_ps(to_float(v[0]), to_float(v[1])),
+                                 _mm256_hadd_ps(to_float(v[2]), to_float(v[3])));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
 };
 
 }  // namespace

@@ -21,6 +21,7 @@ struct Avx512Base {
   static constexpr int64_t kDxUnits = 3;
   static constexpr int64_t kPrefetch = 1024;
   static constexpr int kPairLines = 0;  // VPDPBUSD adds in 32 bits
+  static constexpr bool kSignedCodes = false;
   using I = __m512i;
   using F = __m512;
 

@@ -174,7 +174,7 @@ void masked_adamw_block(const Tensors& values, const Tensors& grads, const Tenso
                         const Tensors& exp_avg_sqs, const Tensors& ages, const Tensors& weights,
                         const Tensors& blocks, int64_t block, double lr, double beta1, double beta2,
                         double eps, double weight_decay, bool maximize, const OptTensor& multiplier,
-                        const OptTensor& found_inf, const std::string& kernel) {
+                        const OptTensor& found_inf, const Text& kernel) {
   const char* op = "masked_adamw_block_";
   block_step(op, adamw(op, lr, beta1, beta2, eps, weight_decay),
              {values, grads, exp_avgs, exp_avg_sqs, ages, true}, weights, blocks, block, maximize,
@@ -186,7 +186,7 @@ void masked_sgd_block(const Tensors& values, const Tensors& grads, const Tensors
                       int64_t block, double lr, double momentum, double dampening,
                       double weight_decay, bool nesterov, bool maximize,
                       const OptTensor& multiplier, const OptTensor& found_inf,
-                      const std::string& kernel) {
+                      const Text& kernel) {
   const char* op = "masked_sgd_block_";
   block_step(op, sgd(op, lr, momentum, dampening, weight_decay, nesterov),
              {values, grads, momenta, momenta, ages, false}, weights, blocks, block, maximize,
