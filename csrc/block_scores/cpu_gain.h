@@ -207,12 +207,12 @@ static Status block_gain_of(const BlockGainParams& p) {
   using Panel = GainPanel<O, B>;
   const GainPlan<B> s(p);
   const Parallel& parallel = p.m * p.n * p.k < (1 << 16) ? kSerial : *p.parallel;
-  double* sums = static_cast<double*>(workspace_take(2 * s.rows * s.cols * 8));
+  double* sums = static_cast<double*>(aligned_malloc(2 * s.rows * s.cols * 8));
   if (!sums) return kOutOfMemory;
   memset(sums, 0, static_cast<size_t>(2 * s.rows * s.cols) * 8);
   int failed = 0;
   auto panels = [&](int64_t from, int64_t to) {
-    float* memory = static_cast<float*>(workspace_take(Panel::floats(s) * 4));
+    float* memory = static_cast<float*>(aligned_malloc(Panel::floats(s) * 4));
     if (!memory) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
       return;
@@ -222,11 +222,11 @@ static Status block_gain_of(const BlockGainParams& p) {
       panel.make_signs();
       panel.add(s, sums);
     }
-    workspace_give(memory);
+    free(memory);
   };
   parallel_for(parallel, s.row_parts * s.col_parts, panels);
   if (!failed) add_gain_sums(p, sums);
-  workspace_give(sums);
+  free(sums);
   return failed ? kOutOfMemory : kOk;
 }
 

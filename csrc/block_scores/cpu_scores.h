@@ -258,7 +258,7 @@ static Status block_scores(const BlockScoresParams& p) {
   const int64_t sign_floats = p.sketch ? columns * p.block : 0;
   const int64_t begins = p.sketch ? columns : 0;
   double* sums = static_cast<double*>(
-      workspace_take(2 * blocks * 8 + begins * 8 + (z_floats + sign_floats) * 4));
+      aligned_malloc(2 * blocks * 8 + begins * 8 + (z_floats + sign_floats) * 4));
   if (!sums) return kOutOfMemory;
   memset(sums, 0, static_cast<size_t>(2 * blocks) * 8);
   int failed = 0;
@@ -269,26 +269,26 @@ static Status block_scores(const BlockScoresParams& p) {
     float* signs = z + z_floats;
     make_signs(p, s, signs, begin);
     auto sketch = [&](int64_t from, int64_t to) {
-      float* row = static_cast<float*>(workspace_take(s.cols * p.block * 4));
+      float* row = static_cast<float*>(aligned_malloc(s.cols * p.block * 4));
       if (!row) {
         __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
         return;
       }
       sketch_rows_of<O>(p, s, signs, begin, from, to, row, z);
-      workspace_give(row);
+      free(row);
     };
     parallel_for(parallel, p.m, sketch);
   }
   auto panels = [&](int64_t from, int64_t to) {
     const int64_t packed = (s.high + (z ? 0 : s.wide)) * kChunk * kEdge;
     float* memory =
-        static_cast<float*>(workspace_take((s.high * s.wide * kEdge * kEdge + packed) * 4));
+        static_cast<float*>(aligned_malloc((s.high * s.wide * kEdge * kEdge + packed) * 4));
     if (!memory) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
       return;
     }
     for (int64_t t = from; t < to; ++t) score_panel<O>(p, s, t, z, memory, sums, sums + blocks);
-    workspace_give(memory);
+    free(memory);
   };
   if (!failed) parallel_for(parallel, s.row_parts * s.col_parts, panels);
   if (!failed) {
@@ -296,7 +296,7 @@ static Status block_scores(const BlockScoresParams& p) {
              p.scores_stride);
     if (p.movement) add_sums(s, sums + blocks, 1.0, p.movement, p.movement_stride);
   }
-  workspace_give(sums);
+  free(sums);
   return failed ? kOutOfMemory : kOk;
 }
 

@@ -69,7 +69,7 @@ static Status amx_fused_of(const Int4BlockSparseParams& p, bool dx) {
   const int64_t pairs = ceil_div(min64(kFusedRows, base.m), S::kRows);
   const int64_t block_bytes = p.s.count * S::kBlockBytes;
   const int64_t x_bytes = a.walk.ins * S::kSteps * pairs * 2 * S::kTile;
-  uint8_t* memory = static_cast<uint8_t*>(workspace_take(block_bytes + x_bytes));
+  uint8_t* memory = static_cast<uint8_t*>(aligned_malloc(block_bytes + x_bytes));
   const bool ready = memory && a.low_rank.make<Floats512>(p, dx);
   if (ready) {
     auto lay = [&](int64_t begin, int64_t end) {
@@ -96,7 +96,7 @@ static Status amx_fused_of(const Int4BlockSparseParams& p, bool dx) {
     a.low_rank.t += part.m * p.rank;
   }
   a.low_rank.release();
-  workspace_give(memory);
+  free(memory);
   return status;
 }
 

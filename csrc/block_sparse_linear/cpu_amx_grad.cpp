@@ -115,7 +115,7 @@ static Status amx_grad_of(const BlockWeightGradParams& p) {
   const int64_t most = min64(kTokenSteps, max64(1, ceil_div(p.m, 32)));
   const int64_t block_bytes = most * 32 * B * 2, x_at = rows * block_bytes;
   const int64_t packed = (rows + cols) * block_bytes;
-  char* memory = static_cast<char*>(workspace_take(packed + (in_place ? 0 : Z * B * B * 4)));
+  char* memory = static_cast<char*>(aligned_malloc(packed + (in_place ? 0 : Z * B * B * 4)));
   if (!memory) return kOutOfMemory;
   float* sums = in_place ? static_cast<float*>(p.out) : reinterpret_cast<float*>(memory + packed);
   memset(sums, 0, static_cast<size_t>(Z * B * B) * 4);
@@ -169,7 +169,7 @@ static Status amx_grad_of(const BlockWeightGradParams& p) {
     }
   };
   parallel_for(*p.parallel, parts, round);
-  workspace_give(memory);
+  free(memory);
   return kOk;
 }
 

@@ -60,7 +60,7 @@ static Status amx_product_of(const BlockSparseParams& p, bool dx) {
   using S = AmxShape<B>;
   const Walk walk = make_walk(p.s, dx);
   const Parallel& parallel = worth_threads(p, walk);
-  uint8_t* blocks = static_cast<uint8_t*>(workspace_take(p.s.count * S::kBlockBytes));
+  uint8_t* blocks = static_cast<uint8_t*>(aligned_malloc(p.s.count * S::kBlockBytes));
   if (!blocks) return kOutOfMemory;
   constexpr int64_t kShare = 16;  // blocks to a task
   auto lay = [&](int64_t begin, int64_t end) {
@@ -75,7 +75,7 @@ static Status amx_product_of(const BlockSparseParams& p, bool dx) {
         multiply_tiles<B>(p, walk, x, blocks, r0, rows, u0, u1, static_cast<float*>(scratch));
         amx::release();
       });
-  workspace_give(blocks);
+  free(blocks);
   return status;
 }
 

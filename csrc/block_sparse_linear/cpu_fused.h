@@ -138,7 +138,7 @@ static Status fused_of(const Int4BlockSparseParams& p, bool dx, Isa isa) {
   a.slots = !dx && base.m <= kSmallRows ? small_slots(base.m) : 0;
   if (a.slots) a.base.add_part = nullptr;
   const int64_t x_floats = a.slots ? (a.walk.ins * a.slots + kSmallRows) * B : 0;
-  float* small = static_cast<float*>(workspace_take(x_floats * 4));
+  float* small = static_cast<float*>(aligned_malloc(x_floats * 4));
   Status status = kOutOfMemory;
   if (small && a.low_rank.template make<O>(p, dx)) {
     if (a.slots) {
@@ -149,7 +149,7 @@ static Status fused_of(const Int4BlockSparseParams& p, bool dx, Isa isa) {
     status = kernel->run(base);
   }
   a.low_rank.release();
-  workspace_give(small);
+  free(small);
   return status;
 }
 

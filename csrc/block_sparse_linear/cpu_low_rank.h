@@ -18,7 +18,7 @@ struct LowRank {
   // Fills the above; false when out of memory.
   template <class O>
   bool make(const Int4BlockSparseParams& p, bool dx);
-  void release() { workspace_give(memory); }
+  void release() { free(memory); }
 
   // acc += t times columns [n0, n0 + cols) of `outer`. acc has room for whole vectors.
   template <class O>
@@ -93,7 +93,7 @@ bool LowRank::make(const Int4BlockSparseParams& p, bool dx) {
   const Int4LinearParams& b = p.base;
   const int64_t n_pad = round_up(b.w.n, 16), k_pad = round_up(b.w.k, 16);
   float* c = memory =
-      static_cast<float*>(workspace_take(((n_pad + k_pad) * rank + b.m * rank) * 4));
+      static_cast<float*>(aligned_malloc(((n_pad + k_pad) * rank + b.m * rank) * 4));
   if (!memory) return false;
   float* a = c + n_pad * rank;
   float* out = a + k_pad * rank;
@@ -115,7 +115,7 @@ bool LowRank::make(const Int4BlockSparseParams& p, bool dx) {
   const int64_t in = dx ? b.w.n : b.w.k, in_pad = dx ? n_pad : k_pad;
   int failed = 0;
   auto rows = [&](int64_t begin, int64_t end) {
-    float* row = static_cast<float*>(workspace_take(in_pad * 4));
+    float* row = static_cast<float*>(aligned_malloc(in_pad * 4));
     if (!row) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
       return;
@@ -127,7 +127,7 @@ bool LowRank::make(const Int4BlockSparseParams& p, bool dx) {
         rank_row<O>(row, inner, in_pad, rank, out + m * rank);
       }
     });
-    workspace_give(row);
+    free(row);
   };
   parallel_for(b.m * in * rank < (1 << 18) ? kSerial : *b.parallel, b.m, rows);
   return !failed;

@@ -94,7 +94,7 @@ static Status run_chunks(const BlockSparseParams& p, const Parallel& parallel, c
   char* shared = nullptr;
   const int64_t x_bytes = (own ? chunk_tiles : tiles) * tile_bytes;
   if (!own) {
-    shared = static_cast<char*>(workspace_take(x_bytes));
+    shared = static_cast<char*>(aligned_malloc(x_bytes));
     if (!shared) return kOutOfMemory;
     const PackedRows x = {shared, 0, p.m, tiles};
     auto pack_all = [&](int64_t begin, int64_t end) {
@@ -105,7 +105,7 @@ static Status run_chunks(const BlockSparseParams& p, const Parallel& parallel, c
   int failed = 0;
   auto body = [&](int64_t begin, int64_t end) {
     const int64_t fixed = round_up(scratch_bytes + chunk_tiles * H * kStoreColumns * 4, 64);
-    char* memory = static_cast<char*>(workspace_take(fixed + (own ? x_bytes : 0)));
+    char* memory = static_cast<char*>(aligned_malloc(fixed + (own ? x_bytes : 0)));
     if (!memory) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
       return;
@@ -122,10 +122,10 @@ static Status run_chunks(const BlockSparseParams& p, const Parallel& parallel, c
       multiply(x, r0 - x.m0, r1 - r0, balanced(walk, groups, group),
                balanced(walk, groups, group + 1), memory);
     }
-    workspace_give(memory);
+    free(memory);
   };
   parallel_for(parallel, chunks * groups, body);
-  workspace_give(shared);
+  free(shared);
   return failed ? kOutOfMemory : kOk;
 }
 

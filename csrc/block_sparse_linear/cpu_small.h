@@ -145,7 +145,7 @@ template <class O, int B>
 static Status small_of(const BlockSparseParams& p) {
   const Walk walk = make_walk(p.s, false);
   const int64_t slots = small_slots(p.m);
-  float* x = static_cast<float*>(workspace_take(walk.ins * slots * B * 4));
+  float* x = static_cast<float*>(aligned_malloc(walk.ins * slots * B * 4));
   if (!x) return kOutOfMemory;
   pack_small<O, B>(walk, p.x, p.xtype, p.x_stride, p.m, slots, x);
   const Parallel& parallel = worth_threads(p, walk);
@@ -161,7 +161,7 @@ static Status small_of(const BlockSparseParams& p) {
     }
   };
   parallel_for(parallel, parts, body);
-  workspace_give(x);
+  free(x);
   return kOk;
 }
 

@@ -231,7 +231,7 @@ static Status weight_grad_of(const BlockWeightGradParams& p) {
   const int64_t tokens = min64(kTokens, max64(1, a.part_rows));
   const int64_t packed = alone ? 0 : a.parts * (rows + cols) * tokens * B;
   float* memory =
-      static_cast<float*>(workspace_take((packed + (in_place ? 0 : a.parts * size)) * 4));
+      static_cast<float*>(aligned_malloc((packed + (in_place ? 0 : a.parts * size)) * 4));
   if (!memory) return kOutOfMemory;
   a.sums = in_place ? static_cast<float*>(p.out) : memory + packed;
   if (alone) {
@@ -249,7 +249,7 @@ static Status weight_grad_of(const BlockWeightGradParams& p) {
   };
   const bool whole = p.s.n % B == 0 && p.s.k % B == 0;
   if (!in_place || !whole) parallel_for(parallel, Z, finish);
-  workspace_give(memory);
+  free(memory);
   return kOk;
 }
 

@@ -4,8 +4,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#include "workspace.h"
-
 // GCC keeps a register tile in registers only if its loops are gone before it looks at arrays.
 #define NB_UNROLL _Pragma("GCC unroll 16")
 #define NB_INLINE static inline __attribute__((always_inline))
@@ -15,6 +13,12 @@ namespace {
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline void* aligned_malloc(int64_t bytes) {
+  void* p = nullptr;
+  const size_t size = (static_cast<size_t>(bytes > 0 ? bytes : 1) + 63) / 64 * 64;
+  return posix_memalign(&p, 64, size) == 0 ? p : nullptr;
+}
 
 }  // namespace
 }  // namespace nibblock

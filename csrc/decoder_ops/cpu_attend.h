@@ -101,13 +101,13 @@ Status attend_as(const AttendParams& p) {
   Status status = kOk;
   auto body = [&](int64_t begin, int64_t end) {
     const int64_t floats = (group + 1) * p.dim + group * padded_keys(p);
-    float* memory = static_cast<float*>(workspace_take(floats * 4));
+    float* memory = static_cast<float*>(aligned_malloc(floats * 4));
     if (!memory) {
       status = kOutOfMemory;
       return;
     }
     for (int64_t task = begin; task < end; ++task) attend_task<T>(p, task, memory);
-    workspace_give(memory);
+    free(memory);
   };
   const bool small = 2 * p.batch * p.heads * p.keys * p.dim < kParallelWork;
   parallel_for(small ? kSerial : *p.parallel, p.batch * p.kv_heads, body);

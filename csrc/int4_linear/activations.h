@@ -57,7 +57,7 @@ static bool quantized_rows_alloc(QuantizedRows* a, const Int4Geometry& g, int64_
   const int64_t row_k = a->blocks * a->block > g.k_pad ? a->blocks * a->block : g.k_pad;
   const int64_t bytes = round_up(rows * row_k * act_bits / 8, 64);
   const int64_t meta = round_up(rows * a->blocks * 4, 64);
-  char* mem = static_cast<char*>(workspace_take(bytes + 4 * meta + rows));
+  char* mem = static_cast<char*>(aligned_malloc(bytes + 4 * meta + rows));
   a->memory = mem;
   if (!mem) return false;
   a->q = reinterpret_cast<uint8_t*>(mem);
@@ -299,7 +299,7 @@ struct QuantizedChunks {
   int64_t m0, rows, count, chunk;
 
   ~QuantizedChunks() {
-    for (const QuantizedRows& a : at) workspace_give(a.memory);
+    for (const QuantizedRows& a : at) free(a.memory);
   }
   // Up to kChunks * most rows from row `first` on, chunks of at most `most`.
   template <class O, int ACT>

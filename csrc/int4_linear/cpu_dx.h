@@ -190,7 +190,7 @@ static Status input_gradient(const Int4LinearParams& p) {
   const int64_t n_pad = round_up(N, kPanelRows);
   for (int64_t m0 = 0; m0 < p.m; m0 += O::kDxRows) {
     const int64_t rows = p.m - m0 < O::kDxRows ? p.m - m0 : O::kDxRows;
-    float* grad = static_cast<float*>(workspace_take(rows * n_pad * 4));
+    float* grad = static_cast<float*>(aligned_malloc(rows * n_pad * 4));
     if (!grad) return kOutOfMemory;
     auto convert = [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
@@ -210,7 +210,7 @@ static Status input_gradient(const Int4LinearParams& p) {
         tiles_of_task(columns, parallel.threads > 0 ? parallel.threads : 1, O::kDxTiles);
     bool failed = false;
     auto multiply = [&](int64_t begin, int64_t end) {
-      float* acc = static_cast<float*>(workspace_take((rows + O::kDxDepth) * width * each * 4));
+      float* acc = static_cast<float*>(aligned_malloc((rows + O::kDxDepth) * width * each * 4));
       if (!acc) {
         failed = true;
         return;
@@ -238,10 +238,10 @@ static Status input_gradient(const Int4LinearParams& p) {
           store_columns<O, width>(p, m0, rows, (c0 + c) * width, acc + c * rows * width);
         }
       }
-      workspace_give(acc);
+      free(acc);
     };
     parallel_for(parallel, ceil_div(columns, each), multiply);
-    workspace_give(grad);
+    free(grad);
     if (failed) return kOutOfMemory;
   }
   return kOk;

@@ -337,7 +337,7 @@ static Status integer_gradient_of(const Int4LinearParams& p, const Int4Geometry&
     const int64_t operands = each * Task::kTiles * Task::kOperand;
     const int64_t scales = each * static_cast<int64_t>(sizeof(BlockScales));
     uint8_t* memory =
-        static_cast<uint8_t*>(workspace_take(acc_bytes + operands + scales + sizeof(ScaledRows)));
+        static_cast<uint8_t*>(aligned_malloc(acc_bytes + operands + scales + sizeof(ScaledRows)));
     if (!memory) {
       failed = true;
       return;
@@ -360,7 +360,7 @@ static Status integer_gradient_of(const Int4LinearParams& p, const Int4Geometry&
                                        acc + i * rows.rows * Task::kWidth);
       }
     }
-    workspace_give(memory);
+    free(memory);
   };
   parallel_for(parallel, a.count * tasks, multiply);
   if (failed) return kOutOfMemory;

@@ -210,7 +210,7 @@ static Status forward(const Int4LinearParams& p) {
     bool failed = false;
     auto multiply = [&](int64_t begin, int64_t end) {
       float* acc = static_cast<float*>(
-          workspace_take(a.chunk * width * O::kLanes * 4 + kFlushK * 2 * width * O::kBytes));
+          aligned_malloc(a.chunk * width * O::kLanes * 4 + kFlushK * 2 * width * O::kBytes));
       if (!acc) {
         failed = true;
         return;
@@ -232,7 +232,7 @@ static Status forward(const Int4LinearParams& p) {
         if (O::kLanes == 16 && stop - v >= 1)
           column_tile<O, BITS, ACT, O::kLanes == 16 ? 1 : 2>(p, g, a.at[c], first, v, acc, panel);
       }
-      workspace_give(acc);
+      free(acc);
     };
     parallel_for(parallel, a.count * tiles, multiply);
     if (failed) return kOutOfMemory;

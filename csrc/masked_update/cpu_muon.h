@@ -192,7 +192,7 @@ template <class O>
 static Status muon_direction(const MuonParams& p) {
   bool starved = false;
   auto body = [&](int64_t begin, int64_t end) {
-    float* scratch = static_cast<float*>(workspace_take(muon_scratch(p.block) * 4));
+    float* scratch = static_cast<float*>(aligned_malloc(muon_scratch(p.block) * 4));
     if (!scratch) {
       starved = true;
       return;
@@ -205,7 +205,7 @@ static Status muon_direction(const MuonParams& p) {
         muon_block<O>(p, t, FloatBits::BF16{}, z, scratch);
       }
     });
-    workspace_give(scratch);
+    free(scratch);
   };
   parallel_for(worth_tasks(p.parallel, p.task_count), p.task_count, body);
   return starved ? kOutOfMemory : kOk;

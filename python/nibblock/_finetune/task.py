@@ -11,12 +11,8 @@ import torch
 from torch import nn
 
 from nibblock._finetune.data import Order
-from nibblock.nn.int4_linear import Int4Linear
 
 CHUNK = 128  # tokens whose logits exist at one time
-# Of a packed head: as fast, and its logits and their int16 copies are small enough for memory that
-# the allocator keeps; of 128 it returned them to the system chunk by chunk.
-CHUNK_PACKED = 64
 CHUNK_TRAINED = 256  # of a trained head: each chunk makes and adds a gradient of the head's size
 
 
@@ -129,7 +125,7 @@ def next_token_loss(model: nn.Module, rows: torch.Tensor, chunk: int = 0) -> tor
         model: a causal language model of transformers (with adapters of any kind, or none).
         rows: int64 [batch, seq].
         chunk: tokens whose logits are made at one time, in the forward and for the backward; 0 for
-            128, 64 where the head is packed, or 256 where it is trained.
+            128, or 256 where the head is trained.
     Returns:
         a scalar; float32. Its gradient reaches the model and a trained head.
     Determinism: the same rows and chunk give the same bits.
@@ -140,16 +136,15 @@ def next_token_loss(model: nn.Module, rows: torch.Tensor, chunk: int = 0) -> tor
     hidden = decoder(input_ids=rows, use_cache=False).last_hidden_state[:, :-1]
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), rows[:, 1:].reshape(-1)
     trained = [p for p in head.parameters() if p.requires_grad]
-    packed = isinstance(head, Int4Linear)
-    chunk = chunk or (CHUNK_TRAINED if trained else CHUNK_PACKED if packed else CHUNK)
+    chunk = chunk or (CHUNK_TRAINED if trained else CHUNK)
     return _HeadLoss.apply(hidden, labels, head, chunk, *trained)
 
 
 def _head_chunk(hidden, labels, head, wanted, trained):
     """(summed loss of these rows, gradients of it for them and for `trained`).
 
-    A function of its own, so that a chunk's logits are gone before the next chunk's are made: they
-    are the largest tensor of a step, and room for two at a time costs their pages twice.
+    A function of its own, so that a chunk's logits, the largest tensor of a step, are gone before
+    the next chunk's are made.
     """
     part = hidden.detach().requires_grad_(wanted)
     with torch.set_grad_enabled(wanted):
