@@ -13,6 +13,7 @@ import numpy as np
 PANEL_ROWS = 16
 GRANULE_K = 64
 RUN_K = 256  # columns that share the unit of int8 scales
+DX_BLOCK = 128  # n that share a step of dy and of the scales
 INT8_BLOCK = 128  # compute="int8" quantises activations per row and block of min(group, 128)
 EPS32 = 2.0**-24
 HALF_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -373,19 +374,12 @@ def _block_max(x: np.ndarray, block: int) -> np.ndarray:
     return out
 
 
-STRETCH = 128  # k whose scales become parts of their largest
-
-
 def stretch_rounding(weight: Weight) -> np.ndarray:
-    """What int8 kernels may lose of each weight by multiplying the scales of short groups in
-    integers, for the largest activation of a stretch, [N, K]."""
-    if weight.bits != 4 or weight.group_size != 32:
-        return np.zeros((weight.out_features, weight.in_features))
-    top = _block_max(weight.scales, STRETCH // weight.group_size)
-    return 2.0**-14 * weight.spread(top) * np.abs(weight.codes() - weight.zero)
-
-
-DX_BLOCK = 128  # n that share a step of dy and of the scales
+    """How far int8 kernels' integer scales may move a weight of short groups, [N, K]."""
+    if (weight.bits, weight.group_size) != (4, 32):
+        return np.zeros(weight.codes().shape)
+    steps = 2.0**-14 * _block_max(weight.scales, INT8_BLOCK // 32)
+    return weight.spread(steps) * np.abs(weight.codes() - weight.zero)
 
 
 def dx_roundings(x: np.ndarray, weight: Weight, compute: str) -> tuple[np.ndarray, np.ndarray]:
@@ -472,8 +466,8 @@ def check_linear(
         most, variance = dx_roundings(x, weight, compute)
         bound = bound + most
     elif compute == "int8":
-        bound = bound + _block_max(x, group) @ size.T / 253
-        bound = bound + _block_max(x, STRETCH) @ stretch_rounding(weight).T
+        bound += _block_max(x, group) @ size.T / 253
+        bound += _block_max(x, INT8_BLOCK) @ stretch_rounding(weight).T
     # Tile units take subnormal operands and results for zero.
     flushed = SMALLEST[dtype] + 2.0**-126 * (terms + size.sum(1))
     bound = 1.01 * bound + 1.01 * HALF_ULP[dtype] * np.abs(ref) + flushed

@@ -1,8 +1,8 @@
 // A str argument of an op.
 //
-// torch's own conversion of the stable ABI (ToImpl<std::string>, 2.10 to 2.13) copies the text to
-// the heap and never frees it: 32 bytes a call, which in addition lie between larger blocks, so that
-// glibc cannot join those when they are freed. A backward then took new memory for every result.
+// torch's own conversion of the stable ABI (ToImpl<std::string> of torch 2.13) copies the text to
+// the heap and never frees it: 32 bytes a call, which besides lie between larger blocks, so that
+// glibc cannot join those when they are freed. A backward took new memory for every result.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -194,19 +194,19 @@ static inline __m128i largest_lanes(const __m256i* v) {
   for (int i = 0; i < 4; ++i) {
     half[i] = _mm_max_epi32(_mm256_castsi256_si128(v[i]), _mm256_extracti128_si256(v[i], 1));
   }
-  const __m128i a = _mm_max_epi32(_mm_unpacklo_epi32(half[0], half[1]),
-                                  _mm_unpackhi_epi32(half[0], half[1]));
-  const __m128i b = _mm_max_epi32(_mm_unpacklo_epi32(half[2], half[3]),
-                                  _mm_unpackhi_epi32(half[2], half[3]));
+  const __m128i a =
+      _mm_max_epi32(_mm_unpacklo_epi32(half[0], half[1]), _mm_unpackhi_epi32(half[0], half[1]));
+  const __m128i b =
+      _mm_max_epi32(_mm_unpacklo_epi32(half[2], half[3]), _mm_unpackhi_epi32(half[2], half[3]));
   return _mm_max_epi32(_mm_unpacklo_epi64(a, b), _mm_unpackhi_epi64(a, b));
 }
 
-// quantize_row for the form in parts: blocks of 32, a stretch of four at a time, because what is
-// done once a block (the largest, two quotients, the sums) takes longer than its elements. A last
-// stretch may have fewer blocks: the others are zeros that are not written.
+// quantize_row for stretches: int8 in blocks of 32, four at a time, because what is done once a
+// block (the largest, two quotients, the sums) takes longer than its elements. A last stretch may
+// have fewer blocks: the others are zeros that are not written.
 template <class O>
-static void quantize_parts(const Int4LinearParams& p, int64_t m, int64_t row,
-                           const QuantizedRows& a) {
+static void quantize_stretches(const Int4LinearParams& p, int64_t m, int64_t row,
+                               const QuantizedRows& a) {
   constexpr int64_t kBlock = 32, kBlocks = kFlushK / kBlock;
   const __m128i infinity = _mm_set1_epi32(0x7f800000);
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
@@ -245,20 +245,19 @@ static void quantize_parts(const Int4LinearParams& p, int64_t m, int64_t row,
       v = buf;
     }
     alignas(16) float inverse[kBlocks];
-    _mm_store_ps(inverse, _mm_andnot_ps(zero, _mm_div_ps(_mm_set1_ps(127.0f), _mm_mul_ps(max, up))));
+    _mm_store_ps(inverse,
+                 _mm_andnot_ps(zero, _mm_div_ps(_mm_set1_ps(127.0f), _mm_mul_ps(max, up))));
     __m128i sums[kBlocks];  // over k % 4
     for (int64_t b = 0; b < kBlocks; ++b) {
       alignas(32) uint8_t nowhere[kBlock];
-      uint8_t* out =
-          b0 + b < a.blocks ? a.q + (b0 + b) * a.block_stride + row * a.stride : nowhere;
-      const __m256i sum =
-          round_block<8>(v + b * kBlock, kBlock, _mm256_set1_ps(inverse[b]), out);
+      uint8_t* out = b0 + b < a.blocks ? a.q + (b0 + b) * a.block_stride + row * a.stride : nowhere;
+      const __m256i sum = round_block<8>(v + b * kBlock, kBlock, _mm256_set1_ps(inverse[b]), out);
       sums[b] = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     }
-    const __m128 ab = _mm_castsi128_ps(_mm_add_epi32(_mm_unpacklo_epi64(sums[0], sums[1]),
-                                                     _mm_unpackhi_epi64(sums[0], sums[1])));
-    const __m128 cd = _mm_castsi128_ps(_mm_add_epi32(_mm_unpacklo_epi64(sums[2], sums[3]),
-                                                     _mm_unpackhi_epi64(sums[2], sums[3])));
+    const __m128 ab = _mm_castsi128_ps(
+        _mm_add_epi32(_mm_unpacklo_epi64(sums[0], sums[1]), _mm_unpackhi_epi64(sums[0], sums[1])));
+    const __m128 cd = _mm_castsi128_ps(
+        _mm_add_epi32(_mm_unpacklo_epi64(sums[2], sums[3]), _mm_unpackhi_epi64(sums[2], sums[3])));
     const __m128i even = _mm_castps_si128(_mm_shuffle_ps(ab, cd, 0x88));
     const __m128i odd = _mm_castps_si128(_mm_shuffle_ps(ab, cd, 0xdd));
     // -8 * sum: 16 bits hold it, for a lane of a block of 32.
@@ -272,8 +271,8 @@ static void quantize_parts(const Int4LinearParams& p, int64_t m, int64_t row,
     const float lift = largest < 1e-30f ? 1.8446744073709552e19f : 1.0f;
     const float share = largest > 0.0f ? 32767.0f / (largest * lift) : 0.0f;
     const __m128 lifted = _mm_mul_ps(scale, _mm_set1_ps(lift));
-    const __m128i part = lost ? _mm_setzero_si128()
-                              : _mm_cvtps_epi32(_mm_mul_ps(lifted, _mm_set1_ps(share)));
+    const __m128i part =
+        lost ? _mm_setzero_si128() : _mm_cvtps_epi32(_mm_mul_ps(lifted, _mm_set1_ps(share)));
     alignas(16) int32_t inits[kBlocks], parts[kBlocks];
     alignas(16) float xsums[kBlocks];
     _mm_store_si128(reinterpret_cast<__m128i*>(inits), _mm_or_si128(low, high));
@@ -316,7 +315,7 @@ struct QuantizedChunks {
     auto quantize = [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         if (ACT == 8 && stretches) {
-          quantize_parts<O>(p, m0 + r, r % chunk, at[r / chunk]);
+          quantize_stretches<O>(p, m0 + r, r % chunk, at[r / chunk]);
         } else {
           quantize_row<O, ACT>(p, m0 + r, r % chunk, at[r / chunk]);
         }

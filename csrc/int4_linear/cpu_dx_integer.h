@@ -16,6 +16,10 @@
 //      instruction; for int8 the scales have 7 bits, and products are packed), and the forward's
 //      register tiles multiply it.
 //
+// With bytes on AVX2 e is the unsigned operand, 128 too large, and codes are signed: what that adds
+// depends on the column alone and is taken off once for all rows, where the sum of every e would
+// have to be found for every group.
+//
 // Budget on AVX2, int16, groups of 32: a row of a block takes 512 instructions of products for 32
 // k, 24 to make e, 24 more for `rest`. FMA would take 1024, two in a cycle; VPMADDWD and VPADDD
 // come at three a cycle on Zen 3: at most 1.4x the float32 kernel.
@@ -97,7 +101,8 @@ static void turn_codes(const Int4LinearParams& p, const Int4Geometry& g, int64_t
   using I = typename O::I;
   constexpr int kPerPanel = 16 / O::kLanes, kQuads = O::kLanes / 4;
   constexpr int kSteps = ACT == 16 ? 2 : 1;  // of a quad of n
-  constexpr int64_t kVectorBytes = kQuads * kSteps * C * O::kBytes;  // of the operands, for kLanes n
+  constexpr int64_t kVectorBytes =
+      kQuads * kSteps * C * O::kBytes;  // of the operands, for kLanes n
   const I zero = O::set1(p.w.bits == 8 ? 0x00800080 : 0x00080008), even = O::set1(0x00ff00ff);
   [[maybe_unused]] const I bytes_zero = O::set1(0x08080808), ones = O::set1(0x01010101);
   [[maybe_unused]] I sums[C];
@@ -107,8 +112,7 @@ static void turn_codes(const Int4LinearParams& p, const Int4Geometry& g, int64_t
   for (int64_t v = first; v < last; ++v) {
     // Signed: in the order of pack8.
     const int64_t eight = v - first, low = eight & 3;
-    const int64_t to_place =
-        O::kSignedCodes && (low == 1 || low == 2) ? eight ^ 3 : eight;
+    const int64_t to_place = O::kSignedCodes && (low == 1 || low == 2) ? eight ^ 3 : eight;
     uint8_t* out = start + to_place * kVectorBytes;
     if (v >= g.panels * kPerPanel) {
       memset(out, 0, static_cast<size_t>(kVectorBytes));
@@ -211,7 +215,8 @@ static void scale_signed(const QuantizedRows& a, int64_t block, int64_t row, int
     const I scale = O::load(s.scale + n), scale2 = O::load(s.scale + n + 16);
     NB_UNROLL
     for (int r = 0; r < R; ++r) {
-      const I low = O::load(d + r * a.stride + n * 2), high = O::load(d + r * a.stride + n * 2 + 32);
+      const I low = O::load(d + r * a.stride + n * 2),
+              high = O::load(d + r * a.stride + n * 2 + 32);
       const I bytes = O::pack8(O::mulhrs(low, scale), O::mulhrs(high, scale2));
       O::store(e + r * kFlushK + n, O::xor_(bytes, top_bits));
       if (AFFINE) {

@@ -1,8 +1,8 @@
 // Register tiles of the integer kernels where groups are short and 4-bit codes meet int8: the
 // scales of a stretch of kFlushK are multiplied in integers, and its sums become float once.
 //
-//     y[m, n] += unit[n] * top[m] * sum_blocks mulhrs(part[m, b], part[n, b]) * (sum_k q * (code - 8))
-//                + sum_blocks xsum[m, b] * (offset[n, b] + 8 * scale[n, b])
+//     y[m, n] += unit[n] * top[m] * sum_b mulhrs(part[m, b], part[n, b]) * (sum_k q * (code - 8))
+//                + sum_b xsum[m, b] * (offset[n, b] + 8 * scale[n, b])
 //
 // part[m, b] is the block's scale of x in 32767ths of the stretch's largest, part[n, b] that of the
 // weight in 16384ths of its own, and VPMULHRSW multiplies them. VPMADDWD, which has to widen the

@@ -139,9 +139,8 @@ NB_INLINE void pair_lines(const uint8_t* w, const uint8_t* x, int64_t x_stride,
   }
 }
 
-// What tile() is for a panel where O adds pairs in 16 bits. LINES: of a block, 0 for any number of
-// kPairLines; with kPairLines (a group of 32) its sums never leave the registers.
-template <class O, int LINES, int R, int C>
+// What tile() is for a panel where O adds pairs in 16 bits, in blocks of any number of kPairLines.
+template <class O, int R, int C>
 NB_INLINE void pair_tile(const TileArgs& a) {
   constexpr int64_t kBytes = O::kPairLines * 2 * C * O::kBytes;
   const uint8_t* w = a.w[0];
@@ -153,40 +152,25 @@ NB_INLINE void pair_tile(const TileArgs& a) {
         O::prefetch(a.ahead[i] + line * a.ahead_step);
       }
     }
-    if constexpr (LINES > 0) {
+    NB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      NB_UNROLL
+      for (int c = 0; c < C; ++c) {
+        sum[r][c] = O::kSignedCodes ? O::load(a.column_init + c * O::kBytes)
+                                    : O::set1(a.init[b * a.rows + r]);
+      }
+    }
+    for (int64_t first = 0; first < a.lines; first += O::kPairLines) {
       set_all(pairs, O::set1(0));
       pair_lines<O, R, C>(w, x, a.x_stride, pairs);
       w += kBytes;
-      // Nothing that the flush needs is loaded before this: it would push the sums out.
-      __asm__ volatile("" ::: "memory");
+      x += O::kPairLines * 2 * 4;
       const typename O::I ones = O::ones_here();
-      NB_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const typename O::I init = O::set1(a.init[b * a.rows + r]);
-        NB_UNROLL
-        for (int c = 0; c < C; ++c) sum[r][c] = O::add(init, O::sum_pairs(pairs[r][c], ones));
-      }
-    } else {
       NB_UNROLL
       for (int r = 0; r < R; ++r) {
         NB_UNROLL
         for (int c = 0; c < C; ++c) {
-          sum[r][c] = O::kSignedCodes ? O::load(a.column_init + c * O::kBytes)
-                                      : O::set1(a.init[b * a.rows + r]);
-        }
-      }
-      for (int64_t first = 0; first < a.lines; first += O::kPairLines) {
-        set_all(pairs, O::set1(0));
-        pair_lines<O, R, C>(w, x, a.x_stride, pairs);
-        w += kBytes;
-        x += O::kPairLines * 2 * 4;
-        const typename O::I ones = O::ones_here();
-        NB_UNROLL
-        for (int r = 0; r < R; ++r) {
-          NB_UNROLL
-          for (int c = 0; c < C; ++c) {
-            sum[r][c] = O::add(sum[r][c], O::sum_pairs(pairs[r][c], ones));
-          }
+          sum[r][c] = O::add(sum[r][c], O::sum_pairs(pairs[r][c], ones));
         }
       }
     }
@@ -199,8 +183,7 @@ template <class O, int BITS, int ACT, bool PANEL, int R, int C>
 static void tile(const TileArgs& a) {
   constexpr int kSteps = ACT == 16 ? 4 : 2;  // broadcasts of 4 bytes for each 8 k
   if constexpr (PANEL && ACT == 8 && O::kPairLines > 0) {
-    if (!O::kSignedCodes && a.lines == O::kPairLines) return pair_tile<O, O::kPairLines, R, C>(a);
-    return pair_tile<O, 0, R, C>(a);
+    pair_tile<O, R, C>(a);
   } else {
     constexpr int64_t kLineBytes = line_bytes(BITS);
     const uint8_t* w = a.w[0];

@@ -21,7 +21,7 @@ struct Avx2 {
   static constexpr int kDxHeight = kRows, kDxCols = kCols;  // integer tile of dx: 32 k or less
   static constexpr int64_t kDxUnits = 3;
   static constexpr int64_t kPrefetch = 1024;
-  static constexpr int kPairLines = 0;  // Avx2Bytes
+  static constexpr int kPairLines = 0;         // Avx2Bytes
   static constexpr bool kSignedCodes = false;  // Avx2Turned
   using I = __m256i;
   using F = __m256;
@@ -196,7 +196,7 @@ struct Avx2Bytes : Avx2 {
   }
 };
 
-// For dx. There scaled rows are made anew for every group, and what codes need can be done once: the
+// For dx. There scaled rows are made anew for every group, while what codes need is done once: the
 // zero point is off the codes, which are signed, and rows are unsigned, 128 too large, which the
 // sums take off by column. A pair is at most 2 * 255 * 8 = 4080, and eight of them 32640.
 struct Avx2Turned : Avx2Bytes {

@@ -185,8 +185,7 @@ void masked_sgd_block(const Tensors& values, const Tensors& grads, const Tensors
                       const Tensors& ages, const Tensors& weights, const Tensors& blocks,
                       int64_t block, double lr, double momentum, double dampening,
                       double weight_decay, bool nesterov, bool maximize,
-                      const OptTensor& multiplier, const OptTensor& found_inf,
-                      const Text& kernel) {
+                      const OptTensor& multiplier, const OptTensor& found_inf, const Text& kernel) {
   const char* op = "masked_sgd_block_";
   block_step(op, sgd(op, lr, momentum, dampening, weight_decay, nesterov),
              {values, grads, momenta, momenta, ages, false}, weights, blocks, block, maximize,

@@ -85,7 +85,10 @@ def int4_linear(
     Numerics: sums in float32; with compute="bf16" the error against float64 is at most 1.1 times
         that of a dense bfloat16 linear on the same dequantised weight. On a CPU, x keeps at
         least 16 bits per row and block of min(G, 128) and the weight is exact; but bfloat16 x on
-        AMX units (5 rows and more) meets the weight rounded to bfloat16.
+        AMX units (5 rows and more) meets the weight rounded to bfloat16. With compute="int8" an
+        activation is off by at most 1 / 254 of its block's largest; on AVX2, 4-bit groups of 32
+        (5 rows and more) besides take the products of both scales as 15-bit parts of the largest
+        of 128 columns.
     Autocast: x and bias are cast as `torch.nn.functional.linear` casts its arguments.
     Source: kernels in csrc/int4_linear/; the layout is drawn in csrc/int4_linear/int4_linear.h.
     Example:
