@@ -11,7 +11,10 @@ import reference as ref
 import torch
 from harness import dx_arguments, op_arguments, torch_packed
 from nibblock import ops
+from test_decoder_products import end_layers, heads, layer, lists
 from torch import nn
+
+raw = torch.ops.nibblock
 
 CALLS = 1000
 
@@ -54,6 +57,13 @@ def cases() -> dict:
         layer.values.grad = torch.randn_like(layer.values)
         return kind([layer.values], lr=1e-6).step, layer
 
+    scores, indices = torch.zeros(2, 2), torch.arange(0, 64, 3, dtype=torch.int32)
+    flat = [torch.zeros(64)], [torch.ones(64)], [indices]
+    states = [[torch.zeros(22)], [torch.zeros(22)], [torch.zeros(1, dtype=torch.int32)]]
+    siblings, tables = [layer(32, 64, True), layer(64, 64, True)], torch.randn(2, 1, 16)
+    mlp = [layer(32, 64, True), layer(32, 64, True), layer(64, 32, True)]
+    one_token = (*heads(torch.float32), 0.25, torch.randn(3, 1, 48), torch.randn(48), 1e-5)
+    end = lists(end_layers(True))
     adamw, muon = optimiser(nb.optim.MaskedAdamW), optimiser(nb.optim.MaskedMuon)
     out = {
         "int4_linear": lambda: ops.int4_linear(x, packed, **forward),
@@ -69,6 +79,16 @@ def cases() -> dict:
             adapted(leaf), [leaf, *(p for p in adapted.parameters() if p.requires_grad)], grad
         ),
         "masked, backward": lambda: torch.autograd.grad(masked(leaf), [leaf, masked.values], grad),
+        "block_scores_": lambda: ops.block_scores_(scores, None, grad, x, block=32),
+        "masked_adamw_flat_": lambda: ops.masked_adamw_flat_(*flat, *states, lr=1e-6),
+        "masked_grad_block_": lambda: ops.masked_grad_block_(
+            [torch.ones(n, k)], [blocks], block=32
+        ),
+        "_int4_siblings": lambda: raw._int4_siblings(
+            x, torch.ones(64), 1e-5, *lists(siblings), *tables, 2
+        ),
+        "_int4_mlp": lambda: raw._int4_mlp(x, *lists(mlp)),
+        "_int4_layer_end": lambda: raw._int4_layer_end(*one_token, *end),
         "MaskedAdamW": lambda keep=adamw[1]: adamw[0](),
         "MaskedMuon": lambda keep=muon[1]: muon[0](),
     }
