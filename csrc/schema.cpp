@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY(nibblock, m) {
   m.def("_int4_mlp(Tensor x, Tensor[] packed, Tensor[] biases, int[] formats) -> Tensor");
   m.def("_int4_layer_end(Tensor query, Tensor key, Tensor value, float scale, Tensor hidden, Tensor norm_weight, float eps, Tensor[] packed, Tensor[] biases, int[] formats) -> Tensor");
   m.def("_attend(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
+  m.def("_causal_attention(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor, Tensor)");
+  m.def("_causal_attention_grad(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("block_scores_(Tensor(a!) scores, Tensor(b!)? movement, Tensor grad, Tensor x, Tensor? weight, int block, int sketch, int seed) -> ()");
   m.def("block_gain_(Tensor(a!) gain, Tensor(b!) squares, Tensor grad, Tensor x, int block) -> ()");
   m.def("masked_adamw_block_(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] ages, Tensor(e!)[] weights, Tensor[] blocks, int block, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? multiplier, Tensor? found_inf) -> ()");

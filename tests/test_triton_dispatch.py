@@ -18,7 +18,7 @@ CPU_ONLY = {
     *("_rms_norm", "_rms_norm_forward", "_rms_norm_grad", "_add_rms_norm", "_attend"),
     *("_rotated", "_rotated_forward", "_silu_product", "_silu_product_forward"),
     *("_silu_product_grad", "_int4_siblings", "_int4_mlp", "_int4_layer_end"),
-    *("_softmax_grad_", "_fetch_lines"),
+    *("_softmax_grad_", "_fetch_lines", "_causal_attention", "_causal_attention_grad"),
 }
 BY_TORCH = {"muon_direction_"}  # its CUDA body is torch's batched products
 

@@ -4,6 +4,7 @@
 //     y = x rotated by cos and sin, first half of a head against second half (rotate)
 //     y = silu(gate) * up,  silu(v) = v / (1 + exp(-v))                      (silu_mul)
 //     y[h] = softmax over t of scale * q[h] . k[h', t], times v[h', t]       (attend)
+//     the same for every position of a sequence, t up to its own             (causal_attention)
 //     y = softmax(x) - onehot(label)                                         (softmax_grad)
 //
 // At one token a step each of these is a few hundred numbers, and torch takes 3 to 7 calls of 2 to
@@ -115,7 +116,36 @@ struct AttendParams {
 };
 NB_API Status attend(const AttendParams& p);
 
-// What the functions above choose from.
+// Every position of a sequence against itself and those before it. Strides are in elements, of
+// [batch, length, heads, dim]; the last dimension is contiguous. Head h of q reads head
+// h * kv_heads / heads of k and v.
+struct CausalAttentionParams {
+  Dtype type;                                   // of q, k, v and y
+  int64_t batch, length, heads, kv_heads, dim;  // dim is a multiple of 16
+  const void *q, *k, *v;                        // k and v have kv_heads heads
+  int64_t q_stride[3], k_stride[3], v_stride[3];
+  float scale;
+  void* y;     // [batch, length, heads, dim] contiguous
+  float* lse;  // [batch, heads, length]: log(sum(exp(scores)))
+  const Parallel* parallel;
+};
+NB_API Status causal_attention(const CausalAttentionParams& p);
+
+struct CausalAttentionGradParams {
+  CausalAttentionParams forward;  // but for its results
+  const void *y, *dy;             // [batch, length, heads, dim] contiguous
+  const float* lse;
+  void *dq, *dk, *dv;  // contiguous
+};
+NB_API Status causal_attention_grad(const CausalAttentionGradParams& p);
+
+// What the two above choose from.
+Status causal_attention_avx2(const CausalAttentionParams& p);
+Status causal_attention_avx512(const CausalAttentionParams& p);
+Status causal_attention_grad_avx2(const CausalAttentionGradParams& p);
+Status causal_attention_grad_avx512(const CausalAttentionGradParams& p);
+
+// What the others choose from.
 struct DecoderBodies {
   void (*add_rms_norm)(const AddRmsNormParams& p);
   void (*rms_norm_grad)(const RmsNormGradParams& p);

@@ -5,13 +5,13 @@ rows, and in training, what lies between the products is a dozen passes over mem
 below compute the same with fewer calls. For few rows of int4 layers without gradients an MLP is one
 call, and so are q, k and v with their rotation; everywhere else a rotation is one; so is a norm,
 with the addition before it where there is one and no gradient is asked; and so are silu(gate) * up,
-and the attention of one token a sequence without a mask (csrc/decoder_ops). The gradients of norm,
-rotation and silu * up are one pass each (ops/_decoder_register.py). Rotated values are the same bit
-for bit; norms, silu and attention differ from torch's by float32 rounding (torch adds in another
-order and has another exp; in bfloat16 its attention rounds the weights too). A class is matched by
-a fingerprint of the source of its forward (and of the functions it calls); any other forward, and
-any call that these do not cover (tracing, other dtypes and devices, hooks on or replacements of
-what is passed over), runs the original.
+and attention without a mask, of one token a sequence and of whole sequences (csrc/decoder_ops). The
+gradients of norm, rotation and silu * up are one pass each, and attention's is an op too
+(ops/_decoder_register.py). Rotated values are the same bit for bit; norms, silu and attention differ
+from torch's by float32 rounding (torch adds in another order and has another exp; in bfloat16 its
+attention rounds the weights too). A class is matched by a fingerprint of the source of its forward
+(and of the functions it calls); any other forward, and any call that these do not cover (tracing,
+other dtypes and devices, hooks on or replacements of what is passed over), runs the original.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.nn.modules import module as _torch_module
 from nibblock.nn._lean_calls import (
     MAX_ROWS,
     attends,
+    attends_causally,
     bare,
     few_rows,
     is_silu,
@@ -73,6 +74,7 @@ _silu_product_forward = _ops._silu_product_forward.default
 _siblings = _ops._int4_siblings.default
 _whole_mlp = _ops._int4_mlp.default
 _attend = _ops._attend.default
+_causal_attention = _ops._causal_attention.default
 
 
 def _fingerprint(function: Any) -> str:
@@ -214,10 +216,14 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         return (
             attention_mask is None
             and interface_of(self) is sdpa
-            and not self.training
+            and (not self.training or self.attention_dropout == 0.0)
             and not kwargs.get("output_attentions")
             and all(kwargs.get(name) is None for name in _SDPA_MORE)
         )
+
+    def is_causal(self: nn.Module, kwargs: dict) -> bool:
+        asked = kwargs.get("is_causal")
+        return getattr(self, "is_causal", True) is True if asked is None else asked is True
 
     def interface_of(self: nn.Module) -> Callable:
         return implementations.get_interface(_implementation(self.config), eager)
@@ -234,6 +240,13 @@ def _make_attention(names: dict, extra: Callable[[Any], dict]) -> Callable:
         o_proj = self._modules["o_proj"]
         if attends(query, key, value) and attends_by_op(self, attention_mask, kwargs):
             return o_proj(_attend(query, key, value, self.scaling).view(*shape, -1)), None
+        if (
+            attends_causally(query, key, value)
+            and is_causal(self, kwargs)
+            and attends_by_op(self, attention_mask, kwargs)
+        ):
+            heads = (t.transpose(1, 2) for t in (query, key, value))
+            return o_proj(_causal_attention(*heads, self.scaling)[0].view(*shape, -1)), None
         out, weights = interface_of(self)(
             self,
             query,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
+from nibblock import _native
 from nibblock.nn.int4_linear import Int4Linear
 
 # As FusedInt4Group's: above this many rows the saved calls no longer matter.
@@ -107,6 +108,42 @@ def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool
         ):
             return False
     return True
+
+
+# Below so many positions, which are padded to 48, torch's attention is as fast.
+_LEAST_LENGTH = 16
+
+
+@functools.cache
+def _half_types() -> tuple[torch.dtype, ...]:
+    """The 16-bit types whose attention is faster widened: those that the CPU has no products of.
+    (torch multiplies a bfloat16 gradient at a tenth of float32's rate there.)"""
+    features = _native.cpu_features()
+    native = any(features[name] for name in ("avx512_bf16", "avx512_fp16", "amx_bf16"))
+    return () if native else (torch.bfloat16, torch.float16)
+
+
+def attends_causally(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `_causal_attention` computes what sdpa does of these, [batch, heads, length, dim],
+    when it is asked for a causal one: plain tensors, and queries at the positions of the keys."""
+    shape, dtype = query.shape, query.dtype
+    if (
+        shape[2] < _LEAST_LENGTH
+        or shape[3] % 16
+        or not (dtype == torch.float32 or dtype in _half_types())
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    for t in (query, key, value):
+        if (
+            type(t) is not torch.Tensor
+            or t.dtype != dtype
+            or t.device.type != "cpu"
+            or t.shape[2:] != shape[2:]
+            or t.stride(-1) != 1
+        ):
+            return False
+    return value.shape == key.shape and shape[1] % key.shape[1] == 0
 
 
 def rotates(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:

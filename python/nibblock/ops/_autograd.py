@@ -20,7 +20,7 @@ def register_autograd(
 
     Args:
         name: of an op whose arguments are all positional and without defaults.
-        backward: (ctx, grad) -> a gradient or None for each argument.
+        backward: (ctx, a gradient of each output) -> a gradient or None for each argument.
         setup_context: (ctx, inputs, output), keeps what backward needs.
     Raises:
         ValueError: the schema has defaults or keyword-only arguments.
@@ -43,8 +43,8 @@ def register_autograd(
                 return output
 
         @staticmethod
-        def backward(ctx, grad):
-            return (*backward(ctx, grad), None)
+        def backward(ctx, *grads):
+            return (*backward(ctx, *grads), None)
 
     Function.__name__ = Function.__qualname__ = f"Backward_{name}"  # what grad_fn prints
 

@@ -3,10 +3,11 @@
     _rms_norm(x, weight)      y = x s weight,  s = rsqrt(mean(x^2) + eps)
     _rotated(x, cos, sin)     (a, b) -> (a cos - b sin, b cos + a sin), a head's two halves
     _silu_product(gate, up)   y = silu(gate) up
+    _causal_attention(query, key, value)   y = softmax(scale q k^T, k up to q) v; log of its sums
 
-Each has its gradient as one pass too, and a twin without one, `_..._forward`: at one token asking
-whether a gradient is wanted takes longer than the op. Where a gradient is to be differentiated
-again it is written in torch's own calls, which know how.
+Each has its gradient as one pass too; the first three have a twin without one, `_..._forward`: at
+one token asking whether a gradient is wanted takes longer than the op. Where a gradient is to be
+differentiated again it is written in torch's own calls, which know how.
 
     _softmax_grad_(scores, labels)   cross-entropy of rows; the scores become its gradient
 
@@ -83,6 +84,18 @@ def _(query, key, value, scale):
     return query.new_empty(query.shape)
 
 
+@torch.library.register_fake("nibblock::_causal_attention")
+def _(query, key, value, scale):
+    batch, length, heads, _ = query.shape
+    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
+    return query.new_empty(query.shape), lse
+
+
+@torch.library.register_fake("nibblock::_causal_attention_grad")
+def _(grad, query, key, value, out, lse, scale):
+    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 
@@ -129,6 +142,31 @@ def _product_backward(ctx, grad):
     return tuple(g if wanted else None for g, wanted in zip((dgate, dup), ctx.needs_input_grad))
 
 
+def _attention_context(ctx, inputs, output):
+    *heads, ctx.scale = inputs
+    ctx.save_for_backward(*heads, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_backward(ctx, grad, _):
+    query, key, value, out, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        q, k, v, g = (t.transpose(1, 2).float() for t in (query, key, value, grad))
+        group = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        behind = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        p = torch.softmax((ctx.scale * q @ k.mT).masked_fill(behind, -torch.inf), -1)
+        dp = g @ v.mT
+        ds = ctx.scale * p * (dp - (dp * p).sum(-1, keepdim=True))
+        grads = [ds @ k, *(t.unflatten(1, (-1, group)).sum(2) for t in (ds.mT @ q, p.mT @ g))]
+        grads = [t.transpose(1, 2).to(query.dtype) for t in grads]
+    else:
+        grad = grad.contiguous()
+        grads = _ops._causal_attention_grad(grad, query, key, value, out, lse, ctx.scale)
+    return (*(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad)), None)
+
+
 register_autograd("_rms_norm", _norm_backward, _norm_context)
 register_autograd("_rotated", _rotated_backward, _rotated_context)
 register_autograd("_silu_product", _product_backward, _product_context)
+register_autograd("_causal_attention", _attention_backward, _attention_context)
