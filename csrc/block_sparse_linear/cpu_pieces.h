@@ -178,6 +178,7 @@ static __attribute__((noinline)) void tile(const TileJob& t) {
     const float* wk = w;
     const char* ahead =
         e < t.fetched ? t.ahead[e] + t.ahead_at : reinterpret_cast<const char*>(next);
+    NB_UNROLL_DEPTH
     for (int64_t k = 0; k < depth; ++k, ++x, wk += W) {
       if (PACKED) O::prefetch(next + k * R);
       O::prefetch(ahead + k * t.ahead_step);

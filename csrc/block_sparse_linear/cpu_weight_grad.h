@@ -40,6 +40,7 @@ static __attribute__((noinline)) void grad_tile(const float* g, const float* x, 
     NB_UNROLL
     for (int c = 0; c < C; ++c) sum[r][c] = O::loadf(out + r * XW + c * O::kLanes);
   }
+  NB_UNROLL_DEPTH
   for (int64_t m = 0; m < rows; ++m, g += GW, x += XW) {
     F xv[C];
     NB_UNROLL

@@ -105,6 +105,7 @@ static void dx_tile(const float* g, int64_t depth, const float* w, float* acc, i
     for (int c = 0; c < C; ++c)
       sum[r][c] = first ? O::set1f(0.0f) : O::loadf(acc + r * acc_stride + c * O::kLanes);
   }
+  NB_UNROLL_DEPTH
   for (int64_t n = 0; n < depth; ++n) {
     F wv[C];
     NB_UNROLL

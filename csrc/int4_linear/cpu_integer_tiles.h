@@ -198,6 +198,7 @@ static void tile(const TileArgs& a) {
       if constexpr (PANEL) {
         for (int64_t line = b * a.lines; line < (b + 1) * a.lines; ++line) {
           for (int i = 0; i < a.streams; ++i) O::prefetch(a.ahead[i] + line * a.ahead_step);
+          NB_UNROLL_DEPTH
           for (int step = 0; step < kSteps; ++step) {
             typename O::Operand wv[C];
             NB_UNROLL

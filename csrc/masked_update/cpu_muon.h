@@ -34,6 +34,7 @@ NB_INLINE void muon_tile(const float* P, int64_t pk, int64_t pi, const float* Q,
     NB_UNROLL
     for (int c = 0; c < COLS; ++c) sum[r][c] = O::set1f(0.0f);
   }
+  NB_UNROLL_DEPTH
   for (int64_t k = 0; k < B; ++k) {
     typename O::F q[COLS];
     NB_UNROLL
