@@ -176,12 +176,15 @@ static __attribute__((noinline)) void tile(const TileJob& t) {
     for (int r = R; !PACKED && r < 2 * R; ++r)
       for (int k = 0; k < B; k += 16) O::prefetch(x + r * x_row + k);
     const float* wk = w;
-    const char* ahead =
-        e < t.fetched ? t.ahead[e] + t.ahead_at : reinterpret_cast<const char*>(next);
+    // The next rows, and a part of the next values, in one burst: beside the FMAs of each k they
+    // would be a tenth of its instructions.
+    for (int k = 0; PACKED && k < R * B; k += 16) O::prefetch(next + k);
+    if (e < t.fetched) {
+      const char* ahead = t.ahead[e] + t.ahead_at;
+      for (int64_t b = 0; b < B * t.ahead_step; b += 64) O::prefetch(ahead + b);
+    }
     NB_UNROLL_DEPTH
     for (int64_t k = 0; k < depth; ++k, ++x, wk += W) {
-      if (PACKED) O::prefetch(next + k * R);
-      O::prefetch(ahead + k * t.ahead_step);
       F wv[C];
       NB_UNROLL
       for (int c = 0; c < C; ++c) wv[c] = O::loadf(wk + c * O::kLanes);
