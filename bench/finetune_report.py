@@ -235,6 +235,9 @@ def goal_rows(cells: Cells, steps: Optional[dict[str, Any]]) -> list[dict[str, A
             ("step, T=512, vs full", 0.70, 0.65, "full"),
             ("step, T=512, vs LoRA r8", 1.0, 0.95, "lora"),
             ("step, T=512, vs SHiRA", 0.65, 0.55, "shira"),
+            ("step, T=512, vs full in plain transformers", 0.70, 0.65, "full, plain"),
+            ("step, T=512, vs LoRA r8 (peft) in plain transformers", 1.0, 0.95, "lora, plain"),
+            ("step, T=512, vs SHiRA (peft) in plain transformers", 0.65, 0.55, "shira, plain"),
         ):
             measured = [(ratios[key], "masked")] if key in ratios else []
             out.append(goal_row(text, floor, goal, measured, lower=True))
