@@ -7,11 +7,12 @@ call, and so are q, k and v with their rotation; everywhere else a rotation is o
 with the addition before it where there is one and no gradient is asked; and so are silu(gate) * up,
 and attention without a mask, of one token a sequence and of whole sequences (csrc/decoder_ops). The
 gradients of norm, rotation and silu * up are one pass each, and attention's is an op too
-(ops/_decoder_register.py). Rotated values are the same bit for bit; norms, silu and attention differ
-from torch's by float32 rounding (torch adds in another order and has another exp; in bfloat16 its
-attention rounds the weights too). A class is matched by a fingerprint of the source of its forward
-(and of the functions it calls); any other forward, and any call that these do not cover (tracing,
-other dtypes and devices, hooks on or replacements of what is passed over), runs the original.
+(ops/_decoder_register.py). Rotated values are the same bit for bit; norms, silu and attention
+differ from torch's by float32 rounding (torch adds in another order and has another exp; in
+bfloat16 its attention rounds the weights too). A class is matched by a fingerprint of the source of
+its forward (and of the functions it calls); any other forward, and any call that these do not cover
+(tracing, other dtypes and devices, hooks on or replacements of what is passed over), runs the
+original.
 """
 
 from __future__ import annotations

@@ -115,12 +115,16 @@ _LEAST_LENGTH = 16
 
 
 @functools.cache
-def _half_types() -> tuple[torch.dtype, ...]:
-    """The 16-bit types whose attention is faster widened: those that the CPU has no products of.
-    (torch multiplies a bfloat16 gradient at a tenth of float32's rate there.)"""
+def _causal_types() -> tuple[torch.dtype, ...]:
+    """What `_causal_attention` is faster at than torch: float32 from AVX2 on, and 16-bit types
+    where the CPU has no products of them. (torch multiplies a bfloat16 gradient at a tenth of
+    float32's rate there.)"""
     features = _native.cpu_features()
-    native = any(features[name] for name in ("avx512_bf16", "avx512_fp16", "amx_bf16"))
-    return () if native else (torch.bfloat16, torch.float16)
+    if not features["avx2"]:
+        return ()
+    if any(features[name] for name in ("avx512_bf16", "avx512_fp16", "amx_bf16")):
+        return (torch.float32,)
+    return (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attends_causally(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -130,7 +134,7 @@ def attends_causally(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     if (
         shape[2] < _LEAST_LENGTH
         or shape[3] % 16
-        or not (dtype == torch.float32 or dtype in _half_types())
+        or dtype not in _causal_types()
         or torch.compiler.is_compiling()
     ):
         return False
