@@ -3,16 +3,20 @@ and which calls of a model reach it."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from harness import isa, level_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nibblock.nn import _lean_calls, fuse_linears
-from test_fuse import accelerated, family, near
-from torch.utils._python_dispatch import TorchDispatchMode
+from nibblock.nn import _lean_calls
+from test_fuse import near
+from test_fuse_attention import (
+    CountAttention,
+    eager,
+    pair_of_models,
+    transformers_cache,
+    with_dropout,
+)
 
 ops = torch.ops.nibblock
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -172,17 +176,6 @@ def test_only_what_is_asked_for_gets_a_gradient():
 # --- models ---------------------------------------------------------------------------------------
 
 
-class Count(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ours = self.torchs = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ours += str(func).startswith("nibblock._causal_attention.")
-        self.torchs += "scaled_dot_product" in str(func) and "backward" not in str(func)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture(autouse=True)
 def float32_on_any_cpu(monkeypatch):
     monkeypatch.setattr(_lean_calls, "_causal_types", lambda: DTYPES[:1])
@@ -195,18 +188,10 @@ def run(model, change=lambda model, arguments: None, length=24):
     embedding = model.get_input_embeddings()
     embedding.weight.requires_grad_(True)
     embedding.weight.grad = None
-    with Count() as counter:
+    with CountAttention() as counter:
         logits = model(**arguments).logits
     logits.float().square().mean().backward()
     return (counter.ours, counter.torchs), logits.detach(), embedding.weight.grad
-
-
-def pair_of_models(name="Llama", dtype=torch.float32):
-    plain = family(name).to(dtype)
-    accelerated(plain)
-    fused = copy.deepcopy(plain)
-    fuse_linears(fused)
-    return plain, fused
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
@@ -237,17 +222,6 @@ def padded(model, arguments):
     arguments["attention_mask"][1, :5] = 0
 
 
-def dropout(model, arguments):
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 1e-12
-
-
-def eager(model, arguments):
-    model.set_attn_implementation("eager")
-
-
 def all_ways(model, arguments):
     for module in model.modules():
         if hasattr(module, "is_causal"):
@@ -255,13 +229,13 @@ def all_ways(model, arguments):
 
 
 def behind_a_cache(model, arguments):
-    cache = pytest.importorskip("transformers").DynamicCache()
+    cache = transformers_cache()
     with torch.no_grad():
         model(arguments["input_ids"][:, :8], past_key_values=cache)
     arguments.update(input_ids=arguments["input_ids"][:, 8:], past_key_values=cache)
 
 
-@pytest.mark.parametrize("change", [padded, dropout, eager, all_ways, behind_a_cache])
+@pytest.mark.parametrize("change", [padded, with_dropout, eager, all_ways, behind_a_cache])
 def test_what_it_does_not_cover(change):
     plain, fused = pair_of_models()
     (ours, _), logits, grad = run(fused, change)

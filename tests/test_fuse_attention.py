@@ -19,9 +19,10 @@ class CountAttention(TorchDispatchMode):
         self.ours = self.torchs = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # (the second is all of a layer from its attention on)
-        self.ours += str(func).startswith(("nibblock._attend", "nibblock._int4_layer_end"))
-        self.torchs += "scaled_dot_product" in str(func)
+        # (the last is all of a layer from its attention on)
+        own = ("nibblock._attend", "nibblock._causal_attention.", "nibblock._int4_layer_end")
+        self.ours += str(func).startswith(own)
+        self.torchs += "scaled_dot_product" in str(func) and "backward" not in str(func)
         return func(*args, **(kwargs or {}))
 
 

@@ -41,8 +41,8 @@ struct AttentionShape {
         group(p.heads / p.kv_heads) {}
 };
 
-// acc[kRows][kWide] (+)= sum over k of a(row, k) * b[k * b_step ...]. a(row, k) is a[k * a_step +
-// row], or with ACROSS a[row * kQueries + k].
+// acc[kTileRows][kWide] (+)= sum over k of a(row, k) * b[k * b_step ...]. a(row, k) is
+// a[k * a_step + row], or with ACROSS a[row * kQueries + k].
 template <class O, bool ACROSS>
 static __attribute__((noinline)) void attention_tile(const float* a, int64_t a_step, const float* b,
                                                      int64_t b_step, int64_t depth, float* acc,
@@ -163,7 +163,7 @@ struct Head {
   }
 };
 
-// Runs body(first, last, scratch) over tasks with scratch of so many floats. False: no memory.
+// Runs body(task, scratch) over all tasks, with so many floats of scratch. False: no memory.
 template <class Body>
 static bool with_scratch(const Parallel& parallel, int64_t tasks, int64_t floats, Body body) {
   int failed = 0;
@@ -362,11 +362,12 @@ static Status attention_gradient(const CausalAttentionGradParams& g) {
       const int64_t kv = at / p.length, k = at % p.length, b = kv / p.kv_heads;
       const int64_t h0 = kv % p.kv_heads * shape.group;
       const int64_t to = ((b * p.length + k) * p.kv_heads + kv % p.kv_heads) * dim;
+      int64_t s0 = 0;  // spans before it end before this key
+      while (span_start(shape.chunks, spans, s0 + 1) * kQueries <= k) ++s0;
       for (int64_t i = 0; i < dim; i += kLanes) {
         F8 dk = {}, dv = {};
         for (int64_t h = h0; h < h0 + shape.group; ++h) {
-          for (int64_t s = 0; s < spans; ++s) {
-            if (span_start(shape.chunks, spans, s + 1) * kQueries <= k) continue;
+          for (int64_t s = s0; s < spans; ++s) {
             const float* from = sums + 2 * ((b * p.heads + h) * spans + s) * head + k * dim + i;
             dk += load8(from);
             dv += load8(from + head);

@@ -27,9 +27,8 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
 // t is all that, and of x's shape.
 void check_same(const char* op, const char* name, const Tensor& t, const Tensor& x) {
   check_like(op, name, t, x);
-  bool same = t.dim() == x.dim();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
-  STD_TORCH_CHECK(same, op, ": ", name, " must be ", shape_text(x), ", got ", shape_text(t));
+  STD_TORCH_CHECK(same_shape(t, x), op, ": ", name, " must be ", shape_text(x), ", got ",
+                  shape_text(t));
 }
 
 template <class Params>

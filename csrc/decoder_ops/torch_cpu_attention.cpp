@@ -25,10 +25,8 @@ void check_heads(const char* op, const char* name, const Tensor& t, const Tensor
 
 void check_shape_of(const char* op, const char* name, const Tensor& t, const Tensor& like,
                     const char* like_name) {
-  bool same = t.dim() == like.dim();
-  for (int64_t i = 0; same && i < like.dim(); ++i) same = t.size(i) == like.size(i);
-  STD_TORCH_CHECK(same, op, ": ", name, " must be ", shape_text(like), " as ", like_name, ", got ",
-                  shape_text(t));
+  STD_TORCH_CHECK(same_shape(t, like), op, ": ", name, " must be ", shape_text(like), " as ",
+                  like_name, ", got ", shape_text(t));
 }
 
 CausalAttentionParams take_heads(const char* op, const Tensor& query, const Tensor& key,

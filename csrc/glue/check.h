@@ -59,6 +59,12 @@ inline std::string shape_text(const Tensor& t) {
   return s + "]";
 }
 
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
+  return same;
+}
+
 inline bool float_dtype(ScalarType t, Dtype* out) {
   if (t == ScalarType::Float) return *out = Dtype::kF32, true;
   if (t == ScalarType::BFloat16) return *out = Dtype::kBF16, true;
