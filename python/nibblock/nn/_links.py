@@ -60,7 +60,7 @@ _followers: weakref.WeakSet = weakref.WeakSet()
 
 
 @_disable_dynamo  # a compiled step runs it too, as it is
-def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+def after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if getattr(optimizer, "_writes_through", False):
         return
     # Of what an optimiser holds nothing tells whether it has changed: `p.data` has no version.
@@ -71,7 +71,7 @@ def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict)
 
 @functools.cache
 def _register() -> None:
-    register_optimizer_step_post_hook(_after_any_step)
+    register_optimizer_step_post_hook(after_any_step)
 
 
 def follow(module: torch.nn.Module) -> None:

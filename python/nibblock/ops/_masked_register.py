@@ -7,6 +7,7 @@ nothing to register for autograd.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 
@@ -17,8 +18,7 @@ def mutated(*lists: Iterable[torch.Tensor]) -> None:
     """Tells autograd that these tensors have new values: what was saved of them is stale."""
     if torch.compiler.is_compiling():
         return  # the compiler makes the op functional, and writes back with a copy of its own
-    for tensors in lists:
-        torch.autograd.graph.increment_version(tensors)
+    torch.autograd.graph.increment_version(chain.from_iterable(lists))
 
 
 def adamw_step(op, params_name, params, grads, exp_avgs, exp_avg_sqs, ages_name, ages):
@@ -97,11 +97,17 @@ CHECKS = {
 }
 
 
+_OPS = {op: getattr(torch.ops.nibblock, op).default for op in CHECKS}
+
+
 def run_step(op: str, *arguments) -> None:
     """Calls the op outside autograd; when it refuses, says why as TypeError or ValueError."""
     try:
-        with torch.no_grad():
-            getattr(torch.ops.nibblock, op).default(*arguments)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                _OPS[op](*arguments)
+        else:  # in an optimiser's step: entering it again takes as long as a hundred entries
+            _OPS[op](*arguments)
     except RuntimeError:
         CHECKS[op](op, *arguments)
         raise

@@ -14,7 +14,7 @@ from torch import nn
 
 from nibblock import ops
 from nibblock.ops import _block_checks
-from nibblock.optim import _plan
+from nibblock.optim import _hooks, _plan
 from nibblock.optim._states import States, fill
 
 _layout = operator.attrgetter("layout")
@@ -341,7 +341,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if direct:
                 batch.weights.append(weight)
 
-    @torch.no_grad()
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
         """One update of everything that has a gradient.
 
@@ -350,6 +349,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Returns:
             What closure returned, or None.
         """
+        return _hooks.run(self, self._step, () if closure is None else (closure,))
+
+    @torch.no_grad()
+    def _step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -366,6 +369,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self._update(group, batch, grads, multiplier, found_inf)
             self._tell(batch)
         return loss
+
+    step.hooked = True  # torch leaves it as it is, then
 
     def _tell(self, batch: _plan.Batch) -> None:
         """Lets the layers know that their weights hold the new values."""
